@@ -1,0 +1,37 @@
+"""Errors for people: one line that says what, where, got, expected, try."""
+
+
+class LdmError(Exception):
+    """An error whose text is written for its reader; commands print it as one line and exit with its code."""
+
+    code = 1
+
+    def __init__(self, what: str, where: str = "", got: str = "", expected: str = "", hint: str = ""):
+        where = f" ({where})" if where else ""
+        parts = [what + where]
+        parts += [f"{label} {text}" for label, text in (("got", got), ("expected", expected), ("try", hint)) if text]
+        super().__init__("; ".join(parts).replace("\n", " "))
+
+
+class InputError(LdmError):
+    """Something that the user wrote: a configuration, an option, a prompt."""
+
+    code = 2
+
+
+class DataError(LdmError):
+    """Something in the data."""
+
+    code = 3
+
+
+class CheckpointError(LdmError):
+    """Something in a checkpoint file."""
+
+    code = 4
+
+
+class DivergedError(LdmError):
+    """Training or sampling left the finite numbers."""
+
+    code = 5
