@@ -1,0 +1,263 @@
+"""Noise paths: x_t = alpha * x0 + sigma * eps for t in [0, 1], where 0 is the data and 1 the noise."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Level(NamedTuple):
+    """How noisy: alpha and sigma, the scale c_in of the network's input, and t as the network is told it.
+
+    In training each field is (B,). A grid is a Level with N + 1 rows.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    c_in: Tensor
+    t: Tensor
+
+    @property
+    def log_snr(self) -> Tensor:
+        """lambda = log(alpha / sigma): -inf at alpha = 0, +inf at sigma = 0."""
+        return self.alpha.log() - self.sigma.log()
+
+    def map(self, function) -> Level:
+        """Apply a function (a move, a cast, an index) to each field."""
+        return Level(*(function(field) for field in self))
+
+    def rows(self) -> list[Row]:
+        """One Row per level, so that a solver computes its coefficients without touching a device."""
+        return [Row(*values) for values in zip(*(field.tolist() for field in self))]
+
+
+class Row(NamedTuple):
+    """One level of a grid in plain numbers, shared by the whole batch."""
+
+    alpha: float
+    sigma: float
+    c_in: float
+    t: float
+
+    @property
+    def log_snr(self) -> float:
+        """lambda = log(alpha / sigma): -inf at alpha = 0, +inf at sigma = 0."""
+        if self.sigma == 0:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+
+
+def expand(value: Tensor, x: Tensor) -> Tensor:
+    """(B,) beside x of any rank: (B, 1, ..., 1) of its type and device."""
+    return value.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def mix(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
+    """a * x + b * y; with plain numbers, a term that is zero costs nothing."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = (expand(torch.as_tensor(value, device=x.device), x) for value in (a, b))
+        return a * x + b * y
+    if a == 0:
+        return y if b == 1 else y * b
+    return torch.add(x if a == 1 else x * a, y, alpha=b)
+
+
+class Path:
+    """What draws, spacings and denoisers ask of a noise path."""
+
+    t_min = 0.0  # where spacings take their last step before the data, and training its first
+    t_max = 1.0  # the noisiest time at which the log-SNR is finite
+    sigma_data = 1.0  # the scale of the data, for EDM's preconditioning
+
+    def level(self, t: Tensor) -> Level:
+        """The level at each time."""
+        raise NotImplementedError
+
+    def at(self, log_snr: Tensor) -> Level:
+        """The level at each log-SNR."""
+        raise NotImplementedError
+
+    def time(self, clock: Tensor) -> Tensor:
+        """t in [0, 1] from what the network is told."""
+        raise NotImplementedError
+
+    def data(self) -> Level:
+        """The last row of a grid: alpha = 1, sigma = 0, where no network is asked."""
+        last = self.level(torch.tensor([self.t_min], dtype=torch.float64))
+        return last._replace(alpha=torch.ones_like(last.alpha), sigma=torch.zeros_like(last.sigma))
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The time nearest to t, and not above 1, at which the network is trained."""
+        return t.clamp(self.t_min, 1.0)
+
+    def prior(self, z: Tensor) -> Tensor:
+        """The start of sampling from z ~ N(0, I), never in half precision."""
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+class Table(Path):
+    """Variance preserving by a table of betas (DDPM eq. 4): step k has abar = prod(1 - beta), and t = (k + 1) / T."""
+
+    def __init__(self, *, betas: list[float], zero_terminal_snr: bool = False):
+        beta = torch.as_tensor(betas, dtype=torch.float64)
+        if beta.numel() < 2 or not ((beta > 0) & (beta < 1)).all():
+            raise ValueError("betas: must be at least two numbers between 0 and 1")
+        alpha = (1 - beta).cumprod(0).sqrt()
+        if zero_terminal_snr:  # Lin et al. 2023, algorithm 1: the last alpha becomes 0, the first stays
+            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # (T + 1,) row 0 is the data
+        self.table = Level(alpha, (1 - alpha**2).sqrt(), torch.ones_like(alpha), torch.arange(-1.0, len(beta)).double())
+        self.steps = len(beta)
+        self.t_min = 1 / self.steps
+        self.t_max = 1 - zero_terminal_snr / self.steps
+
+    def level(self, t: Tensor) -> Level:
+        """Exact at the integer steps; between two of them the log-SNR is interpolated."""
+        position = (t * self.steps).clamp(0, self.steps)
+        table = self.table.map(lambda field: field.to(t.device))
+        nearest, low, high = (index.long() for index in (position.round(), position.floor(), position.ceil()))
+        exact = (position - nearest).abs() < 1e-6
+        log_snr = torch.lerp(table.log_snr[low], table.log_snr[high], (position - low).to(table.alpha))
+        alpha = torch.where(exact, table.alpha[nearest], _vp_alpha(log_snr))
+        sigma = torch.where(exact, table.sigma[nearest], _vp_alpha(-log_snr))
+        clock = torch.where(exact, nearest, position) - 1
+        return Level(alpha, sigma, torch.ones_like(alpha), clock.clamp(min=0).to(alpha))
+
+    def at(self, log_snr: Tensor) -> Level:
+        """The level at a log-SNR, told to the network as a step between two of the table's."""
+        known = self.table.log_snr[1:]  # (T,) falling
+        known = known[known.isfinite()].flip(0).to(log_snr)
+        high = torch.searchsorted(known, log_snr.contiguous()).clamp(1, len(known) - 1)
+        fraction = (log_snr - known[high - 1]) / (known[high] - known[high - 1])
+        clock = (len(known) - high - fraction).clamp(0, self.steps - 1)
+        return Level(_vp_alpha(log_snr), _vp_alpha(-log_snr), torch.ones_like(log_snr), clock)
+
+    def time(self, clock: Tensor) -> Tensor:
+        """t = (k + 1) / T."""
+        return (clock + 1) / self.steps
+
+    def snap(self, t: Tensor) -> Tensor:
+        """Step k for all t in (k / T, (k + 1) / T]."""
+        return (t * self.steps - 1e-9).ceil().clamp(1, self.steps) / self.steps
+
+
+def _vp_alpha(log_snr: Tensor) -> Tensor:
+    """alpha with alpha^2 + sigma^2 = 1; sigma is the same of -lambda."""
+    return torch.sigmoid(2 * log_snr).sqrt()
+
+
+def linear(
+    *, start: float = 1e-4, end: float = 0.02, steps: int = 1000, zero_terminal_snr: bool = False
+) -> Table:
+    """DDPM's betas, equally spaced."""
+    return Table(betas=_spaced(start, end, steps).tolist(), zero_terminal_snr=zero_terminal_snr)
+
+
+def scaled_linear(
+    *, start: float = 0.00085, end: float = 0.012, steps: int = 1000, zero_terminal_snr: bool = False
+) -> Table:
+    """Latent diffusion's betas, equally spaced in their square roots."""
+    betas = _spaced(math.sqrt(start), math.sqrt(end), steps) ** 2 if start > 0 else _spaced(start, end, steps)
+    return Table(betas=betas.tolist(), zero_terminal_snr=zero_terminal_snr)
+
+
+def cosine(*, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Table:
+    """Improved DDPM eq. 17: abar = cos^2, betas capped near the end."""
+    t = _spaced(0.0, 1.0, steps + 1)
+    abar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    return Table(betas=(1 - abar[1:] / abar[:-1]).clamp(max=max_beta).tolist())
+
+
+def _spaced(start: float, end: float, steps: int) -> Tensor:
+    if steps < 2:
+        raise ValueError(f"steps: must be at least 2, got {steps}")
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"start: must lie below end, both between 0 and 1, got {start} and {end}")
+    return torch.linspace(start, end, steps, dtype=torch.float64)
+
+
+class VPSDE(Path):
+    """The continuous variance preserving SDE (Song et al. 2021, eq. 33), beta from beta_min to beta_max."""
+
+    clock_scale = 999.0  # what the published continuous networks were told
+    t_min = 1e-3
+
+    def __init__(self, *, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(f"beta_min: must be above 0 and at most beta_max, got {beta_min} and {beta_max}")
+        self.linear, self.quadratic = beta_min / 2, (beta_max - beta_min) / 4
+
+    def level(self, t: Tensor) -> Level:
+        """-log alpha is a quadratic in t."""
+        log_alpha = -(self.quadratic * t + self.linear) * t
+        return Level(log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt(), torch.ones_like(t), self.clock_scale * t)
+
+    def at(self, log_snr: Tensor) -> Level:
+        """The quadratic's root, in the form that does not cancel near t = 0."""
+        c = 0.5 * torch.nn.functional.softplus(-2 * log_snr)  # -log alpha
+        t = 2 * c / (self.linear + (self.linear**2 + 4 * self.quadratic * c).sqrt())
+        return Level(_vp_alpha(log_snr), _vp_alpha(-log_snr), torch.ones_like(t), self.clock_scale * t)
+
+    def time(self, clock: Tensor) -> Tensor:
+        """t as the published networks count it."""
+        return clock / self.clock_scale
+
+
+class VE(Path):
+    """Variance exploding: alpha = 1, sigma geometric in t; the network's input and clock are EDM's (table 1)."""
+
+    def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min: must lie between 0 and sigma_max, got {sigma_min} and {sigma_max}")
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data: must be above 0, got {sigma_data}")
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def level(self, t: Tensor) -> Level:
+        """sigma = sigma_min^(1 - t) * sigma_max^t."""
+        return self._at_sigma(self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
+
+    def at(self, log_snr: Tensor) -> Level:
+        """sigma = exp(-lambda)."""
+        return self._at_sigma((-log_snr).exp())
+
+    def _at_sigma(self, sigma: Tensor) -> Level:
+        c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()
+        return Level(torch.ones_like(sigma), sigma, c_in, sigma.log() / 4)
+
+    def time(self, clock: Tensor) -> Tensor:
+        """The network is told c_noise = log(sigma) / 4."""
+        return (4 * clock - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+    def prior(self, z: Tensor) -> Tensor:
+        """Noise of the largest scale."""
+        return super().prior(z) * self.sigma_max
+
+
+class Flow(Path):
+    """Rectified flow: a straight line from data to noise, alpha = 1 - t and sigma = t; the network is told 1000 t."""
+
+    t_min, t_max = 1e-3, 1 - 1e-3
+
+    def __init__(self, *, last: float = 1.0):
+        if not self.t_min < last <= 1:
+            raise ValueError(f"last: must lie between {self.t_min} and 1, got {last}")
+        self.last = last  # the noisiest time used; below 1, an eps-prediction can be inverted there
+        self.t_max = min(last, self.t_max)
+
+    def level(self, t: Tensor) -> Level:
+        """(1 - t, t)."""
+        t = t.clamp(0, self.last)
+        return Level(1 - t, t, torch.ones_like(t), 1000 * t)
+
+    def at(self, log_snr: Tensor) -> Level:
+        """alpha / sigma = exp(lambda)."""
+        sigma = torch.sigmoid(-log_snr)
+        return Level(torch.sigmoid(log_snr), sigma, torch.ones_like(sigma), 1000 * sigma)
+
+    def time(self, clock: Tensor) -> Tensor:
+        """t from a thousandth."""
+        return clock / 1000

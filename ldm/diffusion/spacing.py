@@ -1,0 +1,138 @@
+"""Spacings: how many steps, and where. `grid(path)` gives the N + 1 levels that a solver walks down, in float64."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.path import Level, Path, Table
+from ldm.diffusion.times import positive, shifted
+
+End = Literal["zero", "table"]
+
+
+class Spacing:
+    """The common part: N levels from the rule, then the end: sigma = 0, or the least noisy level trained (`table`)."""
+
+    def __init__(self, *, steps: int, end: End = "zero"):
+        if steps < 1:
+            raise ValueError(f"steps: must be at least 1, got {steps}")
+        if end not in ("zero", "table"):
+            raise ValueError(f"end: must be zero or table, got {end}")
+        self.steps, self.end = steps, end
+
+    def levels(self, path: Path) -> Level:
+        """The N levels at which the network is asked."""
+        raise NotImplementedError
+
+    def grid(self, path: Path) -> Level:
+        """(N + 1,) levels of falling noise."""
+        levels = self.levels(path)
+        last = path.data() if self.end == "zero" else path.level(torch.tensor([path.t_min], dtype=torch.float64))
+        grid = Level(*(torch.cat(pair) for pair in zip(levels, last)))
+        falling = grid.log_snr.diff() > 0
+        if not falling.all():
+            row = int((~falling).nonzero()[0])
+            raise ValueError(f"steps: the noise does not fall from row {row} to {row + 1} of the grid; try fewer steps")
+        return grid
+
+
+class Trailing(Spacing):
+    """Equal steps of t that begin at pure noise (Lin et al. 2023); `shift` moves them towards it for large images."""
+
+    def __init__(self, *, steps: int, shift: float = 1.0, end: End = "zero"):
+        super().__init__(steps=steps, end=end)
+        self.shift = positive("shift", shift)
+
+    def levels(self, path: Path) -> Level:
+        """t = 1, 1 - 1/N, ..., 1/N."""
+        t = shifted(_line(self.steps, 0, self.steps).flip(0)[:-1] / self.steps, self.shift)
+        return path.level(_rounded(path, t))
+
+
+class Linspace(Spacing):
+    """Equal steps of t from the noisiest to the least noisy level trained."""
+
+    def levels(self, path: Path) -> Level:
+        """t = 1, ..., t_min."""
+        return path.level(_rounded(path, _line(self.steps - 1, 1.0, path.t_min)))
+
+
+class Leading(Spacing):
+    """Stable Diffusion's own: every (T // N)-th step of a table, counted from `offset`."""
+
+    def __init__(self, *, steps: int, offset: int = 1, end: End = "zero"):
+        super().__init__(steps=steps, end=end)
+        if offset < 0:
+            raise ValueError(f"offset: must be at least 0, got {offset}")
+        self.offset = offset
+
+    def levels(self, path: Path) -> Level:
+        """k = offset + (T // N) * (N - 1, ..., 0)."""
+        if not isinstance(path, Table):
+            raise ValueError("type: leading counts the steps of a table of betas, which this path has not; try trailing")
+        stride = path.steps // self.steps
+        last = self.offset + stride * (self.steps - 1)
+        if stride == 0 or last >= path.steps:
+            raise ValueError(f"steps: the path has {path.steps}, got {self.steps} from offset {self.offset}; try fewer")
+        return path.level(path.time(_line(self.steps - 1, last, self.offset)))
+
+
+class LogSNR(Spacing):
+    """Equal steps of the log-SNR (Lu et al. 2022)."""
+
+    def levels(self, path: Path) -> Level:
+        """lambda from the noisiest finite level to the least noisy trained."""
+        high, low = _log_snr(path, path.t_max), _log_snr(path, path.t_min)
+        return _from_the_top(path, path.at(_line(self.steps - 1, high, low)))
+
+
+class Karras(Spacing):
+    """EDM eq. 5: equal steps of (sigma / alpha)^(1 / rho), dense near the data."""
+
+    def __init__(self, *, steps: int, rho: float = 7.0, end: End = "zero"):
+        super().__init__(steps=steps, end=end)
+        self.rho = positive("rho", rho)
+
+    def levels(self, path: Path) -> Level:
+        """sigma / alpha between those of the noisiest finite level and the least noisy trained."""
+        ends = [torch.tensor(-_log_snr(path, t)).double().exp() ** (1 / self.rho) for t in (path.t_max, path.t_min)]
+        sigma = _line(self.steps - 1, ends[0].item(), ends[1].item()) ** self.rho
+        return _from_the_top(path, path.at(-sigma.log()))
+
+
+class Explicit(Spacing):
+    """The times listed, as the network is told them: steps k of a table, 1000 t of a flow."""
+
+    def __init__(self, *, times: list[float], end: End = "zero"):
+        super().__init__(steps=len(times), end=end)
+        self.times = times
+
+    def levels(self, path: Path) -> Level:
+        """The levels at these times."""
+        return path.level(path.time(torch.tensor(self.times, dtype=torch.float64)))
+
+
+def _line(steps: int, start: float, stop: float) -> Tensor:
+    """steps + 1 equally spaced numbers, exact where they are whole; the start alone for no step."""
+    index = torch.arange(steps + 1, dtype=torch.float64)
+    return start + (stop - start) * (index / max(steps, 1))
+
+
+def _rounded(path: Path, t: Tensor) -> Tensor:
+    """On a table, the nearest step (k, as numpy rounds it); elsewhere t itself."""
+    if not isinstance(path, Table):
+        return t
+    return path.time((t * path.steps - 1).round().clamp(min=0))
+
+
+def _log_snr(path: Path, t: float) -> float:
+    return path.level(torch.tensor([t], dtype=torch.float64)).log_snr.item()
+
+
+def _from_the_top(path: Path, levels: Level) -> Level:
+    """Begin at t = 1 exactly, where the prior is, also when its log-SNR is infinite."""
+    top = path.level(torch.ones(1, dtype=torch.float64))
+    return Level(*(torch.cat([first, rest[1:]]) for first, rest in zip(top, levels)))

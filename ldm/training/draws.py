@@ -1,0 +1,38 @@
+"""All randomness of a training sample as a pure function of (seed, number), the same on every device and rank count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def mix32(seed: int, number: int) -> int:
+    """A 32-bit hash of two integers: torch's CPU generator looks at 32 bits of its seed only."""
+    x = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & (2**64 - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 32
+
+
+def keyed(generator: torch.Generator, seed: int, number: int) -> torch.Generator:
+    """The generator, set to the beginning of sample `number`'s own stream."""
+    return generator.manual_seed(mix32(seed, number))
+
+
+def draw(seed: int, numbers: Iterable[int], uniforms: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(B, uniforms) uniform numbers in float64 and (B, *shape) normal ones, drawn sample by sample in this order."""
+    numbers, generator = list(numbers), torch.Generator()
+    u = torch.empty(len(numbers), uniforms, dtype=torch.float64)
+    noise = torch.empty(len(numbers), *shape)
+    for i, number in enumerate(numbers):
+        keyed(generator, seed, number)
+        u[i].uniform_(generator=generator)
+        noise[i].normal_(generator=generator)
+    return u, noise
+
+
+def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """Noise (B, C, ...) whose mean varies per sample and channel by strength * offset (B, C)."""
+    return noise + strength * offset.reshape(*offset.shape, *[1] * (noise.ndim - 2))
