@@ -26,7 +26,7 @@ def term(
     # the posterior of step 0 has no width: its logarithm is that of step 1, as published
     floor = small_variance(path.level(now.t * 0 + 2 / path.steps), path.level(now.t * 0 + 1 / path.steps))
     small = torch.where(first, floor, small_variance(now, next))
-    if noise_var == "learned":
+    if noise_var == "learned" and prediction.frac is not None:
         log_var = learned_log_variance(prediction.frac, small, large_variance(now, next))
     else:
         variance = small if noise_var == "small" else large_variance(now, next)
@@ -82,6 +82,8 @@ def bits_per_dim(
 ) -> Bound:
     """The whole bound for x0 in [-1, 1], one network evaluation per step; `noise()` gives N(0, I) like x0."""
     path = denoiser.path
+    if not isinstance(path, Table):
+        raise ValueError("path: the bound is that of a table of betas; try path.type=linear")
     times = torch.arange(1, path.steps + 1, dtype=torch.float64, device=x0.device) / path.steps
     steps = []
     for t in times:

@@ -66,9 +66,7 @@ class Guided:
         else:
             towards, away = self.denoiser(x, level, condition), self.denoiser(x, level, self.negative)
         cfg = self.guidance.cfg
-        guided = towards._replace(
-            x0=torch.lerp(away.x0, towards.x0, cfg), eps=torch.lerp(away.eps, towards.eps, cfg)
-        )
+        guided = towards._replace(x0=torch.lerp(away.x0, towards.x0, cfg), eps=torch.lerp(away.eps, towards.eps, cfg))
         return self._rescaled(x, level, guided, towards) if self.guidance.rescale > 0 else guided
 
     def _rescaled(self, x: Tensor, level: Row, guided: Prediction, towards: Prediction) -> Prediction:
@@ -82,7 +80,7 @@ class Guided:
         return guided._replace(x0=again.x0, eps=again.eps)
 
 
-def _halves(field: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _halves(field: Tensor | None) -> tuple[Tensor | None, ...]:
     return (None, None) if field is None else field.chunk(2)
 
 

@@ -149,9 +149,7 @@ def _vp_alpha(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(2 * log_snr).sqrt()
 
 
-def linear(
-    *, start: float = 1e-4, end: float = 0.02, steps: int = 1000, zero_terminal_snr: bool = False
-) -> Table:
+def linear(*, start: float = 1e-4, end: float = 0.02, steps: int = 1000, zero_terminal_snr: bool = False) -> Table:
     """DDPM's betas, equally spaced."""
     return Table(betas=_spaced(start, end, steps).tolist(), zero_terminal_snr=zero_terminal_snr)
 

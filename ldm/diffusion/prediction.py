@@ -54,8 +54,7 @@ class Target:
         noisiest = path.level(torch.ones(1, dtype=torch.float64)).rows()[0]
         p, q = self.row(noisiest)
         if noisiest.alpha * q - noisiest.sigma * p == 0:
-            kind = type(self).__name__.lower()
-            raise ValueError(f"type: {kind} says nothing about x0 where alpha = 0, which this path reaches at t = 1; try v")
+            raise ValueError("type: eps says nothing of x0 where alpha = 0, as this path has it at t = 1; try v")
 
 
 class Eps(Target):

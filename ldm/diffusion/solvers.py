@@ -1,7 +1,7 @@
 """Solvers: generators that walk down a grid and yield a Step at each of its points.
 
 Each is one first-order step, `ddim_step`, with a better guess of x0 than the last prediction alone gives.
-`denoise(x, row) -> Prediction` has its condition bound; `noise()` gives N(0, I) like x, and is called where it is needed.
+`denoise(x, row) -> Prediction` has its condition bound; `noise()` gives N(0, I) like x, where it is needed.
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float) -> Tensor:
 def unipc(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int = 2) -> Iterator[Step]:
     """UniPC with B2 (Zhao et al. 2023): each prediction first corrects the step that led to it, at no evaluation."""
     past: list[tuple[float, Tensor]] = []  # (log-SNR, x0), newest first
-    for now, next in pairwise(grid.rows()):
+    rows = grid.rows()
+    last, last_x = rows[0], x  # where the step to here began
+    for now, next in pairwise(rows):
         prediction = denoise(x, now)
         if past:
             x = ddim_step(last_x, prediction, last, now, x0=_unified(past, now.log_snr, prediction.x0)).x

@@ -72,7 +72,7 @@ class Leading(Spacing):
     def levels(self, path: Path) -> Level:
         """k = offset + (T // N) * (N - 1, ..., 0)."""
         if not isinstance(path, Table):
-            raise ValueError("type: leading counts the steps of a table of betas, which this path has not; try trailing")
+            raise ValueError("type: leading counts the steps of a table of betas; this path has none; try trailing")
         stride = path.steps // self.steps
         last = self.offset + stride * (self.steps - 1)
         if stride == 0 or last >= path.steps:

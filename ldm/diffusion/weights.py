@@ -1,4 +1,4 @@
-"""Weights of the loss by level, all as weights of |x0 - x0_hat|^2 times (sigma / det)^2, which says it in the output y."""
+"""Weights of the loss by level: each is one of |x0 - x0_hat|^2, times (sigma / det)^2 to be one of |y - y_hat|^2."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""The commands. Each is a module with `options(parser)` and `run(arguments)`, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import __version__
+from ldm.errors import InputError, LdmError
+
+COMMANDS = {
+    "demo": "learn a swiss roll in a minute and draw what four solvers make of it",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line like all others."""
+
+    def error(self, message: str):
+        """Raise rather than print the usage and exit."""
+        raise InputError(message, "command line", hint=f"{self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status says whose fault an error is."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _dispatch([argument for argument in arguments if argument != "--debug"])
+    except LdmError as error:
+        return _report(str(error), error.code, debug)
+    except KeyboardInterrupt:
+        return _report("interrupted", 130, debug)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".replace("\n", " ")
+        return _report(f"internal, please report it: {text}; try --debug for the traceback", 1, debug)
+
+
+def _report(text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    listing = "\n".join(f"  {name:12} {line}" for name, line in COMMANDS.items())
+    parser = Parser(
+        prog="ldm",
+        description="Latent diffusion, both stages.",
+        epilog=f"commands:\n{listing}\n\n`ldm COMMAND --help` tells more; --debug shows tracebacks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="ldm COMMAND ...",
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("--version", action="version", version=__version__)
+    command = parser.parse_args(arguments[:1]).command
+    module = importlib.import_module(f"ldm.cli.{command}")
+    own = Parser(prog=f"ldm {command}", description=module.__doc__)
+    module.options(own)
+    return module.run(own.parse_intermixed_args(arguments[1:])) or 0
+
+
+def config_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """What every command with a configuration understands."""
+    parser.add_argument("--config", default=default, help="a YAML file, or the name of a shipped one")
+    parser.add_argument("--print-config", action="store_true", help="print the checked configuration and stop")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with your own parts")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting: path.type=cosine")
+
+
+def config_file(name: str, folder: str) -> Path:
+    """The file itself, or the shipped configuration of that name: in the package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    places = [package / "configs" / folder, package.parent / "configs" / folder]
+    shipped = [place / f"{Path(name).stem}.yaml" for place in places]
+    if Path(name).suffix not in (".yaml", ".yml"):
+        return next((file for file in shipped if file.is_file()), Path(name))
+    return Path(name)

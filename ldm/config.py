@@ -1,0 +1,171 @@
+"""Checked configurations and the objects they describe. A part's schema is its constructor's keyword arguments."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ldm import configfile, parts
+
+PLAIN = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", types.NoneType: "null"}
+
+
+class Part:
+    """In a command's schema: a node built from the table of its key's own name."""
+
+
+class Config:
+    """Values checked against a schema and complete with its defaults; `build` makes the objects."""
+
+    def __init__(self, source: configfile.Source, schema: type):
+        self.source = source
+        self.values = {"format": configfile.FORMAT, **self._fields(source.values, schema, "", "")}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def build(self, key: str, **given: Any) -> Any:
+        """The object that a top-level node describes; `given` supplies what the node may not say (parts.GIVEN)."""
+        return self._construct(self.values[key], key, key, given)
+
+    @contextmanager
+    def blame(self, key: str) -> Iterator[None]:
+        """Say which line of the configuration a constructor's ValueError("argument: ...") is about."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.source.error(f"{key}.{error}", f"{key}.{str(error).partition(':')[0]}") from error
+
+    def _construct(self, node: dict[str, Any], table: str, key: str, given: dict[str, Any]) -> Any:
+        target = _target(table, node)
+        schema = _schema(target)
+        arguments = {name: given[name] for name in schema if name in parts.GIVEN.get(table, {})}
+        for name, value in node.items():
+            if name in schema:
+                arguments[name] = self._argument(value, schema[name].annotation, table, f"{key}.{name}", given)
+        with self.blame(key):
+            return _call(target, arguments)
+
+    def _argument(self, value: Any, kind: Any, table: str, key: str, given: dict[str, Any]) -> Any:
+        """Plain values as they are, nodes as objects."""
+        kind = _variant(kind, value)
+        if get_origin(kind) is list and _is_part(get_args(kind)[0]):
+            return [self._construct(node, table, f"{key}.{i}", given) for i, node in enumerate(value)]
+        return self._construct(value, table, key, given) if _is_part(kind) else value
+
+    def _fields(self, node: dict[str, Any], target: Any, key: str, table: str) -> dict[str, Any]:
+        """Every key of a node against the target's keyword arguments, the rest from their defaults."""
+        owners, checked = parts.GIVEN.get(table, {}), {}
+        schema = _schema(target)
+        settable = [name for name in schema if name not in owners]
+        for name in node:
+            full = f"{key}.{name}".lstrip(".")
+            if name in schema and name in owners:
+                raise self.source.error(f"{full}: is not set here", full, hint=f"{owners[name]}, which owns it")
+            if name not in settable:
+                raise self.source.error(f"{full}: unknown key", full, **_nearest(name, settable))
+        for name in settable:
+            full, default = f"{key}.{name}".lstrip("."), schema[name].default
+            if name in node:
+                checked[name] = self._value(node[name], schema[name].annotation, full, table or name)
+            elif default is inspect.Parameter.empty:
+                raise self.source.error(f"{full}: missing", full, expected=_describe(schema[name].annotation))
+            else:
+                checked[name] = list(default) if isinstance(default, tuple) else default
+        return checked
+
+    def _value(self, value: Any, kind: Any, key: str, table: str) -> Any:
+        """The value in the form that its annotation asks for."""
+        variant, choices = _variant(kind, value), get_args(_variant(kind, value))
+        if _is_part(variant):
+            return self._node(value, key, table)
+        if get_origin(variant) is Literal and value in choices:
+            return value
+        if get_origin(variant) in (list, tuple) and isinstance(value, list):
+            kinds = choices if get_origin(variant) is tuple else choices * len(value)
+            if len(kinds) == len(value):
+                return [self._value(v, k, f"{key}.{i}", table) for i, (v, k) in enumerate(zip(value, kinds))]
+        if variant is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        if variant is int and type(value) is float and value.is_integer():
+            return int(value)
+        if variant in PLAIN and variant is not float and type(value) is variant:
+            return value
+        raise self.source.error(f"{key}: wrong value", key, got=repr(value), expected=_describe(kind))
+
+    def _node(self, node: Any, key: str, table: str) -> dict[str, Any]:
+        choices = parts.TABLES[table]
+        if not isinstance(node, dict):
+            raise self.source.error(f"{key}: wrong value", key, got=repr(node), expected=_describe(Part))
+        if isinstance(choices, str):
+            return self._fields(node, _target(table, node), key, table)
+        if "type" not in node:
+            raise self.source.error(f"{key}.type: missing", f"{key}.type", **_nearest("", choices))
+        name = node["type"]
+        if not isinstance(name, str) or name not in choices:
+            raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **_nearest(name, choices))
+        arguments = {k: v for k, v in node.items() if k != "type"}
+        return {"type": name, **self._fields(arguments, _target(table, node), key, table)}
+
+
+def load(file: str | Path, overrides: list[str], schema: type) -> Config:
+    """Read a file and its overrides and check them against a command's schema."""
+    return Config(configfile.read(file, overrides), schema)
+
+
+def _target(table: str, node: dict[str, Any]) -> Any:
+    choices = parts.TABLES[table]
+    return parts.load(choices if isinstance(choices, str) else choices[node["type"]])
+
+
+def _schema(target: Any) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters; what a partial has fixed is not for the YAML."""
+    fixed = target.keywords if isinstance(target, partial) else {}
+    parameters = inspect.signature(target, eval_str=True).parameters
+    return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and k not in fixed}
+
+
+def _call(target: Any, arguments: dict[str, Any]) -> Any:
+    """Call a constructor; a function that wants positional arguments too, such as a solver, is for later."""
+    parameters = inspect.signature(target).parameters.values()
+    later = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+    return partial(target, **arguments) if later else target(**arguments)
+
+
+def _variant(kind: Any, value: Any) -> Any:
+    """Of X | None, the one that the value is meant for."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    variants = get_args(kind)
+    return types.NoneType if value is None else next(v for v in variants if v is not types.NoneType)
+
+
+def _is_part(kind: Any) -> bool:
+    """A class rather than a plain type: a node of the table at hand."""
+    return isinstance(kind, type) and kind not in PLAIN and get_origin(kind) is None
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_describe(variant) for variant in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) in (list, tuple):
+        items = get_args(kind)
+        return f"a list of {_describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(_describe, items))}]"
+    return PLAIN.get(kind, "a node {type: NAME, ...}")
+
+
+def _nearest(name: Any, names: Iterable[str]) -> dict[str, str]:
+    """What to say of a name that is not among these."""
+    names = list(names)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    words = {"got": repr(name)} if name else {}
+    return {**words, "expected": f"one of {', '.join(names)}" if names else "no keys", "hint": "".join(close)}

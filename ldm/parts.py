@@ -1,0 +1,91 @@
+"""Short names of parts -> "module:name". Data chooses from these tables and from nothing else."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+
+# axis -> {type: target}; an axis with a single target has no `type`
+TABLES: dict[str, dict[str, str] | str] = {
+    "path": {
+        "linear": "ldm.diffusion.path:linear",
+        "scaled_linear": "ldm.diffusion.path:scaled_linear",
+        "cosine": "ldm.diffusion.path:cosine",
+        "table": "ldm.diffusion.path:Table",
+        "vp_sde": "ldm.diffusion.path:VPSDE",
+        "ve": "ldm.diffusion.path:VE",
+        "flow": "ldm.diffusion.path:Flow",
+    },
+    "prediction": {
+        "eps": "ldm.diffusion.prediction:Eps",
+        "x0": "ldm.diffusion.prediction:X0",
+        "v": "ldm.diffusion.prediction:V",
+        "flow": "ldm.diffusion.prediction:Flow",
+        "edm": "ldm.diffusion.prediction:EDM",
+        "learned_range": "ldm.diffusion.prediction:LearnedRange",
+    },
+    "backbone": {
+        "mlp": "ldm.models.mlp:MLP",
+    },
+    "draw": {
+        "uniform": "ldm.diffusion.times:Uniform",
+        "logit_normal": "ldm.diffusion.times:LogitNormal",
+        "log_normal": "ldm.diffusion.times:LogNormal",
+    },
+    "weight": {
+        "constant": "ldm.diffusion.weights:Constant",
+        "snr": "ldm.diffusion.weights:SNR",
+        "min_snr": "ldm.diffusion.weights:MinSNR",
+        "edm": "ldm.diffusion.weights:EDM",
+    },
+    "spacing": {
+        "trailing": "ldm.diffusion.spacing:Trailing",
+        "linspace": "ldm.diffusion.spacing:Linspace",
+        "leading": "ldm.diffusion.spacing:Leading",
+        "log_snr": "ldm.diffusion.spacing:LogSNR",
+        "karras": "ldm.diffusion.spacing:Karras",
+        "explicit": "ldm.diffusion.spacing:Explicit",
+    },
+    "solver": {
+        "ddim": "ldm.diffusion.solvers:ddim",
+        "ddpm": "ldm.diffusion.solvers:ddpm",
+        "euler": "ldm.diffusion.solvers:euler",
+        "euler_ancestral": "ldm.diffusion.solvers:euler_ancestral",
+        "heun": "ldm.diffusion.solvers:heun",
+        "dpm_2s": "ldm.diffusion.solvers:dpm_2s",
+        "dpm_3s": "ldm.diffusion.solvers:dpm_3s",
+        "dpmpp_2m": "ldm.diffusion.solvers:dpmpp_2m",
+        "dpmpp_2m_sde": "ldm.diffusion.solvers:dpmpp_2m_sde",
+        "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
+        "unipc": "ldm.diffusion.solvers:unipc",
+    },
+    "guidance": "ldm.diffusion.guidance:Guidance",
+}
+
+# parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
+GIVEN: dict[str, dict[str, str]] = {
+    "prediction": {"sigma_data": "path.sigma_data"},
+    "weight": {"sigma_data": "path.sigma_data"},
+    "backbone": {"channels": "the data"},
+}
+
+
+def load(target: str):
+    """The object behind "module:name"."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def plug(module: str) -> None:
+    """Add the tables of a user's own module, PARTS = {axis: {name: "module:name"}}; only a command line names one."""
+    for axis, table in importlib.import_module(module).PARTS.items():
+        known = TABLES.setdefault(axis, {})
+        if isinstance(known, str) or known.keys() & table.keys():
+            raise ValueError(f"{module}: its {axis} would replace ours; got {', '.join(table)}")
+        known.update(table)
+
+
+def plug_installed() -> None:
+    """Add the tables of installed packages that declare an entry point in the group `ldm.parts`."""
+    for entry in entry_points(group="ldm.parts"):
+        plug(entry.value)
