@@ -1,4 +1,4 @@
-"""A configuration file as plain values that know where they were written; the only importer of omegaconf."""
+"""A configuration file and its overrides as plain values that know who wrote them; the only importer of omegaconf."""
 
 from __future__ import annotations
 
@@ -7,29 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.errors import InputError
+from ldm.errors import InputError, nearest, shown
+from ldm.plainyaml import COMMAND_LINE, parse
 
 FORMAT = 1
 RENAMES: dict[int, dict[str, str]] = {}  # format n -> {dotted key in it: the same in format n + 1}
-COMMAND_LINE = "command line"
-PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null")}
-
-
-class Loader(yaml.SafeLoader):
-    """YAML as people mean it: 3e-4 is a number; `on` and `2024-01-01` are strings."""
-
-
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
-FLOAT = r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(FLOAT), list("-+.0123456789"))
 
 
 @dataclass
@@ -45,23 +30,28 @@ class Source:
             key = key.rpartition(".")[0]
         return self.origin[key]
 
+    def rewrite(self, key: str, place: str) -> None:
+        """Another place has written the key and all below it."""
+        self.origin = {k: v for k, v in self.origin.items() if not f"{k}.".startswith(f"{key}.")} | {key: place}
+
     def error(self, what: str, key: str, **words: str) -> InputError:
         """The one-line error about a key."""
         return InputError(what, self.where(key), **words)
 
 
 def read(file: str | Path, overrides: list[str]) -> Source:
-    """The file, then the key=value overrides, with ${interpolations} resolved and old key names renewed."""
+    """The file with its old keys renamed, then the key=value overrides, then each ${KEY} by its value."""
     origin = {"": str(file)}
     source = Source(parse(_text(Path(file)), str(file), origin), origin)
+    if source.values is None:
+        raise source.error("configuration is empty", "")
     if not isinstance(source.values, dict):
-        raise source.error(
-            "configuration is not a mapping", "", got=repr(source.values), expected="lines of key: value"
-        )
-    for override in sorted(overrides, key=lambda text: ".type=" not in text):  # types first: they drop arguments
+        got = shown(source.values)
+        raise source.error("configuration is not a mapping", "", got=got, expected="lines of key: value")
+    _upgrade(source, RENAMES)
+    for override in sorted(overrides, key=_rank):
         _override(source, override)
     source.values = _resolved(source)
-    _upgrade(source, RENAMES)
     return source
 
 
@@ -69,94 +59,62 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError("configuration is not UTF-8 text", str(file), got=f"a bad byte at {error.start}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        got = f"byte 0x{error.object[error.start]:02x}"
+        raise InputError("configuration is not UTF-8 text", f"{file}:{line}", got=got) from None
     except OSError as error:
-        raise InputError("cannot read the configuration", str(file), got=str(error.strerror)) from None
+        hint = "" if file.exists() else nearest(file.name, [path.name for path in file.parent.glob("*.yaml")])
+        raise InputError(f"cannot read the configuration: {error.strerror}", str(file), hint=hint) from None
 
 
-def parse(text: str, file: str, origin: dict[str, str], key: str = "") -> Any:
-    """The plain values of a YAML text; `origin` learns the line of each key."""
-    try:
-        for event in yaml.parse(text, Loader):
-            if isinstance(event, yaml.AliasEvent):
-                raise InputError("YAML aliases are refused", _place(file, event), got=f"*{event.anchor}")
-        node = yaml.compose(text, Loader)
-        if node is None:
-            raise InputError("configuration is empty", file)
-        return _plain(node, file, origin, key)
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = file if line is None or file == COMMAND_LINE else f"{file}:{line + 1}"
-        raise InputError("not valid YAML", where, got=getattr(error, "problem", None) or str(error)) from None
-    except RecursionError:
-        raise InputError("YAML is nested too deeply", file) from None
-
-
-def _place(file: str, node: yaml.Node | yaml.Event) -> str:
-    return file if file == COMMAND_LINE else f"{file}:{node.start_mark.line + 1}"
-
-
-def _plain(node: yaml.Node, file: str, origin: dict[str, str], key: str) -> Any:
-    origin.setdefault(key, _place(file, node))
-    if node.tag not in PLAIN_TAGS:
-        raise InputError(f"{key}: YAML tags are refused".removeprefix(": "), _place(file, node), got=node.tag)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, file, origin, f"{key}.{i}") for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        try:
-            return Loader("").construct_object(node)
-        except ValueError:
-            raise InputError(f"{key}: not a value of its tag", _place(file, node), got=repr(node.value)) from None
-    values: dict[str, Any] = {}
-    for name, value in node.value:
-        full = f"{key}.{name.value}".lstrip(".")
-        if str(name.value) in values:
-            raise InputError(f"{full}: written twice", _place(file, name), got=f"the first at {origin[full]}")
-        origin[full] = _place(file, name)
-        values[str(name.value)] = _plain(value, file, origin, full)
-    return values
+def _rank(override: str) -> tuple[int, bool]:
+    """Nodes before what is in them and types before their arguments; of the same key, the last wins."""
+    key = override.partition("=")[0]
+    return key.count("."), not key.endswith(".type")
 
 
 def _override(source: Source, text: str) -> None:
     """Set one key=value; a new `type` drops the arguments of the old one."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise InputError("override is not key=value", COMMAND_LINE, got=repr(text), hint=f"{key or 'key'}=VALUE")
-    *above, name = key.split(".")
-    node: Any = source.values
-    for part in above:
-        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
-    if not isinstance(node, dict):
-        raise InputError(f"{key}: nothing to override there", COMMAND_LINE, got=f"{'.'.join(above)}={node!r}")
-    for known in [k for k in source.origin if f"{k}.".startswith(f"{key}.")]:
-        del source.origin[known]
-    source.origin[key] = COMMAND_LINE
-    if name == "type" and node.get("type") != value:
+    names = key.split(".")
+    if not equals or not all(names):
+        hint = f"{'.'.join(name for name in names if name) or 'KEY'}=VALUE"
+        raise InputError("override is not KEY=VALUE", COMMAND_LINE, got=shown(text), hint=hint)
+    node, slot = _find(source, names)
+    new = parse(value, COMMAND_LINE, {})
+    if len(names) > 1 and slot == "type" and node.get("type", new) != new:
         node.clear()
-    node[name] = parse(value, COMMAND_LINE, source.origin, key) if value.strip() else None
+        source.rewrite(".".join(names[:-1]), f"{COMMAND_LINE}: {text} drops the other arguments")
+    source.rewrite(key, COMMAND_LINE)
+    node[slot] = new
+
+
+def _find(source: Source, names: list[str]) -> tuple[Any, str | int]:
+    """The node, made where it is missing, and the key or index in it that a dotted name means."""
+    node: Any = source.values
+    for depth, name in enumerate(names, 1):
+        if isinstance(node, list) and name.isdecimal() and int(name) < len(node):
+            slot: str | int = int(name)
+        elif isinstance(node, dict):
+            slot = name
+        else:
+            got = f"{'.'.join(names[: depth - 1])}={shown(node)}"
+            raise InputError(f"{'.'.join(names)}: nothing to override there", COMMAND_LINE, got=got)
+        if depth < len(names):
+            source.origin.setdefault(".".join(names[:depth]), COMMAND_LINE)
+            above, node = node, node.setdefault(slot, {}) if isinstance(node, dict) else node[slot]
+    return node, slot
 
 
 def _resolved(source: Source) -> dict[str, Any]:
-    """Interpolations such as ${seed} by their values; a resolver such as ${oc.env:HOME} would read the machine."""
-    for key, value in _leaves(source.values):
-        if isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
-            raise source.error(f"{key}: resolvers are refused", key, got=value)
+    """Each ${KEY} by its value."""
     try:
         return OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = (getattr(error, "full_key", None) or "").replace("[", ".").replace("]", "")
-        raise source.error(f"{key}: cannot be resolved", key, got=str(error).splitlines()[0]) from None
-
-
-def _leaves(node: Any, key: str = ""):
-    if not isinstance(node, dict | list):
-        yield key, node
-        return
-    for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield from _leaves(value, f"{key}.{name}".lstrip("."))
+        what = str(error).splitlines()[0]
+        meant = nearest("".join(re.findall("'(.*)'", what)), [name for name in source.origin if name != key])
+        raise source.error(f"{key}: {what}", key, hint=f"${{{meant}}}" if meant else "") from None
 
 
 def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
@@ -164,24 +122,13 @@ def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
     written = source.values.pop("format", FORMAT)
     newest = max([FORMAT, *(number + 1 for number in renames)])
     if type(written) is not int or not 1 <= written <= newest:
-        raise source.error(
-            "format: unknown", "format", got=repr(written), expected=f"at most {newest}", hint="a newer ldm"
-        )
+        hint = "a newer ldm" if type(written) is int and written > newest else ""
+        raise source.error("format: unknown", "format", got=shown(written), expected=f"1 to {newest}", hint=hint)
     for number in range(written, newest):
         for old, new in renames.get(number, {}).items():
-            _move(source, old.split("."), new.split("."))
+            _move(source, source.values, old.split("."), new)
 
 
-def _move(source: Source, old: list[str], new: list[str]) -> None:
-    """Carry one value to its new key, if it is there."""
-    node = source.values
-    for part in old[:-1]:
-        node = node.get(part, {})
-    if old[-1] not in node:
-        return
-    value, origin = node.pop(old[-1]), source.where(".".join(old))
-    node = source.values
-    for part in new[:-1]:
-        node = node.setdefault(part, {})
-    node[new[-1]] = value
-    source.origin[".".join(new)] = origin
+def _move(source: Source, node: Any, old: list[str], new: str) -> None:
+    """Carry one value to its new key, if it is there, and leave no empty node behind."""
+    ...

@@ -109,7 +109,7 @@ class ClassifierGuided:
         push = self.scale * self._gradient(x, level)
         if self.form == "mean":
             return prediction._replace(shift=push)
-        # at alpha = 0 the gradient is zero: x is pure noise there and knows nothing of y
+        # at alpha = 0 the gradient is zero and sigma^2 / alpha infinite: their limit is not to be had from here
         x0 = mix(1.0, prediction.x0, level.sigma**2 / level.alpha, push) if level.alpha > 0 else prediction.x0
         return prediction._replace(x0=x0, eps=mix(1.0, prediction.eps, -level.sigma, push))
 

@@ -49,7 +49,7 @@ class Trailing(Spacing):
     def levels(self, path: Path) -> Level:
         """t = 1, 1 - 1/N, ..., 1/N."""
         t = shifted(_line(self.steps, 0, self.steps).flip(0)[:-1] / self.steps, self.shift)
-        return path.level(_rounded(path, t))
+        return path.level(_rounded(path, t, first=1))
 
 
 class Linspace(Spacing):
@@ -57,7 +57,7 @@ class Linspace(Spacing):
 
     def levels(self, path: Path) -> Level:
         """t = 1, ..., t_min."""
-        return path.level(_rounded(path, _line(self.steps - 1, 1.0, path.t_min)))
+        return path.level(_rounded(path, _line(self.steps - 1, 1.0, path.t_min), first=0))
 
 
 class Leading(Spacing):
@@ -121,11 +121,12 @@ def _line(steps: int, start: float, stop: float) -> Tensor:
     return start + (stop - start) * (index / max(steps, 1))
 
 
-def _rounded(path: Path, t: Tensor) -> Tensor:
-    """On a table, the nearest step (k, as numpy rounds it); elsewhere t itself."""
+def _rounded(path: Path, t: Tensor, first: int) -> Tensor:
+    """On a table, the nearest step; a half goes to the even one, as they are counted from `first`. Elsewhere t."""
     if not isinstance(path, Table):
         return t
-    return path.time((t * path.steps - 1).round().clamp(min=0))
+    count = (t * path.steps).round(decimals=6) - 1 + first  # a half is one only without the noise of t * T
+    return path.time((count.round() - first).clamp(min=0))
 
 
 def _log_snr(path: Path, t: float) -> float:

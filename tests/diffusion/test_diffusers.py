@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -18,17 +18,19 @@ from ldm.diffusion import path, prediction, solvers, spacing
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 TOLERANCE = 1e-4  # float32, relative to the root mean square of the state
-STEPS = 10  # with 1000 training steps, linspace falls on whole steps too: 999, 888, ..., 0
+STEPS = 10  # of 1000: linspace falls on whole steps too, 999, 888, ..., 0
 SHAPE = (2, 3, 4, 4)
 
-PATHS = {"linear": path.linear, "scaled_linear": path.scaled_linear}
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+PATHS = {"linear": path.linear, "scaled_linear": path.scaled_linear}
 TARGETS = {"epsilon": prediction.Eps, "v_prediction": prediction.V, "flow_prediction": prediction.Flow}
 
 
 class Bend(nn.Module):
-    """A smooth nonlinear function of (x, t) in place of a network."""
+    """A smooth nonlinear function of (x, t) in place of a network; with two halves, the second says a variance."""
 
     MIX = torch.tensor([[0.9, -0.5, 0.3], [0.4, 0.8, -0.6], [-0.7, 0.2, 1.1]])
 
@@ -44,212 +46,398 @@ class Bend(nn.Module):
 
 
 class Case(NamedTuple):
-    """One of our solvers and the scheduler that should do the same."""
+    """One of our solvers, and the scheduler and options that say the same."""
 
     solver: Callable[..., Any]
     scheduler: str
     options: dict[str, Any] = {}
     step_options: dict[str, Any] = {}
-    scaled: bool = False  # the scheduler's state is x / alpha
-    learned: bool = False
+    ratio: bool = False  # the scheduler's state is x / alpha, as in k-diffusion
 
 
-ANCESTRAL = partial(solvers.ddim, eta=1.0)
-MULTISTEP = {"lower_order_final": False}  # their lower orders near the end of short runs are no part of the method
+ancestral = partial(solvers.ddim, eta=1.0)
+ancestral_learned = partial(solvers.ddim, eta=1.0, noise_var="learned")
+# clipping suits images in [-1, 1] alone; lower orders near the end of short runs are no part of a method
+PLAIN, FULL = {"clip_sample": False}, {"lower_order_final": False}
 
 DDPM = {
-    "ddpm_small": Case(ANCESTRAL, "DDPM", {"variance_type": "fixed_small", "clip_sample": False}),
-    "ddpm_large": Case(solvers.ddpm, "DDPM", {"variance_type": "fixed_large", "clip_sample": False}),
-    "ddpm_learned": Case(
-        partial(ANCESTRAL, noise_var="learned"),
-        "DDPM",
-        {"variance_type": "learned_range", "clip_sample": False},
-        learned=True,
-    ),
+    "ddpm_small": Case(ancestral, "DDPM", PLAIN | {"variance_type": "fixed_small"}),
+    "ddpm_large": Case(solvers.ddpm, "DDPM", PLAIN | {"variance_type": "fixed_large"}),
+    "ddpm_learned": Case(ancestral_learned, "DDPM", PLAIN | {"variance_type": "learned_range"}),
 }
 DDIM = {
-    "ddim": Case(solvers.ddim, "DDIM", {"clip_sample": False}),
-    "ddim_eta": Case(partial(solvers.ddim, eta=0.7), "DDIM", {"clip_sample": False}, {"eta": 0.7}),
+    "ddim": Case(solvers.ddim, "DDIM", PLAIN),
+    "ddim_eta": Case(partial(solvers.ddim, eta=0.7), "DDIM", PLAIN, {"eta": 0.7}),
 }
 EULER = {
-    "euler": Case(solvers.euler, "EulerDiscrete", scaled=True),
-    "euler_ancestral": Case(solvers.euler_ancestral, "EulerAncestralDiscrete", scaled=True),
-    "heun": Case(solvers.heun, "HeunDiscrete", scaled=True),
+    "euler": Case(solvers.euler, "EulerDiscrete", ratio=True),
+    "euler_ancestral": Case(solvers.euler_ancestral, "EulerAncestralDiscrete", ratio=True),
+    "heun": Case(solvers.heun, "HeunDiscrete", ratio=True),
 }
-DPM = {
-    "2m": Case(solvers.dpmpp_2m, "DPMSolverMultistep", {"solver_order": 2, **MULTISTEP}),
-    "3m": Case(solvers.dpmpp_3m, "DPMSolverMultistep", {"solver_order": 3, **MULTISTEP}),
-    "2m_sde": Case(
-        solvers.dpmpp_2m_sde,
-        "DPMSolverMultistep",
-        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++", **MULTISTEP},
-    ),
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+MULTI = {
+    "2m": Case(solvers.dpmpp_2m, "DPMSolverMultistep", FULL | {"solver_order": 2}),
+    "3m": Case(solvers.dpmpp_3m, "DPMSolverMultistep", FULL | {"solver_order": 3}),
+    "2m_sde": Case(solvers.dpmpp_2m_sde, "DPMSolverMultistep", FULL | SDE | {"solver_order": 2}),
+    "unipc_1": Case(partial(solvers.unipc, order=1), "UniPCMultistep", {"solver_order": 1, "solver_type": "bh2"}),
+    "unipc_2": Case(partial(solvers.unipc, order=2), "UniPCMultistep", {"solver_order": 2, "solver_type": "bh2"}),
 }
+UNIPC_3 = {"unipc_3": Case(partial(solvers.unipc, order=3), "UniPCMultistep", {"solver_order": 3})}
 SINGLE = {
     "2s": Case(solvers.dpm_2s, "DPMSolverSinglestep", {"solver_order": 2, "lower_order_final": True}),
     "3s": Case(solvers.dpm_3s, "DPMSolverSinglestep", {"solver_order": 3, "lower_order_final": True}),
 }
-UNIPC = {
-    f"unipc_{order}": Case(partial(solvers.unipc, order=order), "UniPCMultistep", {"solver_order": order})
-    for order in (1, 2, 3)
-}
-ALL = DDPM | DDIM | EULER | DPM | SINGLE | UNIPC
+ALL = DDPM | DDIM | EULER | MULTI | UNIPC_3 | SINGLE
+FLOW_EULER = Case(solvers.euler, "FlowMatchEulerDiscrete")
 
 
-def make_scheduler(case: Case, steps: int, **options):
-    """The scheduler, ready to step; each option must have taken effect."""
-    kind = getattr(diffusers, case.scheduler + "Scheduler")
+def make_scheduler(case: Case, steps: int = STEPS, **options):
+    """The scheduler, ready to step; every option must stand in its configuration."""
     options = case.options | options
-    scheduler = kind(**options)
+    scheduler = getattr(diffusers, case.scheduler + "Scheduler")(**options)
     scheduler.set_timesteps(steps)
     assert {name: scheduler.config[name] for name in options} == options
     return scheduler
 
 
-def beta_options(betas: str, target: str) -> dict[str, Any]:
-    start, end = BETAS[betas]
-    return {"beta_schedule": betas, "beta_start": start, "beta_end": end, "prediction_type": target}
+def on_table(betas: str, target: str) -> dict[str, Any]:
+    low, high = BETAS[betas]
+    return {"beta_schedule": betas, "beta_start": low, "beta_end": high, "prediction_type": target}
 
 
 def their_times(scheduler) -> list[float]:
-    """The scheduler's own times; Heun lists each but the first twice."""
+    """The scheduler's own times; Heun lists all but the first twice."""
     times = scheduler.timesteps.tolist()
     return times[:1] + times[1::2] if scheduler.order == 2 else times
 
 
-def own_grid(scheduler, flow: bool = False) -> Level:
-    """A grid from the scheduler's sigmas, where its rounding or interpolation is not ours."""
-    sigma = scheduler.sigmas.double()  # of x / alpha, but of x itself on a flow
-    if scheduler.order == 2:
-        sigma = torch.cat([sigma[:1], sigma[1:-1:2], sigma[-1:]])
-    alpha = 1 - sigma if flow else (1 + sigma**2).rsqrt()
-    times = torch.tensor(their_times(scheduler), dtype=torch.float64)
-    return Level(alpha, sigma if flow else sigma * alpha, torch.ones_like(alpha), torch.cat([times, times[-1:]]))
-
-
-def noises(steps: int) -> list[Tensor]:
-    return list(torch.randn(steps, *SHAPE, generator=torch.Generator().manual_seed(1)))
-
-
-def feed(scheduler, noise: list[Tensor], monkeypatch) -> None:
-    """Have the scheduler draw these tensors."""
-    stream = iter(noise)
-    monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: next(stream))
-
-
-def theirs(case: Case, scheduler, model: nn.Module, z: Tensor) -> list[Tensor]:
-    """The state after each step, from z and their own start."""
-    x, states = z * scheduler.init_noise_sigma, []
-    for t in scheduler.timesteps:
-        y = model(scheduler.scale_model_input(x, t), t.float().expand(len(x)))
-        x = scheduler.step(y, t, x, **case.step_options).prev_sample
-        states.append(x)
-    return [*states[1::2], states[-1]] if scheduler.order == 2 else states
-
-
-def ours(case: Case, denoiser: Denoiser, grid: Level, x: Tensor, noise: list[Tensor]) -> list[Tensor]:
-    stream = iter(noise)
-    return [step.x for step in case.solver(denoiser, x, grid, lambda: next(stream))]
-
-
-def start(case: Case, scheduler, grid: Level, z: Tensor) -> Tensor:
-    """Where the scheduler starts, as a state of ours."""
-    return z * scheduler.init_noise_sigma * (grid.alpha[0].item() if case.scaled else 1)
-
-
-def distances(case: Case, grid: Level, mine: list[Tensor], other: list[Tensor]) -> list[float]:
-    """The largest difference after each step, relative to the state's root mean square."""
-    assert len(mine) == len(other) == len(grid.t) - 1
-    scale = grid.alpha[1:].tolist() if case.scaled else [1.0] * len(mine)
-    return [((a - s * b).abs().max() / (s * b).square().mean().sqrt()).item() for a, b, s in zip(mine, other, scale)]
-
-
-@pytest.fixture
-def compare(monkeypatch, seen):
-    """Run both from the same z with the same model and noise; returns the distance after each step."""
-
-    def run(case: Case, scheduler, grid: Level, kind: path.Path, target: str, model: nn.Module | None = None):
-        z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-        halves = 2 if case.learned else 1
-        row = prediction.LearnedRange(of=TARGETS[target]()) if case.learned else TARGETS[target]()
-        noise = noises(len(grid.t) - 1)
-        if case.scheduler == "DDPM":
-            # DDPM's algorithm 2 ends without noise; their scheduler adds some unless its last time is 0
-            noise[-1].zero_()
-        feed(scheduler, noise, monkeypatch)
-        denoiser = Denoiser(model or Bend(halves), kind, row)
-        other = theirs(case, scheduler, Bend(halves), z)
-        mine = ours(case, denoiser, grid, start(case, scheduler, grid, z), noise)
-        if model is None:
-            seen(other)
-        return distances(case, grid, mine, other)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def runs() -> set:
-    return set()
-
-
-@pytest.fixture
-def seen(runs):
-    """Refuse a case whose scheduler makes the very states of another one: some option has had no effect."""
-
-    def check(states: list[Tensor]) -> None:
-        key = tuple(state.sum().item() for state in states)
-        assert key not in runs
-        runs.add(key)
-
-    return check
-
-
-def rule(name: str, steps: int = STEPS, offset: int = 0) -> spacing.Spacing:
+def our_grid(name: str, steps: int = STEPS, offset: int = 1) -> spacing.Spacing:
+    """The rule of this name; diffusers' steps_offset belongs to `leading` alone."""
     if name == "leading":
         return spacing.Leading(steps=steps, offset=offset)
     return {"trailing": spacing.Trailing, "linspace": spacing.Linspace}[name](steps=steps)
 
 
-def cases(table: dict[str, Case], spacings: tuple[str, ...]) -> list:
-    """Every case in each spacing, target and table of betas."""
-    grid = product(table.items(), spacings, ("epsilon", "v_prediction"), PATHS)
-    return [pytest.param(c, *rest, id="-".join((name, *rest))) for (name, c), *rest in grid]
+def their_grid(scheduler, flow: bool = False) -> Level:
+    """The scheduler's own levels, where it rounds or interpolates otherwise than we do."""
+    sigma = scheduler.sigmas.double()  # of x / alpha, but of x itself on a flow
+    if scheduler.order == 2:
+        sigma = torch.cat([sigma[:1], sigma[1::2]])
+    alpha = 1 - sigma if flow else (1 + sigma**2).rsqrt()
+    times = their_times(scheduler)
+    times = torch.tensor([*times, times[-1]], dtype=torch.float64)
+    return Level(alpha, sigma if flow else sigma * alpha, torch.ones_like(alpha), times)
+
+
+def their_states(case: Case, scheduler, z: Tensor, model: nn.Module) -> list[Tensor]:
+    """The state after each step, from their own start."""
+    x, states = z * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else z, []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(model(scaled, t.float().expand(len(x))), t, x, **case.step_options).prev_sample
+        states.append(x)
+    return [*states[1::2], states[-1]] if scheduler.order == 2 else states
+
+
+def our_states(case: Case, denoiser: Denoiser, grid: Level, x: Tensor, noise: Iterable[Tensor]) -> list[Tensor]:
+    stream = iter(noise)
+    return [step.x for step in case.solver(denoiser, x, grid, lambda: next(stream))]
+
+
+def distances(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
+    """The largest difference after each step, relative to the state's root mean square."""
+    assert len(ours) == len(theirs)
+    return [((a - b).abs().max() / b.square().mean().sqrt()).item() for a, b in zip(ours, theirs)]
+
+
+def make_noise(case: Case, steps: int) -> list[Tensor]:
+    noise = torch.randn(steps, *SHAPE, generator=torch.Generator().manual_seed(1))
+    if case.scheduler == "DDPM":
+        noise[-1] = 0  # algorithm 2 of DDPM ends without noise; their scheduler adds some if its last time is not 0
+    return list(noise)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """Run both from one z, with one model and the same noise, and hand back (ours, theirs) after each step."""
+
+    def run(case: Case, scheduler, grid: Level, on: path.Path, model: nn.Module | None = None):
+        learned = scheduler.config.get("variance_type") == "learned_range"
+        bend = Bend(halves=2 if learned else 1)
+        target = TARGETS[scheduler.config.get("prediction_type", "flow_prediction")]()
+        target = prediction.LearnedRange(of=target) if learned else target
+        z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+        noise = make_noise(case, len(grid.t) - 1)
+        stream = iter(noise)
+        module = sys.modules[type(scheduler).__module__]
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(stream), raising=False)
+        theirs = their_states(case, scheduler, z, bend)
+        if case.ratio:
+            alpha, *later = their_grid(scheduler).alpha.tolist()
+            z = z * scheduler.init_noise_sigma * alpha
+            theirs = [x * alpha for x, alpha in zip(theirs, later)]
+        return our_states(case, Denoiser(model or bend, on, target), grid, z, noise), theirs
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def seen() -> set:
+    return set()
+
+
+@pytest.fixture
+def agree(measure, seen):
+    """Both states are the same after every step, and no other case had those: an option without effect would."""
+
+    def check(case: Case, scheduler, grid: Level, on: path.Path, but: int = 0) -> None:
+        ours, theirs = measure(case, scheduler, grid, on)
+        key = tuple(x.double().sum().item() for x in theirs)
+        assert key not in seen
+        seen.add(key)
+        assert max(distances(ours, theirs)[: len(theirs) - but]) < TOLERANCE
+
+    return check
+
+
+def table(cases: dict[str, Case], *spacings: str) -> list:
+    """Every case with every spacing, target and table of betas."""
+    rows = product(cases.items(), spacings, ("epsilon", "v_prediction"), PATHS)
+    return [pytest.param(case, *rest, id="-".join([name, *rest])) for (name, case), *rest in rows]
+
+
+EVERY = "case, name, target, betas"
 
 
 @pytest.mark.parametrize(
-    ("case", "name", "target", "betas"),
-    cases(DDPM | EULER, ("leading", "trailing", "linspace")) + cases(DDIM, ("leading", "trailing")),
+    EVERY, table(DDPM | EULER, "leading", "trailing", "linspace") + table(DDIM, "leading", "trailing")
 )
-def test_our_spacing(case, name, target, betas, compare):
-    """DDPM, DDIM and the schedulers in the form of k-diffusion."""
-    offset = name == "leading"
+def test_our_spacings(case, name, target, betas, agree):
+    """DDPM, DDIM and k-diffusion's schedulers walk our grids."""
     scheduler = make_scheduler(
-        case, STEPS, timestep_spacing=name, steps_offset=int(offset), **beta_options(betas, target)
+        case, timestep_spacing=name, steps_offset=int(name == "leading"), **on_table(betas, target)
     )
-    kind = PATHS[betas]()
-    grid = rule(name, offset=1).grid(kind)
+    on = PATHS[betas]()
+    grid = our_grid(name).grid(on)
     assert grid.t[:-1].tolist() == their_times(scheduler)
-    assert max(compare(case, scheduler, grid, kind, target)) < TOLERANCE
+    agree(case, scheduler, grid, on)
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "target", "betas"), cases(DPM | {k: UNIPC[k] for k in ("unipc_1", "unipc_2")}, ("trailing",))
-)
-def test_our_trailing_in_higher_orders(case, name, target, betas, compare):
-    scheduler = make_scheduler(case, STEPS, timestep_spacing=name, **beta_options(betas, target))
-    kind = PATHS[betas]()
-    grid = rule(name).grid(kind)
+@pytest.mark.parametrize(EVERY, table(MULTI, "leading", "trailing", "linspace"))
+def test_multistep(case, name, target, betas, agree):
+    scheduler = make_scheduler(case, timestep_spacing=name, **on_table(betas, target))
+    times, on = their_times(scheduler), PATHS[betas]()
+    if name == "trailing":
+        assert our_grid(name).grid(on).t[:-1].tolist() == times
+    # for leading and linspace they space N + 1 times and drop the last: the list is theirs, the levels are ours
+    agree(case, scheduler, spacing.Explicit(times=times).grid(on), on)
+
+
+@pytest.mark.parametrize("steps", [10, 11, 12])  # every remainder of groups of two and of three
+@pytest.mark.parametrize(EVERY, table(SINGLE, "linspace"))
+def test_singlestep(case, name, target, betas, steps, agree):
+    scheduler = make_scheduler(case, steps, **on_table(betas, target))
+    on = PATHS[betas]()
+    agree(case, scheduler, spacing.Explicit(times=their_times(scheduler)).grid(on), on)
+
+
+@pytest.mark.parametrize(EVERY, table(UNIPC_3, "leading", "trailing", "linspace"))
+def test_unipc_3(case, name, target, betas, agree):
+    """They end with a step of order 2 and one of order 1, we with one of order 1: the last two are left out."""
+    scheduler = make_scheduler(case, timestep_spacing=name, **on_table(betas, target))
+    on = PATHS[betas]()
+    agree(case, scheduler, spacing.Explicit(times=their_times(scheduler)).grid(on), on, but=2)
+
+
+@pytest.mark.parametrize(EVERY, table(DDIM, "leading"))
+def test_ddim_ends_at_the_table(case, name, target, betas, agree):
+    """As Stable Diffusion's own sampler does."""
+    scheduler = make_scheduler(case, set_alpha_to_one=False, steps_offset=1, **on_table(betas, target))
+    on = PATHS[betas]()
+    agree(case, scheduler, spacing.Leading(steps=STEPS, end="table").grid(on), on)
+
+
+@pytest.mark.parametrize(EVERY, table(MULTI | UNIPC_3 | SINGLE, "linspace"))
+def test_higher_orders_end_at_the_table(case, name, target, betas, agree):
+    """Full order to the last step, with no edge where sigma = 0."""
+    case = case._replace(options=case.options | FULL | {"final_sigmas_type": "sigma_min"})
+    scheduler = make_scheduler(case, 12, **on_table(betas, target))
+    on = PATHS[betas]()
+    # float32 makes their 1 - abar_0 wrong by up to 3e-4 of itself, which the third order multiplies: their own levels
+    grid = their_grid(scheduler)
+    ours = spacing.Explicit(times=their_times(scheduler), end="table").grid(on)
+    assert torch.allclose(ours.log_snr, grid.log_snr, rtol=0, atol=1e-4)
+    agree(case, scheduler, grid, on)
+
+
+@pytest.mark.parametrize("betas", PATHS)
+@pytest.mark.parametrize("case", DDIM.values(), ids=DDIM)
+def test_ddim_in_all_steps(case, betas, agree):
+    """The one linspace on which DDIM's own step, T // N, leads from each of its times to the next."""
+    scheduler = make_scheduler(case, 1000, timestep_spacing="linspace", **on_table(betas, "epsilon"))
+    on = PATHS[betas]()
+    grid = our_grid("linspace", 1000).grid(on)
     assert grid.t[:-1].tolist() == their_times(scheduler)
-    assert max(compare(case, scheduler, grid, kind, target)) < TOLERANCE
+    agree(case, scheduler, grid, on)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("linspace", 10), ("trailing", 30)])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_beside_its_times(name, steps, eta, agree):
+    """Elsewhere it steps to t - T // N, though it is called at another time next: our step from each t to there."""
+    case = Case(None, "DDIM", PLAIN, {"eta": eta})
+    scheduler = make_scheduler(case, steps, timestep_spacing=name, **on_table("scaled_linear", "epsilon"))
+    on = path.scaled_linear()
+    grid = spacing.Explicit(times=their_times(scheduler)).grid(on)
+    onto = spacing.Explicit(times=[t - 1000 // steps for t in their_times(scheduler)][:-1]).grid(on)
+
+    def walk(denoise, x, grid, noise):
+        for now, next in zip(grid.rows(), onto.rows()):
+            step = solvers.ddim_step(x, denoise(x, now), now, next, eta, noise)
+            x = step.x
+            yield step
+
+    agree(case._replace(solver=walk), scheduler, grid, on)
+
+
+@pytest.mark.parametrize(EVERY, table(EULER, "linspace"))
+def test_times_between_steps(case, name, target, betas, agree):
+    """Between two steps of the table, k-diffusion's schedulers interpolate sigma / alpha, we the log-SNR: theirs."""
+    scheduler = make_scheduler(case, 20, timestep_spacing=name, **on_table(betas, target))
+    assert any(t % 1 for t in their_times(scheduler))
+    agree(case, scheduler, their_grid(scheduler), PATHS[betas]())
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_karras(name, target, agree):
+    scheduler = make_scheduler(EULER[name], use_karras_sigmas=True, **on_table("scaled_linear", target))
+    on = path.scaled_linear()
+    grid = spacing.Karras(steps=STEPS).grid(on)
+    assert grid.t[:-1].tolist() == pytest.approx(their_times(scheduler), abs=0.02)
+    agree(EULER[name], scheduler, grid, on)
+
+
+ZERO = {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("betas", PATHS)
 @pytest.mark.parametrize(
-    ("case", "name", "target", "betas"),
-    cases(DPM | {k: UNIPC[k] for k in ("unipc_1", "unipc_2")}, ("leading", "linspace")),
+    ("case", "name"), [*product(DDPM.values(), ("trailing", "linspace")), *product(DDIM.values(), ("trailing",))]
 )
-def test_their_times(case, name, target, betas, compare):
-    """DPM-Solver and UniPC space N + 1 times and drop the last: the list is theirs, the levels are ours."""
-    scheduler = make_scheduler(case, STEPS, timestep_spacing=name, **beta_options(betas, target))
-    kind = PATHS[betas]()
-    grid = spacing.Explicit(times=their_times(scheduler)).grid(kind)
-    assert max(compare(case, scheduler, grid, kind, target)) < TOLERANCE
+def test_zero_terminal_snr(case, name, betas, agree):
+    """From alpha = 0, as in DDIM and DDPM."""
+    scheduler = make_scheduler(case, timestep_spacing=name, **ZERO, **on_table(betas, "v_prediction"))
+    on = PATHS[betas](zero_terminal_snr=True)
+    grid = our_grid(name).grid(on)
+    assert grid.alpha[0] == 0 == scheduler.alphas_cumprod[-1]
+    assert grid.t[:-1].tolist() == their_times(scheduler)
+    agree(case, scheduler, grid, on)
+
+
+ALMOST = {name: case for name, case in (EULER | MULTI).items() if name != "heun"}  # whose scheduler does not rescale
+
+
+@pytest.mark.parametrize("betas", PATHS)
+@pytest.mark.parametrize("name", ["trailing", "linspace"])
+@pytest.mark.parametrize("case", ALMOST.values(), ids=ALMOST)
+def test_almost_zero_terminal_snr(case, name, betas, agree):
+    """The others put abar_T at 2^-24 and let history reach across it: their levels, on which we do as well."""
+    scheduler = make_scheduler(case, timestep_spacing=name, **ZERO, **on_table(betas, "v_prediction"))
+    grid = their_grid(scheduler)
+    assert grid.alpha[0].item() == pytest.approx(2**-12, rel=1e-5)
+    agree(case, scheduler, grid, PATHS[betas](zero_terminal_snr=True))
+
+
+def test_flow_from_linspace(agree):
+    scheduler = make_scheduler(FLOW_EULER)
+    grid = spacing.Linspace(steps=STEPS).grid(path.Flow())
+    assert grid.t[:-1].tolist() == pytest.approx(their_times(scheduler))
+    agree(FLOW_EULER, scheduler, grid, path.Flow())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_from_trailing(shift, agree):
+    """The sigmas that their pipelines pass, 1, 1 - 1/N, ..., 1/N before the shift."""
+    scheduler = make_scheduler(FLOW_EULER, shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
+    grid = spacing.Trailing(steps=STEPS, shift=shift).grid(path.Flow())
+    assert grid.t[:-1].tolist() == pytest.approx(their_times(scheduler))
+    agree(FLOW_EULER, scheduler, grid, path.Flow())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", MULTI | SINGLE)
+def test_higher_orders_on_flow(name, shift, agree):
+    """Their flow grids begin just below t = 1 and tell the network whole times: their levels."""
+    case = (MULTI | SINGLE)[name]
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    scheduler = make_scheduler(case, **flow)
+    agree(case, scheduler, their_grid(scheduler, flow=True), path.Flow())
+
+
+@pytest.mark.parametrize("steps", [7, 16, 30, 32, 80])
+def test_trailing_rounds_as_published(steps):
+    """Steps are counted from 1 when they are rounded (Lin et al. 2023, table 2), which decides where a half goes."""
+    times = their_times(make_scheduler(DDIM["ddim"], steps, timestep_spacing="trailing"))
+    assert spacing.Trailing(steps=steps).levels(path.linear()).t.tolist() == times
+
+
+@pytest.mark.parametrize("steps", [3, 5, 28, 30, 75])
+def test_linspace_rounds_as_numpy(steps):
+    times = their_times(make_scheduler(DDIM["ddim"], steps, timestep_spacing="linspace"))
+    assert spacing.Linspace(steps=steps).levels(path.linear()).t.tolist() == times
+
+
+class Flipped(Bend):
+    """The model with the wrong sign."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return -super().forward(x, t)
+
+
+def swapped(grid: Level) -> Level:
+    """Two neighbouring levels exchanged, each time left in its place."""
+    order = [0, 1, 2, 3, 5, 4, *range(6, len(grid.t))]
+    return grid._replace(alpha=grid.alpha[order], sigma=grid.sigma[order])
+
+
+def late(grid: Level) -> Level:
+    """Each level told as the one before it."""
+    return grid._replace(t=torch.cat([grid.t[:1], grid.t[:-1]]))
+
+
+@pytest.fixture
+def worst(measure):
+    """The largest distance to a scheduler of a run made wrong on purpose."""
+
+    def run(case: Case, spoil=lambda grid: grid, model: nn.Module | None = None) -> float:
+        scheduler = make_scheduler(case, 11, **on_table("scaled_linear", "epsilon"))
+        on = path.scaled_linear()
+        grid = their_grid(scheduler) if case.ratio else spacing.Explicit(times=their_times(scheduler)).grid(on)
+        return max(distances(*measure(case, scheduler, spoil(grid), on, model)))
+
+    return run
+
+
+FOUND = 100 * TOLERANCE
+STEADY = ["ddim", "euler", "heun", "2m", "3m", "unipc_1", "unipc_2", "unipc_3", "2s", "3s"]
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_mistakes_are_found(name, worst):
+    """The model bends enough that a wrong sign, wrong levels or wrong times cannot pass."""
+    case = ALL[name]
+    assert worst(case, model=Flipped()) > FOUND
+    assert worst(case, spoil=swapped) > FOUND
+    assert worst(case, spoil=late) > FOUND
+
+
+LOWER = {"ddim_eta": "ddim", "heun": "euler", "2m": "ddim", "3m": "2m", "2m_sde": "2m", "2s": "ddim", "3s": "2s"}
+LOWER |= {"unipc_1": "ddim", "unipc_2": "unipc_1", "unipc_3": "unipc_2", "ddpm_large": "ddpm_small"}
+
+
+@pytest.mark.parametrize(("name", "lower"), LOWER.items())
+def test_a_simpler_solver_is_found(name, lower, worst):
+    """So is the method of the order below, or with the wrong noise."""
+    assert worst(ALL[name]._replace(solver=ALL[lower].solver)) > FOUND

@@ -202,7 +202,9 @@ def test_tables_against_their_definitions():
     """abar by the plain product in the published form of each table."""
     betas = [0.0001 + (0.02 - 0.0001) * k / 999 for k in range(1000)]
     assert_abar(PATHS["linear"], betas)
-    assert_abar(PATHS["scaled_linear"], [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * k / 999) ** 2 for k in range(1000)])
+    assert_abar(
+        PATHS["scaled_linear"], [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * k / 999) ** 2 for k in range(1000)]
+    )
     f = [math.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(1001)]
     assert_abar(PATHS["cosine"], [min(1 - f[k + 1] / f[k], 0.999) for k in range(1000)])
 

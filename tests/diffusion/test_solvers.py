@@ -64,7 +64,34 @@ def flow_of_the_ode(x: torch.Tensor, log_snr: torch.Tensor) -> np.ndarray:
         return ((point - MIXTURE.x0(point, 1.0, s)) / s).reshape(-1).numpy()
 
     span = torch.exp(-log_snr[[0, -1]]).tolist()
-    return solve_ivp(slope, span, x.reshape(-1).numpy(), method="DOP853", rtol=1e-13, atol=1e-13).y[:, -1].reshape(-1, 2)
+    return (
+        solve_ivp(slope, span, x.reshape(-1).numpy(), method="DOP853", rtol=1e-13, atol=1e-13).y[:, -1].reshape(-1, 2)
+    )
+
+
+def even(steps: int) -> torch.Tensor:
+    return torch.linspace(-0.7, 0.7, steps + 1, dtype=torch.float64)
+
+
+def slow_start(steps: int) -> torch.Tensor:
+    """Even, but for two first steps of length h^2 / 2, in which the low order of the start does not count."""
+    h2 = (1.4 / steps) ** 2
+    return torch.cat(
+        [
+            even(1)[:1] + h2 * torch.tensor([0, 0.5], dtype=torch.float64),
+            torch.linspace(-0.7 + h2, 0.7, steps + 1, dtype=torch.float64),
+        ]
+    )
+
+
+def observed_order(name: str, spread) -> float:
+    """From the same start, halving the step divides the error by 2 to the order."""
+    errors, x = [], start()
+    exact = flow_of_the_ode(x, even(1))
+    for steps in (96, 192):
+        end = last(EQUIVARIANT[name](Exact(MIXTURE), x, path.VE().at(spread(steps))))
+        errors.append(np.abs(end.numpy() - exact).max())
+    return np.log2(errors[0] / errors[1])
 
 
 @pytest.mark.parametrize(
@@ -72,14 +99,13 @@ def flow_of_the_ode(x: torch.Tensor, log_snr: torch.Tensor) -> np.ndarray:
     [("ddim", 1), ("heun", 2), ("2s", 2), ("2m", 2), ("3s", 3), ("3m", 2), ("unipc 1", 2), ("unipc 2", 3)],
 )
 def test_order_of_convergence(name, order):
-    """From the same start, halving the step divides the error by 2 to the order."""
-    errors, x = [], start()
-    exact = flow_of_the_ode(x, torch.tensor([-0.7, 0.7], dtype=torch.float64))
-    for steps in (96, 192):
-        grid = path.VE().at(torch.linspace(-0.7, 0.7, steps + 1, dtype=torch.float64))
-        end = last(EQUIVARIANT[name](Exact(MIXTURE), x, grid))
-        errors.append(np.abs(end.numpy() - exact).max())
-    assert abs(np.log2(errors[0] / errors[1]) - order) < 0.15
+    assert abs(observed_order(name, even) - order) < 0.15
+
+
+@pytest.mark.parametrize(("name", "order"), [("unipc 3", 4), ("3m", 2)])
+def test_order_once_the_start_does_not_count(name, order):
+    """UniPC-3 is of order 4 behind its low-order first steps; 3M as published stays at 2 even there."""
+    assert abs(observed_order(name, slow_start) - order) < 0.15
 
 
 @pytest.mark.parametrize("name", ALL)

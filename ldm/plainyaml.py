@@ -1,0 +1,86 @@
+"""YAML text as plain values, with the line of each key; the only importer of yaml."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from ldm.errors import InputError, shown
+
+COMMAND_LINE = "command line"
+DEPTH = 16  # levels of nesting; a configuration has about 4
+RESOLVER = re.compile(r"\$\{(?![\w.]+\})")  # ${...} around anything but a key
+HINTS = {"\t": "spaces, not tabs", "${": 'quotes: "${KEY}"'}  # frequent reasons of broken YAML
+FLOAT = r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf)$|\.nan$"
+INT = r"[-+]?(0|[1-9][\d_]{0,30})$"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as people mean it: 3e-4 is a number; `on`, `007`, `12:30` and `2024-01-01` are strings."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for kind, rule in {"null": "(~|null|)$", "bool": "(true|false)$", "int": INT, "float": FLOAT}.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rule), None)
+
+
+def parse(text: str, file: str, origin: dict[str, str]) -> Any:
+    """The plain values of a YAML text; `origin` learns the line of each dotted key."""
+    try:
+        _refuse(text, file)
+        node = yaml.compose(text, Loader)
+    except yaml.YAMLError as error:
+        raise _invalid(error, text, file) from None
+    return None if node is None else _plain(node, file, origin, "")
+
+
+def _refuse(text: str, file: str) -> None:
+    """What no configuration needs and attacks are made of: aliases, tags, depth, and ${oc.env:HOME} to read the machine."""
+    depth = 0
+    for event in yaml.parse(text, Loader):
+        where, tag = _place(file, event.start_mark), getattr(event, "tag", None)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError("YAML aliases are refused", where, got=f"*{event.anchor}", hint="${KEY}")
+        if tag:
+            raise InputError("YAML tags are refused", where, got=tag.replace("tag:yaml.org,2002:", "!!"))
+        if isinstance(event, yaml.ScalarEvent) and RESOLVER.search(event.value):
+            raise InputError("only ${KEY} is resolved", where, got=shown(event.value))
+        if depth > DEPTH:
+            raise InputError(f"YAML is nested deeper than {DEPTH} levels", where)
+
+
+def _invalid(error: yaml.YAMLError, text: str, file: str) -> InputError:
+    """What the parser has to say, and the line that it stumbled over."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return InputError(f"not valid YAML: {error.reason}", file, got=f"character 0x{error.character:02x}")
+    written = text.split("\n")[error.problem_mark.line].strip()
+    said = ", ".join(words for words in (error.context, error.problem) if words)
+    hint = next((hint for sign, hint in HINTS.items() if sign in written), "")
+    return InputError(f"not valid YAML: {said}", _place(file, error.problem_mark), got=shown(written), hint=hint)
+
+
+def _place(file: str, mark: yaml.Mark) -> str:
+    return file if file == COMMAND_LINE else f"{file}:{mark.line + 1}"
+
+
+def _plain(node: yaml.Node, file: str, origin: dict[str, str], key: str) -> Any:
+    origin.setdefault(key, _place(file, node.start_mark))
+    if isinstance(node, yaml.ScalarNode):
+        return Loader("").construct_object(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, file, origin, f"{key}.{i}") for i, item in enumerate(node.value)]
+    values: dict[str, Any] = {}
+    for name, value in node.value:
+        where = _place(file, name.start_mark)
+        if not isinstance(name, yaml.ScalarNode) or name.value in ("", "<<"):
+            raise InputError("a key is a plain name", where, got=shown(_plain(name, file, {}, "")))
+        full = f"{key}.{name.value}".lstrip(".")
+        if name.value in values:
+            raise InputError(f"{full}: written twice", where, got=f"the first at {origin[full]}")
+        origin[full] = where
+        values[name.value] = _plain(value, file, origin, full)
+    return values
