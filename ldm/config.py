@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
+import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ldm import configfile, parts
+from ldm.errors import nearest, shown
 
 PLAIN = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", types.NoneType: "null"}
 
@@ -37,11 +38,16 @@ class Config:
 
     @contextmanager
     def blame(self, key: str) -> Iterator[None]:
-        """Say which line of the configuration a constructor's ValueError("argument: ...") is about."""
+        """Say which line of the configuration a constructor's ValueError("argument: what; got X; try Y") is about."""
         try:
             yield
         except ValueError as error:
-            raise self.source.error(f"{key}.{error}", f"{key}.{str(error).partition(':')[0]}") from error
+            what, *rest = re.split("[,;] (?=(?:got|expected|try) )", f"{key}.{error}")
+            if not re.match(r"[\w.]+: ", what):
+                raise
+            words = dict(words.split(" ", 1) for words in rest)
+            words["hint"] = words.pop("try", "")
+            raise self.source.error(what, what.partition(":")[0], **words) from error
 
     def _construct(self, node: dict[str, Any], table: str, key: str, given: dict[str, Any]) -> Any:
         target = _target(table, node)
@@ -67,10 +73,10 @@ class Config:
         settable = [name for name in schema if name not in owners]
         for name in node:
             full = f"{key}.{name}".lstrip(".")
-            if name in schema and name in owners:
+            if name in owners:
                 raise self.source.error(f"{full}: is not set here", full, hint=f"{owners[name]}, which owns it")
             if name not in settable:
-                raise self.source.error(f"{full}: unknown key", full, **_nearest(name, settable))
+                raise self.source.error(f"{full}: unknown key", full, **_one_of(settable, name))
         for name in settable:
             full, default = f"{key}.{name}".lstrip("."), schema[name].default
             if name in node:
@@ -98,19 +104,20 @@ class Config:
             return int(value)
         if variant in PLAIN and variant is not float and type(value) is variant:
             return value
-        raise self.source.error(f"{key}: wrong value", key, got=repr(value), expected=_describe(kind))
+        raise self.source.error(f"{key}: wrong value", key, got=shown(value), expected=_describe(kind))
 
     def _node(self, node: Any, key: str, table: str) -> dict[str, Any]:
         choices = parts.TABLES[table]
         if not isinstance(node, dict):
-            raise self.source.error(f"{key}: wrong value", key, got=repr(node), expected=_describe(Part))
+            raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=_describe(Part))
         if isinstance(choices, str):
             return self._fields(node, _target(table, node), key, table)
         if "type" not in node:
-            raise self.source.error(f"{key}.type: missing", f"{key}.type", **_nearest("", choices))
+            raise self.source.error(f"{key}.type: missing", f"{key}.type", got=shown(node), **_one_of(choices))
         name = node["type"]
         if not isinstance(name, str) or name not in choices:
-            raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **_nearest(name, choices))
+            words = {"got": shown(name), **_one_of(choices, name)}
+            raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **words)
         arguments = {k: v for k, v in node.items() if k != "type"}
         return {"type": name, **self._fields(arguments, _target(table, node), key, table)}
 
@@ -159,13 +166,10 @@ def _describe(kind: Any) -> str:
         return " or ".join(str(choice) for choice in get_args(kind))
     if get_origin(kind) in (list, tuple):
         items = get_args(kind)
-        return f"a list of {_describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(_describe, items))}]"
+        return f"a list, each {_describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(_describe, items))}]"
     return PLAIN.get(kind, "a node {type: NAME, ...}")
 
 
-def _nearest(name: Any, names: Iterable[str]) -> dict[str, str]:
+def _one_of(names: Collection[str], name: Any = "") -> dict[str, str]:
     """What to say of a name that is not among these."""
-    names = list(names)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    words = {"got": repr(name)} if name else {}
-    return {**words, "expected": f"one of {', '.join(names)}" if names else "no keys", "hint": "".join(close)}
+    return {"expected": f"one of {', '.join(names)}" if names else "no arguments", "hint": nearest(name, names)}

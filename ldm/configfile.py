@@ -63,7 +63,8 @@ def _text(file: Path) -> str:
         got = f"byte 0x{error.object[error.start]:02x}"
         raise InputError("configuration is not UTF-8 text", f"{file}:{line}", got=got) from None
     except OSError as error:
-        hint = "" if file.exists() else nearest(file.name, [path.name for path in file.parent.glob("*.yaml")])
+        beside = {} if file.exists() else {path.stem: str(path) for path in file.parent.glob("*.yaml")}
+        hint = beside.get(nearest(file.stem, beside), "")
         raise InputError(f"cannot read the configuration: {error.strerror}", str(file), hint=hint) from None
 
 
@@ -81,7 +82,7 @@ def _override(source: Source, text: str) -> None:
         hint = f"{'.'.join(name for name in names if name) or 'KEY'}=VALUE"
         raise InputError("override is not KEY=VALUE", COMMAND_LINE, got=shown(text), hint=hint)
     node, slot = _find(source, names)
-    new = parse(value, COMMAND_LINE, {})
+    new = parse(value, COMMAND_LINE, {}, key)
     if len(names) > 1 and slot == "type" and node.get("type", new) != new:
         node.clear()
         source.rewrite(".".join(names[:-1]), f"{COMMAND_LINE}: {text} drops the other arguments")
@@ -102,7 +103,7 @@ def _find(source: Source, names: list[str]) -> tuple[Any, str | int]:
             raise InputError(f"{'.'.join(names)}: nothing to override there", COMMAND_LINE, got=got)
         if depth < len(names):
             source.origin.setdefault(".".join(names[:depth]), COMMAND_LINE)
-            above, node = node, node.setdefault(slot, {}) if isinstance(node, dict) else node[slot]
+            node = node.setdefault(slot, {}) if isinstance(node, dict) else node[int(name)]
     return node, slot
 
 
@@ -123,12 +124,26 @@ def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
     newest = max([FORMAT, *(number + 1 for number in renames)])
     if type(written) is not int or not 1 <= written <= newest:
         hint = "a newer ldm" if type(written) is int and written > newest else ""
-        raise source.error("format: unknown", "format", got=shown(written), expected=f"1 to {newest}", hint=hint)
+        raise source.error("format: unknown", "format", got=shown(written), expected=f"a number up to {newest}", hint=hint)
     for number in range(written, newest):
         for old, new in renames.get(number, {}).items():
-            _move(source, source.values, old.split("."), new)
+            place = source.where(old)
+            try:
+                value = _take(source.values, *old.split("."))
+            except KeyError:
+                continue
+            node, slot = _find(source, new.split("."))
+            node[slot] = value
+            source.rewrite(new, place)
 
 
-def _move(source: Source, node: Any, old: list[str], new: str) -> None:
-    """Carry one value to its new key, if it is there, and leave no empty node behind."""
-    ...
+def _take(node: Any, name: str, *below: str) -> Any:
+    """Remove what stands at a dotted name, and every node that this leaves empty."""
+    if not isinstance(node, dict):
+        raise KeyError(name)
+    if not below:
+        return node.pop(name)
+    value = _take(node[name], *below)
+    if not node[name]:
+        del node[name]
+    return value

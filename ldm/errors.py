@@ -1,5 +1,10 @@
 """Errors for people: one line that says what, where, got, expected, try."""
 
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
 
 class LdmError(Exception):
     """An error whose text is written for its reader; commands print it as one line and exit with its code."""
@@ -35,3 +40,15 @@ class DivergedError(LdmError):
     """Training or sampling left the finite numbers."""
 
     code = 5
+
+
+def shown(value: Any) -> str:
+    """A value in JSON, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """The name that was probably meant, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5) if isinstance(name, str) else []
+    return "".join(close)

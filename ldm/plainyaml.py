@@ -20,25 +20,24 @@ INT = r"[-+]?(0|[1-9][\d_]{0,30})$"
 class Loader(yaml.SafeLoader):
     """YAML as people mean it: 3e-4 is a number; `on`, `007`, `12:30` and `2024-01-01` are strings."""
 
-    yaml_implicit_resolvers: dict = {}
 
-
+Loader.yaml_implicit_resolvers = {}
 for kind, rule in {"null": "(~|null|)$", "bool": "(true|false)$", "int": INT, "float": FLOAT}.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rule), None)
 
 
-def parse(text: str, file: str, origin: dict[str, str]) -> Any:
+def parse(text: str, file: str, origin: dict[str, str], key: str = "") -> Any:
     """The plain values of a YAML text; `origin` learns the line of each dotted key."""
     try:
         _refuse(text, file)
         node = yaml.compose(text, Loader)
     except yaml.YAMLError as error:
         raise _invalid(error, text, file) from None
-    return None if node is None else _plain(node, file, origin, "")
+    return None if node is None else _plain(node, file, origin, key)
 
 
 def _refuse(text: str, file: str) -> None:
-    """What no configuration needs and attacks are made of: aliases, tags, depth, and ${oc.env:HOME} to read the machine."""
+    """Aliases, tags, depth and ${oc.env:HOME}: no configuration needs them, and attacks are made of them."""
     depth = 0
     for event in yaml.parse(text, Loader):
         where, tag = _place(file, event.start_mark), getattr(event, "tag", None)
@@ -57,10 +56,10 @@ def _invalid(error: yaml.YAMLError, text: str, file: str) -> InputError:
     """What the parser has to say, and the line that it stumbled over."""
     if isinstance(error, yaml.reader.ReaderError):
         return InputError(f"not valid YAML: {error.reason}", file, got=f"character 0x{error.character:02x}")
-    written = text.split("\n")[error.problem_mark.line].strip()
+    written = text.split("\n")[error.problem_mark.line]
     said = ", ".join(words for words in (error.context, error.problem) if words)
     hint = next((hint for sign, hint in HINTS.items() if sign in written), "")
-    return InputError(f"not valid YAML: {said}", _place(file, error.problem_mark), got=shown(written), hint=hint)
+    return InputError(f"not valid YAML: {said}", _place(file, error.problem_mark), got=shown(written.strip()), hint=hint)
 
 
 def _place(file: str, mark: yaml.Mark) -> str:

@@ -1,6 +1,7 @@
 """The variational bound and the learned variance."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_the_gap_halves_with_each_doubling_of_the_steps():
     entropy = ENTROPY + 0.5 * math.log2(0.25)
     gaps = [expected_bound(0.25, continuous(steps), "large") - entropy for steps in (250, 500, 1000)]
     assert gaps[-1] > 0
-    for wide, narrow in zip(gaps, gaps[1:]):
+    for wide, narrow in pairwise(gaps):
         assert abs(wide / narrow - 2) < 0.1
 
 
@@ -80,7 +81,7 @@ def test_the_decoder_is_a_distribution_over_its_cells():
             values, torch.tensor(mean, dtype=torch.float64), torch.full_like(values, 2 * math.log(std)), 256
         )
         assert nll.neg().exp().sum().item() == pytest.approx(1, abs=1e-9)
-    normal = torch.distributions.Normal(0.1, 0.02)
+    normal = torch.distributions.Normal(*torch.tensor([0.1, 0.02], dtype=torch.float64))
     for i in (120, 140, 150):
         mass = normal.cdf(values[i] + 1 / 255) - normal.cdf(values[i] - 1 / 255)
         found = bound.decoder_nll(

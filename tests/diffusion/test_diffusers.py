@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import diffusers
@@ -45,13 +46,16 @@ class Bend(nn.Module):
         return y if self.halves == 1 else torch.cat([y, torch.tanh(mixed - phase)], dim=1)  # (B, 2C, H, W)
 
 
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
 class Case(NamedTuple):
     """One of our solvers, and the scheduler and options that say the same."""
 
     solver: Callable[..., Any]
     scheduler: str
-    options: dict[str, Any] = {}
-    step_options: dict[str, Any] = {}
+    options: Mapping[str, Any] = NONE
+    step_options: Mapping[str, Any] = NONE
     ratio: bool = False  # the scheduler's state is x / alpha, as in k-diffusion
 
 
@@ -161,9 +165,9 @@ def make_noise(case: Case, steps: int) -> list[Tensor]:
 def measure(monkeypatch):
     """Run both from one z, with one model and the same noise, and hand back (ours, theirs) after each step."""
 
-    def run(case: Case, scheduler, grid: Level, on: path.Path, model: nn.Module | None = None):
+    def run(case: Case, scheduler, grid: Level, on: path.Path, model: type[Bend] = Bend):
         learned = scheduler.config.get("variance_type") == "learned_range"
-        bend = Bend(halves=2 if learned else 1)
+        halves = 2 if learned else 1
         target = TARGETS[scheduler.config.get("prediction_type", "flow_prediction")]()
         target = prediction.LearnedRange(of=target) if learned else target
         z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -171,12 +175,12 @@ def measure(monkeypatch):
         stream = iter(noise)
         module = sys.modules[type(scheduler).__module__]
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(stream), raising=False)
-        theirs = their_states(case, scheduler, z, bend)
+        theirs = their_states(case, scheduler, z, Bend(halves))
         if case.ratio:
             alpha, *later = their_grid(scheduler).alpha.tolist()
             z = z * scheduler.init_noise_sigma * alpha
             theirs = [x * alpha for x, alpha in zip(theirs, later)]
-        return our_states(case, Denoiser(model or bend, on, target), grid, z, noise), theirs
+        return our_states(case, Denoiser(model(halves), on, target), grid, z, noise), theirs
 
     return run
 
@@ -322,14 +326,13 @@ ZERO = {"rescale_betas_zero_snr": True}
 
 
 @pytest.mark.parametrize("betas", PATHS)
-@pytest.mark.parametrize(
-    ("case", "name"), [*product(DDPM.values(), ("trailing", "linspace")), *product(DDIM.values(), ("trailing",))]
-)
-def test_zero_terminal_snr(case, name, betas, agree):
+@pytest.mark.parametrize(("name", "spaced"), [*product(DDPM, ("trailing", "linspace")), *product(DDIM, ("trailing",))])
+def test_zero_terminal_snr(name, spaced, betas, agree):
     """From alpha = 0, as in DDIM and DDPM."""
-    scheduler = make_scheduler(case, timestep_spacing=name, **ZERO, **on_table(betas, "v_prediction"))
+    case = ALL[name]
+    scheduler = make_scheduler(case, timestep_spacing=spaced, **ZERO, **on_table(betas, "v_prediction"))
     on = PATHS[betas](zero_terminal_snr=True)
-    grid = our_grid(name).grid(on)
+    grid = our_grid(spaced).grid(on)
     assert grid.alpha[0] == 0 == scheduler.alphas_cumprod[-1]
     assert grid.t[:-1].tolist() == their_times(scheduler)
     agree(case, scheduler, grid, on)
@@ -343,7 +346,8 @@ ALMOST = {name: case for name, case in (EULER | MULTI).items() if name != "heun"
 @pytest.mark.parametrize("case", ALMOST.values(), ids=ALMOST)
 def test_almost_zero_terminal_snr(case, name, betas, agree):
     """The others put abar_T at 2^-24 and let history reach across it: their levels, on which we do as well."""
-    scheduler = make_scheduler(case, timestep_spacing=name, **ZERO, **on_table(betas, "v_prediction"))
+    # in 50 steps: from sigma / alpha = 4096 to 18, in 10, float32 leaves Euler's state in k-diffusion's form 5e-5 off
+    scheduler = make_scheduler(case, 50, timestep_spacing=name, **ZERO, **on_table(betas, "v_prediction"))
     grid = their_grid(scheduler)
     assert grid.alpha[0].item() == pytest.approx(2**-12, rel=1e-5)
     agree(case, scheduler, grid, PATHS[betas](zero_terminal_snr=True))
@@ -409,28 +413,31 @@ def late(grid: Level) -> Level:
 
 @pytest.fixture
 def worst(measure):
-    """The largest distance to a scheduler of a run made wrong on purpose."""
+    """The largest distance to a scheduler of a run made wrong on purpose, but for the last two steps (of UniPC-3)."""
 
-    def run(case: Case, spoil=lambda grid: grid, model: nn.Module | None = None) -> float:
+    def run(case: Case, spoil=lambda grid: grid, model: type[Bend] = Bend) -> float:
         scheduler = make_scheduler(case, 11, **on_table("scaled_linear", "epsilon"))
         on = path.scaled_linear()
         grid = their_grid(scheduler) if case.ratio else spacing.Explicit(times=their_times(scheduler)).grid(on)
-        return max(distances(*measure(case, scheduler, spoil(grid), on, model)))
+        return max(distances(*measure(case, scheduler, spoil(grid), on, model))[:-2])
 
     return run
 
 
 FOUND = 100 * TOLERANCE
-STEADY = ["ddim", "euler", "heun", "2m", "3m", "unipc_1", "unipc_2", "unipc_3", "2s", "3s"]
 
 
-@pytest.mark.parametrize("name", STEADY)
-def test_mistakes_are_found(name, worst):
-    """The model bends enough that a wrong sign, wrong levels or wrong times cannot pass."""
-    case = ALL[name]
-    assert worst(case, model=Flipped()) > FOUND
-    assert worst(case, spoil=swapped) > FOUND
+@pytest.mark.parametrize("case", ALL.values(), ids=ALL)
+def test_a_wrong_model_is_found(case, worst):
+    """It bends enough that a wrong sign or wrong times cannot pass."""
+    assert worst(case) < TOLERANCE
+    assert worst(case, model=Flipped) > FOUND
     assert worst(case, spoil=late) > FOUND
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "2m", "3m", "unipc_1", "unipc_2", "unipc_3", "2s", "3s"])
+def test_wrong_levels_are_found(name, worst):
+    assert worst(ALL[name], spoil=swapped) > FOUND
 
 
 LOWER = {"ddim_eta": "ddim", "heun": "euler", "2m": "ddim", "3m": "2m", "2m_sde": "2m", "2s": "ddim", "3s": "2s"}
@@ -438,6 +445,6 @@ LOWER |= {"unipc_1": "ddim", "unipc_2": "unipc_1", "unipc_3": "unipc_2", "ddpm_l
 
 
 @pytest.mark.parametrize(("name", "lower"), LOWER.items())
-def test_a_simpler_solver_is_found(name, lower, worst):
-    """So is the method of the order below, or with the wrong noise."""
+def test_a_lower_order_is_found(name, lower, worst):
+    """So is the wrong noise."""
     assert worst(ALL[name]._replace(solver=ALL[lower].solver)) > FOUND

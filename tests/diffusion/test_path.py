@@ -140,7 +140,7 @@ def test_grids_fall_from_the_prior_to_their_end(where, rule, steps, end):
     chosen, on = SPACINGS[rule](steps), PATHS[where]
     chosen.end = end
     if (rule == "leading" and not isinstance(on, path.Table)) or (end == "table" and ends_twice(chosen, on)):
-        with pytest.raises(ValueError, match="steps|type"):
+        with pytest.raises(ValueError, match=r"steps|type"):
             chosen.grid(on)
         return
     grid = chosen.grid(on)

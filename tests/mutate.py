@@ -1,0 +1,111 @@
+"""Break the code on purpose, one small sabotage at a time, and see that a test notices.
+
+    python tests/mutate.py            all of them, in a copy of the tree; writes docs/mutations.md
+    python tests/mutate.py heun       those whose name contains the word
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Sabotage(NamedTuple):
+    """Replace `old`, which stands once in `file`, by `new`; `tests` should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+D = "ldm/diffusion/"
+T = "tests/diffusion"
+SABOTAGES = [
+    Sabotage("DDIM: alpha and sigma of the old level swapped", D + "posterior.py", "/ now.sigma\n", "/ now.alpha\n", T),
+    Sabotage("DDIM: the direction keeps all of its variance", D + "posterior.py", "(next.sigma**2 - variance)", "(next.sigma**2)", T),
+    Sabotage("small variance: the square dropped", D + "posterior.py", "(next.alpha * now.sigma)) ** 2)", "(next.alpha * now.sigma)))", T),
+    Sabotage("large variance: a plus for a minus", D + "posterior.py", "now.sigma**2 - (now", "now.sigma**2 + (now", T),
+    Sabotage("learned variance: small and large swapped", D + "posterior.py", "(small ** (1 - frac)) * large**frac", "(large ** (1 - frac)) * small**frac", T),
+    Sabotage("large noise moves the mean too", D + "solvers.py", "variance = eta**2 * small_variance(now, next)", "variance = eta**2 * noise_variance(noise_var, now, next, prediction.frac)", T),
+    Sabotage("Heun: the second slope counts alone", D + "solvers.py", "denoise(step.x, next).eps, 0.5)", "denoise(step.x, next).eps, 1.0)", T),
+    Sabotage("Heun: the second slope taken at the old level", D + "solvers.py", "denoise(step.x, next).eps", "denoise(step.x, now).eps", T),
+    Sabotage("single step: the second stage begins at the first's end", D + "solvers.py", "step = ddim_step(start_x, prediction, start, next, x0=x0)", "step = ddim_step(x, prediction, start, next, x0=x0)", T),
+    Sabotage("3S: the last weight is the midpoint's", D + "solvers.py", "(0.5 if stage == 1 else _phi(h))", "0.5", T),
+    Sabotage("2M: extrapolates backwards", D + "solvers.py", "mix(1 + 0.5 / r0, m0, -0.5 / r0, older[0][1])", "mix(1 - 0.5 / r0, m0, 0.5 / r0, older[0][1])", T),
+    Sabotage("3M: the factor 2 of the published form restored", D + "solvers.py", "curve = (slope * r0 + curve) / (r0 + r1)", "curve = (slope * r0 + 2 * curve) / (r0 + r1)", T),
+    Sabotage("2M: history reaches across alpha = 0", D + "solvers.py", "        step = ddim_step(x, prediction, now, next, eta, noise, x0=x0)\n        if now.alpha == 0:", "        step = ddim_step(x, prediction, now, next, eta, noise, x0=x0)\n        if False:", T),
+    Sabotage("UniPC: never corrects", D + "solvers.py", "        if past:\n            x =", "        if False:\n            x =", T),
+    Sabotage("UniPC: phi without its factorial", D + "solvers.py", "phi = phi / -h - 1 / factorial", "phi = phi / -h - 1", T),
+    Sabotage("groups: one point too many", D + "solvers.py", "len(group) > order", "len(group) > order + 1", T),
+    Sabotage("inversion: sign of sigma * p", D + "prediction.py", "        det = level.alpha * q - level.sigma * p\n        x0", "        det = level.alpha * q + level.sigma * p\n        x0", T),
+    Sabotage("v: alpha and sigma swapped", D + "prediction.py", "return -level.sigma, level.alpha", "return -level.alpha, level.sigma", T),
+    Sabotage("hybrid loss: the bound trains the mean too", D + "prediction.py", "prediction.x0.detach()", "prediction.x0", T),
+    Sabotage("hybrid loss: nats for bits", D + "bound.py", ".flatten(1).mean(1) / math.log(2)\n\n\ndef gaussian_kl", ".flatten(1).mean(1)\n\n\ndef gaussian_kl", T),
+    Sabotage("bound: the last step's decoder left out", D + "bound.py", "torch.where(expand(first, x0).bool(), nll, kl)", "kl", T),
+    Sabotage("decoder: the outermost cells are closed", D + "bound.py", "torch.where(x0 < -1 + half, upper, inside)", "inside", T),
+    Sabotage("table: steps counted from one", D + "path.py", "torch.arange(-1.0, len(beta))", "torch.arange(0.0, len(beta) + 1)", T),
+    Sabotage("zero-terminal-SNR: not rescaled to the first step", D + "path.py", "* alpha[0] / (alpha[0] - alpha[-1])", "", T),
+    Sabotage("VP-SDE: half the slope", D + "path.py", "(beta_max - beta_min) / 4", "(beta_max - beta_min) / 2", T),
+    Sabotage("VE: the start is not scaled", D + "path.py", "super().prior(z) * self.sigma_max", "super().prior(z)", T),
+    Sabotage("Karras: rho ignored", D + "spacing.py", "** self.rho", "** 1.0", T),
+    Sabotage("trailing: begins one step late", D + "spacing.py", "_line(self.steps, 0, self.steps).flip(0)[:-1]", "_line(self.steps, 0, self.steps).flip(0)[1:]", T),
+    Sabotage("guidance: away and towards swapped", D + "guidance.py", "torch.lerp(away.x0, towards.x0, cfg)", "torch.lerp(towards.x0, away.x0, cfg)", T),
+    Sabotage("guidance: GLIDE's convention", D + "guidance.py", "cfg = self.guidance.cfg", "cfg = self.guidance.cfg + 1", T),
+    Sabotage("guidance: the interval is inside out", D + "guidance.py", "return low * level.alpha <= level.sigma <= high * level.alpha", "return not low * level.alpha <= level.sigma <= high * level.alpha", T),
+    Sabotage("classifier guidance: pushes away", D + "guidance.py", "-level.sigma, push)", "level.sigma, push)", T),
+    Sabotage("algorithm 1: the deviation for the variance", D + "solvers.py", "return shift * variance", "return shift * variance**0.5", T),
+    Sabotage("min-SNR: a maximum", D + "weights.py", "torch.minimum(", "torch.maximum(", T),
+    Sabotage("shift: the other way", D + "times.py", "shift * t / (1 + (shift - 1) * t)", "t / (shift + (1 - shift) * t)", "tests"),
+    Sabotage("draws: the noise before the uniforms", "ldm/training/draws.py", "        u[i].uniform_(generator=generator)\n        noise[i].normal_(generator=generator)", "        noise[i].normal_(generator=generator)\n        u[i].uniform_(generator=generator)", "tests/training"),
+    Sabotage("draws: seed + number", "ldm/training/draws.py", "generator.manual_seed(mix32(seed, number))", "generator.manual_seed(seed + number)", "tests/training"),
+    Sabotage("configuration: given keys may be written", "ldm/config.py", "if name in schema and name in owners:", "if False:", "tests/test_config.py"),
+    Sabotage("configuration: a new type keeps the old arguments", "ldm/configfile.py", "        node.clear()", "        pass", "tests/test_config.py"),
+    Sabotage("configuration: true is an integer", "ldm/config.py", "type(value) is variant:", "isinstance(value, variant):", "tests/test_config.py"),
+]  # fmt: skip
+
+
+def sabotage(tree: Path, change: Sabotage) -> str:
+    """The first test that fails under the change, or the empty string."""
+    file = tree / change.file
+    text = file.read_text()
+    if text.count(change.old) != 1:
+        raise SystemExit(f"{change.name}: its line stands {text.count(change.old)} times in {change.file}")
+    file.write_text(text.replace(change.old, change.new))
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", change.tests]
+        output = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900).stdout
+    finally:
+        file.write_text(text)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return failed[1].split("::")[-1] if failed else ""
+
+
+def main(word: str = "") -> int:
+    """Run the sabotages and report the survivors."""
+    chosen = [change for change in SABOTAGES if word in change.name]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", ".*_cache", "__pycache__", ".hypothesis"))
+        killers = []
+        for change in chosen:
+            killers.append(sabotage(tree, change))
+            print(f"{'killed by ' + killers[-1] if killers[-1] else 'SURVIVED':60} {change.name}", flush=True)
+    if not word:
+        rows = [f"| {c.name} | `{c.file}` | {f'`{k}`' if k else '**survived**'} |" for c, k in zip(chosen, killers)]
+        head = "# Mutations\n\nSabotages of the code and the first test that noticed each, by `python tests/mutate.py`.\n\n"
+        table = "| sabotage | file | killed by |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+        (ROOT / "docs/mutations.md").write_text(head + table)
+    return sum(not killer for killer in killers)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
