@@ -74,7 +74,7 @@ class Config:
         for name in node:
             full = f"{key}.{name}".lstrip(".")
             if name in owners:
-                raise self.source.error(f"{full}: is not set here", full, hint=f"{owners[name]}, which owns it")
+                raise self.source.error(f"{full}: is set by {owners[name]}, not here", full, hint="leaving it out")
             if name not in settable:
                 raise self.source.error(f"{full}: unknown key", full, **_one_of(settable, name))
         for name in settable:
@@ -109,7 +109,8 @@ class Config:
     def _node(self, node: Any, key: str, table: str) -> dict[str, Any]:
         choices = parts.TABLES[table]
         if not isinstance(node, dict):
-            raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=_describe(Part))
+            hint = f"{{type: {node}}}" if isinstance(node, str) and node in choices else ""
+            raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=_describe(Part), hint=hint)
         if isinstance(choices, str):
             return self._fields(node, _target(table, node), key, table)
         if "type" not in node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import InputError, nearest, shown
-from ldm.plainyaml import COMMAND_LINE, parse
+from ldm.plainyaml import COMMAND_LINE, NAME, parse
 
 FORMAT = 1
 RENAMES: dict[int, dict[str, str]] = {}  # format n -> {dotted key in it: the same in format n + 1}
@@ -78,8 +77,8 @@ def _override(source: Source, text: str) -> None:
     """Set one key=value; a new `type` drops the arguments of the old one."""
     key, equals, value = text.partition("=")
     names = key.split(".")
-    if not equals or not all(names):
-        hint = f"{'.'.join(name for name in names if name) or 'KEY'}=VALUE"
+    if not equals or not all(map(NAME.fullmatch, names)):
+        hint = f"{'.'.join(NAME.findall(key)) or 'KEY'}=VALUE"
         raise InputError("override is not KEY=VALUE", COMMAND_LINE, got=shown(text), hint=hint)
     node, slot = _find(source, names)
     new = parse(value, COMMAND_LINE, {}, key)
@@ -112,10 +111,13 @@ def _resolved(source: Source) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        key = (getattr(error, "full_key", None) or "").replace("[", ".").replace("]", "")
-        what = str(error).splitlines()[0]
-        meant = nearest("".join(re.findall("'(.*)'", what)), [name for name in source.origin if name != key])
-        raise source.error(f"{key}: {what}", key, hint=f"${{{meant}}}" if meant else "") from None
+        key = str(error.full_key).replace("[", ".").replace("]", "")
+        node, slot = _find(source, key.split("."))
+        if "Recursive" in str(error):
+            raise source.error(f"{key}: refers to itself", key, got=shown(node[slot])) from None
+        meant = nearest(node[slot].strip("${}"), [name for name in source.origin if name != key])
+        hint = f"${{{meant}}}" if meant else ""
+        raise source.error(f"{key}: refers to nothing", key, got=shown(node[slot]), hint=hint) from None
 
 
 def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
@@ -124,7 +126,7 @@ def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
     newest = max([FORMAT, *(number + 1 for number in renames)])
     if type(written) is not int or not 1 <= written <= newest:
         hint = "a newer ldm" if type(written) is int and written > newest else ""
-        raise source.error("format: unknown", "format", got=shown(written), expected=f"a number up to {newest}", hint=hint)
+        raise source.error("format: unknown", "format", got=shown(written), expected=f"at most {newest}", hint=hint)
     for number in range(written, newest):
         for old, new in renames.get(number, {}).items():
             place = source.where(old)

@@ -15,7 +15,7 @@ class LdmError(Exception):
         where = f" ({where})" if where else ""
         parts = [what + where]
         parts += [f"{label} {text}" for label, text in (("got", got), ("expected", expected), ("try", hint)) if text]
-        super().__init__("; ".join(parts).replace("\n", " "))
+        super().__init__(" ".join("; ".join(parts).splitlines()))
 
 
 class InputError(LdmError):

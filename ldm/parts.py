@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
+from ldm.errors import InputError
+
 # axis -> {type: target}; an axis with a single target has no `type`
 TABLES: dict[str, dict[str, str] | str] = {
     "path": {
@@ -78,10 +80,14 @@ def load(target: str):
 
 def plug(module: str) -> None:
     """Add the tables of a user's own module, PARTS = {axis: {name: "module:name"}}; only a command line names one."""
-    for axis, table in importlib.import_module(module).PARTS.items():
+    try:
+        tables = importlib.import_module(module).PARTS
+    except (ImportError, AttributeError) as error:
+        raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
+    for axis, table in tables.items():
         known = TABLES.setdefault(axis, {})
         if isinstance(known, str) or known.keys() & table.keys():
-            raise ValueError(f"{module}: its {axis} would replace ours; got {', '.join(table)}")
+            raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
         known.update(table)
 
 

@@ -10,8 +10,9 @@ import yaml
 from ldm.errors import InputError, shown
 
 COMMAND_LINE = "command line"
+NAME = re.compile(r"[\w-]+")  # of a key: no dots, which join keys
 DEPTH = 16  # levels of nesting; a configuration has about 4
-RESOLVER = re.compile(r"\$\{(?![\w.]+\})")  # ${...} around anything but a key
+RESOLVER = re.compile(r"\$\{(?!\w+(\.\w+)*\})")  # ${...} around anything but a key
 HINTS = {"\t": "spaces, not tabs", "${": 'quotes: "${KEY}"'}  # frequent reasons of broken YAML
 FLOAT = r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf)$|\.nan$"
 INT = r"[-+]?(0|[1-9][\d_]{0,30})$"
@@ -31,7 +32,9 @@ def parse(text: str, file: str, origin: dict[str, str], key: str = "") -> Any:
     try:
         _refuse(text, file)
         node = yaml.compose(text, Loader)
-    except yaml.YAMLError as error:
+    except yaml.reader.ReaderError as error:
+        raise InputError(f"not valid YAML: {error.reason}", file, got=f"character 0x{error.character:02x}") from None
+    except yaml.MarkedYAMLError as error:
         raise _invalid(error, text, file) from None
     return None if node is None else _plain(node, file, origin, key)
 
@@ -52,17 +55,18 @@ def _refuse(text: str, file: str) -> None:
             raise InputError(f"YAML is nested deeper than {DEPTH} levels", where)
 
 
-def _invalid(error: yaml.YAMLError, text: str, file: str) -> InputError:
+def _invalid(error: yaml.MarkedYAMLError, text: str, file: str) -> InputError:
     """What the parser has to say, and the line that it stumbled over."""
-    if isinstance(error, yaml.reader.ReaderError):
-        return InputError(f"not valid YAML: {error.reason}", file, got=f"character 0x{error.character:02x}")
-    written = text.split("\n")[error.problem_mark.line]
-    said = ", ".join(words for words in (error.context, error.problem) if words)
+    mark: Any = error.problem_mark
+    written = text.split("\n")[mark.line]
+    begun = f" begun in line {error.context_mark.line + 1}" if error.context_mark else ""
+    said = f"{error.context}{begun}, {error.problem}" if error.context else error.problem
+    got = shown(written.strip()) if written.strip() else ""
     hint = next((hint for sign, hint in HINTS.items() if sign in written), "")
-    return InputError(f"not valid YAML: {said}", _place(file, error.problem_mark), got=shown(written.strip()), hint=hint)
+    return InputError(f"not valid YAML: {said}", _place(file, mark), got, hint=hint)
 
 
-def _place(file: str, mark: yaml.Mark) -> str:
+def _place(file: str, mark: Any) -> str:
     return file if file == COMMAND_LINE else f"{file}:{mark.line + 1}"
 
 
@@ -75,7 +79,7 @@ def _plain(node: yaml.Node, file: str, origin: dict[str, str], key: str) -> Any:
     values: dict[str, Any] = {}
     for name, value in node.value:
         where = _place(file, name.start_mark)
-        if not isinstance(name, yaml.ScalarNode) or name.value in ("", "<<"):
+        if not isinstance(name, yaml.ScalarNode) or not NAME.fullmatch(name.value):
             raise InputError("a key is a plain name", where, got=shown(_plain(name, file, {}, "")))
         full = f"{key}.{name.value}".lstrip(".")
         if name.value in values:

@@ -1,7 +1,7 @@
 """Break the code on purpose, one small sabotage at a time, and see that a test notices.
 
-    python tests/mutate.py            all of them, in a copy of the tree; writes docs/mutations.md
-    python tests/mutate.py heun       those whose name contains the word
+python tests/mutate.py            all of them, in a copy of the tree; writes docs/mutations.md
+python tests/mutate.py heun       those whose name contains the word
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def main(word: str = "") -> int:
     chosen = [change for change in SABOTAGES if word in change.name]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", ".*_cache", "__pycache__", ".hypothesis"))
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", ".*_cache", "__pycache__", ".hypothesis")
+        )
         killers = []
         for change in chosen:
             killers.append(sabotage(tree, change))

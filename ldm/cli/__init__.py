@@ -75,9 +75,12 @@ def config_options(parser: argparse.ArgumentParser, default: str | None = None) 
 
 def config_file(name: str, folder: str) -> Path:
     """The file itself, or the shipped configuration of that name: in the package, or beside it in a checkout."""
+    if Path(name).suffix in (".yaml", ".yml", ".json") or Path(name).name != name:
+        return Path(name)
     package = Path(__file__).parent.parent
     places = [package / "configs" / folder, package.parent / "configs" / folder]
-    shipped = [place / f"{Path(name).stem}.yaml" for place in places]
-    if Path(name).suffix not in (".yaml", ".yml"):
-        return next((file for file in shipped if file.is_file()), Path(name))
-    return Path(name)
+    shipped = {file.stem: file for place in places for file in place.glob("*.yaml")}
+    if name not in shipped:
+        names = ", ".join(sorted(shipped))
+        raise InputError("no such configuration", name, expected=f"a .yaml file, or one of {names}")
+    return shipped[name]

@@ -44,14 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
-    for name in ("steps", "batch_size"):
-        if config[name] < 1:
-            raise config.source.error(f"{name}: must be at least 1", name, got=str(config[name]))
+    for name, least in {"seed": 0, "steps": 1, "batch_size": 1, "lr": 0}.items():
+        if config[name] < least:
+            raise config.source.error(f"{name}: must be at least {least}", name, got=str(config[name]))
+    if config["seed"] >= 2**32:
+        raise config.source.error("seed: must be below 2**32", "seed", got=str(config["seed"]))
     out = Path(arguments.out)
-    if not out.parent.is_dir():
-        raise InputError("no such folder", str(out.parent), hint="another --out")
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
     from ldm.cli import swiss_roll  # torch is only paid for once all options are right
 
-    swiss_roll.draw_picture(*swiss_roll.learn(config), out)
+    swiss_roll.draw_picture(swiss_roll.learn(config), config, out)
     print(f"wrote {out}")
     return 0

@@ -39,15 +39,18 @@ def roll(u: Tensor) -> Tensor:
     return ((angle + thickness) * torch.cat([angle.cos(), angle.sin()], 1) / 6.8).float()
 
 
-def learn(config: Config) -> tuple[Denoiser, Config]:
+def learn(config: Config) -> Denoiser:
     """Fit the denoiser: sample `number` is the same point, time and noise whatever the batch."""
+    torch.set_num_threads(1)  # a network this small is slower on two
     torch.manual_seed(config["seed"])  # the initial weights
     denoiser = assemble.denoiser(config, channels=2)
     assemble.grid(config, denoiser.path)  # a grid that cannot be made is found before training
     weight, time = assemble.weight(config, denoiser.path), config.build("draw")
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config["lr"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config["steps"])
-    for numbers in tqdm(_batches(config["steps"], config["batch_size"]), total=config["steps"], desc="learning"):
+    for numbers in tqdm(
+        _batches(config["steps"], config["batch_size"]), total=config["steps"], desc="learning", mininterval=0.5
+    ):
         u, noise = draw(config["seed"], numbers, 3, (2,))
         level = time(denoiser.path, u[:, 0])
         loss = (weight(denoiser.prediction, level) * denoiser.loss(roll(u[:, 1:]), level, noise)).mean()
@@ -55,7 +58,7 @@ def learn(config: Config) -> tuple[Denoiser, Config]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return denoiser, config
+    return denoiser
 
 
 def _batches(steps: int, size: int) -> Iterator[range]:

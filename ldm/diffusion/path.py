@@ -164,6 +164,12 @@ def scaled_linear(
 
 def cosine(*, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Table:
     """Improved DDPM eq. 17: abar = cos^2, betas capped near the end."""
+    if steps < 2:
+        raise ValueError(f"steps: must be at least 2, got {steps}")
+    if offset < 0:
+        raise ValueError(f"offset: must be at least 0, got {offset}")
+    if not 0 < max_beta < 1:
+        raise ValueError(f"max_beta: must lie between 0 and 1, got {max_beta}")
     t = _spaced(0.0, 1.0, steps + 1)
     abar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return Table(betas=(1 - abar[1:] / abar[:-1]).clamp(max=max_beta).tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -107,12 +108,17 @@ class Explicit(Spacing):
     """The times listed, as the network is told them: steps k of a table, 1000 t of a flow."""
 
     def __init__(self, *, times: list[float], end: End = "zero"):
+        if not times or any(later >= earlier for earlier, later in pairwise(times)):
+            raise ValueError(f"times: must be numbers that fall, got {times}")
         super().__init__(steps=len(times), end=end)
         self.times = times
 
     def levels(self, path: Path) -> Level:
         """The levels at these times."""
-        return path.level(path.time(torch.tensor(self.times, dtype=torch.float64)))
+        t = path.time(torch.tensor(self.times, dtype=torch.float64))
+        if not ((t > 0) & (t < 1 + 1e-6)).all():
+            raise ValueError(f"times: must lie between the data and t = 1 of the path, got {self.times}")
+        return path.level(t)
 
 
 def _line(steps: int, start: float, stop: float) -> Tensor:
