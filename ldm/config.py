@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ldm import configfile, parts
 from ldm.errors import nearest, shown
 
 PLAIN = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", types.NoneType: "null"}
+LISTS = (list, tuple, Sequence)
 
 
 class Part:
@@ -50,7 +51,7 @@ class Config:
             raise self.source.error(what, what.partition(":")[0], **words) from error
 
     def _construct(self, node: dict[str, Any], table: str, key: str, given: dict[str, Any]) -> Any:
-        target = _target(table, node)
+        target = parts.find(table, node.get("type", ""))
         schema = _schema(target)
         arguments = {name: given[name] for name in schema if name in parts.GIVEN.get(table, {})}
         for name, value in node.items():
@@ -62,7 +63,7 @@ class Config:
     def _argument(self, value: Any, kind: Any, table: str, key: str, given: dict[str, Any]) -> Any:
         """Plain values as they are, nodes as objects."""
         kind = _variant(kind, value)
-        if get_origin(kind) is list and _is_part(get_args(kind)[0]):
+        if get_origin(kind) in LISTS and _is_part(get_args(kind)[0]):
             return [self._construct(node, table, f"{key}.{i}", given) for i, node in enumerate(value)]
         return self._construct(value, table, key, given) if _is_part(kind) else value
 
@@ -94,7 +95,7 @@ class Config:
             return self._node(value, key, table)
         if get_origin(variant) is Literal and value in choices:
             return value
-        if get_origin(variant) in (list, tuple) and isinstance(value, list):
+        if get_origin(variant) in LISTS and isinstance(value, list):
             kinds = choices if get_origin(variant) is tuple else choices * len(value)
             if len(kinds) == len(value):
                 return [self._value(v, k, f"{key}.{i}", table) for i, (v, k) in enumerate(zip(value, kinds))]
@@ -112,7 +113,7 @@ class Config:
             hint = f"{{type: {node}}}" if isinstance(node, str) and node in choices else ""
             raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=_describe(Part), hint=hint)
         if isinstance(choices, str):
-            return self._fields(node, _target(table, node), key, table)
+            return self._fields(node, parts.find(table, node.get("type", "")), key, table)
         if "type" not in node:
             raise self.source.error(f"{key}.type: missing", f"{key}.type", got=shown(node), **_one_of(choices))
         name = node["type"]
@@ -120,17 +121,12 @@ class Config:
             words = {"got": shown(name), **_one_of(choices, name)}
             raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **words)
         arguments = {k: v for k, v in node.items() if k != "type"}
-        return {"type": name, **self._fields(arguments, _target(table, node), key, table)}
+        return {"type": name, **self._fields(arguments, parts.find(table, node.get("type", "")), key, table)}
 
 
 def load(file: str | Path, overrides: list[str], schema: type) -> Config:
     """Read a file and its overrides and check them against a command's schema."""
     return Config(configfile.read(file, overrides), schema)
-
-
-def _target(table: str, node: dict[str, Any]) -> Any:
-    choices = parts.TABLES[table]
-    return parts.load(choices if isinstance(choices, str) else choices[node["type"]])
 
 
 def _schema(target: Any) -> dict[str, inspect.Parameter]:
@@ -148,11 +144,14 @@ def _call(target: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _variant(kind: Any, value: Any) -> Any:
-    """Of X | None, the one that the value is meant for."""
+    """Of X | list[X] | None, the one that the value is meant for."""
     if get_origin(kind) not in (Union, types.UnionType):
         return kind
-    variants = get_args(kind)
-    return types.NoneType if value is None else next(v for v in variants if v is not types.NoneType)
+    lists = [v for v in get_args(kind) if get_origin(v) in LISTS]
+    plain = [v for v in get_args(kind) if v not in (types.NoneType, *lists)]
+    if value is None:
+        return types.NoneType
+    return (lists + plain)[0] if isinstance(value, list) else (plain + lists)[0]
 
 
 def _is_part(kind: Any) -> bool:
@@ -165,7 +164,7 @@ def _describe(kind: Any) -> str:
         return " or ".join(_describe(variant) for variant in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(str(choice) for choice in get_args(kind))
-    if get_origin(kind) in (list, tuple):
+    if get_origin(kind) in LISTS:
         items = get_args(kind)
         return f"a list, each {_describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(_describe, items))}]"
     return PLAIN.get(kind, "a node {type: NAME, ...}")

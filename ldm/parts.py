@@ -78,6 +78,12 @@ def load(target: str):
     return getattr(importlib.import_module(module), name)
 
 
+def find(axis: str, name: str = ""):
+    """The object of that name on an axis."""
+    table = TABLES[axis]
+    return load(table if isinstance(table, str) else table[name])
+
+
 def plug(module: str) -> None:
     """Add the tables of a user's own module, PARTS = {axis: {name: "module:name"}}; only a command line names one."""
     try:

@@ -1,6 +1,6 @@
-"""The house rules of docs/architecture.md, read off the source: arrows of import, owners of packages, sizes, names.
+"""The house rules, read off the source: arrows of import, owners of packages, sizes, names, and what git may not hold.
 
-Every rule takes the root of a tree and yields its breaches, so that the last tests can show it a bad tree.
+Each rule takes the root of a tree and yields its breaches, so that the last tests can show it a bad tree.
 """
 
 from __future__ import annotations
@@ -8,52 +8,193 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# who may import whom: everything from a lower floor; rooms on the same floor do not know each other
-FLOORS = [
-    {"condition"},
-    {"models", "diffusion"},
-    {"checkpoint"},
-    {"losses"},
-    {"conditioning"},
-    {"assemble"},
-    {"pipeline"},
-    {"data"},
-    {"metrics"},
-    {"training"},
-    {"cli"},
-    {"__main__"},
-]
-HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-# leaves: what they import themselves, and the lowest floor that may use them
-LEAVES: dict[str, tuple[set[str], int]] = {
-    "errors": (set(), 0),
-    "parts": ({"errors"}, HEIGHT["assemble"]),
-    "plainyaml": ({"errors"}, len(FLOORS)),
-    "configfile": ({"errors", "plainyaml"}, HEIGHT["cli"]),
-    "config": ({"errors", "parts", "configfile"}, HEIGHT["assemble"]),
+# a room may import the rooms of lower floors; neighbours on one floor do not know each other
+FLOORS = ["condition", "models diffusion", "checkpoint", "losses", "conditioning", "assemble", "pipeline", "data"]
+FLOORS += ["metrics", "training", "cli", "__main__ __init__"]
+LEAVES = {  # what a leaf may import itself, and the lowest floor that may import it
+    "errors": ("", "condition"),
+    "parts": ("errors", "assemble"),
+    "plainyaml": ("errors", ""),
+    "configfile": ("errors plainyaml", ""),
+    "config": ("errors parts configfile", "assemble"),
 }
-OWNERS = {  # third-party package -> the only places that import it
-    "omegaconf": {"configfile"},
-    "yaml": {"plainyaml"},
-    "lightning": {"training"},
-    "pytorch_lightning": set(),
-    "accelerate": {"pipeline"},
-}
-LAZY = {"lightning", "transformers", "open_clip", "diffusers", "torchmetrics", "torchvision", "accelerate"}
-PATHS = re.compile(r"(?<![\w.])/(?:home|root|work|Users|tmp/\w)[/\w]")
-HOSTS = re.compile(
-    r"\b(?:pypi\.org|pythonhosted\.org|pypi\.python\.org|download\.pytorch\.org|registry\.npmjs\.org|anaconda\.org)"
+OWNERS = {"omegaconf": "configfile", "yaml": "plainyaml", "lightning": "training", "pytorch_lightning": "nobody"}
+TORCH_ONLY = {"condition", "models", "diffusion"}
+LATE = {"transformers", "open_clip", "diffusers", "torchmetrics"}  # imported inside the function that needs them
+LONGEST, LONGEST_STRAIGHT, LONGEST_FILE = 60, 80, 350
+PRIVATE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
+REGISTRY = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|npmjs\.org)\b")
+
+
+class Import(NamedTuple):
+    """One imported module: where, by which room of ldm, as what, and whether it costs something on import."""
+
+    where: str
+    room: str
+    module: str
+    at_once: bool
+
+
+def modules(root: Path, *folders: str) -> Iterator[tuple[Path, str, ast.Module]]:
+    """(file, its name in the tree, its syntax) of the Python files below these folders, and of scripts in the root."""
+    for path in sorted({*root.glob("*.py"), *(file for folder in folders for file in (root / folder).rglob("*.py"))}):
+        yield path, path.relative_to(root).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(root: Path) -> Iterator[Import]:
+    """Every import of every module of ldm, at any depth, with relative ones spelled out."""
+    for path, name, tree in modules(root / "ldm", "."):
+        package = ["ldm", *path.relative_to(root / "ldm").parts[:-1]]
+        room = Path(name).parts[0].removesuffix(".py")
+        inside = {child for node in ast.walk(tree) if is_function(node) for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                above = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+                base = f"{above}.{node.module or ''}".strip(".")
+                names = [f"{base}.{alias.name}" for alias in node.names]
+            for imported in names:
+                yield Import(f"ldm/{name}:{node.lineno}", room, imported, node not in inside)
+
+
+def is_function(node: ast.AST) -> bool:
+    """Whether its body runs later."""
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+# --------------------------------------------------------------------------------------------------- the rules
+
+
+def may_import(room: str) -> set[str]:
+    """The rooms that this one may import."""
+    if room in LEAVES:
+        return set(LEAVES[room][0].split())
+    height = next((floor for floor, rooms in enumerate(FLOORS) if room in rooms.split()), -1)
+    below = {other for rooms in FLOORS[: max(height, 0)] for other in rooms.split()}
+    return below | {leaf for leaf, (_, lowest) in LEAVES.items() if lowest and FLOORS.index(lowest) <= height}
+
+
+def arrows(root: Path) -> Iterator[str]:
+    """Imports inside ldm that point up, sideways, or at the package's own face."""
+    for one in imports(root):
+        _, *names = one.module.split(".") if one.module.split(".")[0] == "ldm" else ["", one.room]
+        if names == ["__version__"]:
+            continue
+        room = names[0] if names else "__init__"
+        if room != one.room and room not in may_import(one.room):
+            yield f"{one.where}: {one.room} imports {room}"
+
+
+def owners(root: Path) -> Iterator[str]:
+    """Packages imported by a room that does not own them, or at import time where they must come late."""
+    for one in imports(root):
+        package = one.module.split(".")[0]
+        if OWNERS.get(package, one.room) != one.room:
+            yield f"{one.where}: {package} belongs to {OWNERS[package]}"
+        if package in LATE and one.at_once:
+            yield f"{one.where}: {package} is imported before it is needed"
+        if one.room in TORCH_ONLY and package not in {"ldm", "torch", *sys.stdlib_module_names}:
+            yield f"{one.where}: {one.room} needs torch only"
+
+
+def sizes(root: Path) -> Iterator[str]:
+    """Functions and files that are too long to be read in one go."""
+    for path, name, tree in modules(root, "ldm", "tests", "benchmarks"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > (LONGEST_STRAIGHT if node.name in ("__init__", "forward") else LONGEST):
+                    yield f"{name}:{node.lineno}: {node.name} has {length} lines"
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        length = sum(line != "" and not line.startswith("#") for line in lines)
+        if length > LONGEST_FILE:
+            yield f"{name}: {length} lines of code"
+
+
+def names(root: Path) -> Iterator[str]:
+    """Files whose name says nothing, and modules that do not say what they are."""
+    for path, name, tree in modules(root, "ldm", "tests", "benchmarks"):
+        if path.stem in ("utils", "util", "common", "helpers", "misc"):
+            yield f"{name}: a name that says nothing"
+        if ast.get_docstring(tree) is None and (tree.body or name.startswith("ldm/")):
+            yield f"{name}: no docstring"
+
+
+def secrets(root: Path) -> Iterator[str]:
+    """Files under git that name a folder of one machine, or where packages come from."""
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        text = (root / name).read_bytes().decode("utf-8", "replace") if (root / name).is_file() else ""
+        for number, line in enumerate(text.splitlines(), 1):
+            if found := PRIVATE.search(line) or REGISTRY.search(line):
+                yield f"{name}:{number}: {found.group()}"
+
+
+@pytest.mark.parametrize("rule", [arrows, owners, sizes, names], ids=lambda rule: rule.__name__)
+def test_the_house_keeps(rule):
+    assert list(rule(ROOT)) == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_git_holds_no_address_of_a_machine_or_a_registry():
+    assert list(secrets(ROOT)) == []
+
+
+def test_every_room_has_its_floor():
+    """A new folder or file of ldm takes its place above before it imports anything."""
+    rooms = {path.stem for path in (ROOT / "ldm").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms <= {room for floor in FLOORS for room in floor.split()} | LEAVES.keys()
+
+
+# ------------------------------------------------------------------------------------- and the rules can fail
+
+LONG = "\n".join(f"    x = {number}" for number in range(80))
+DOC = '"""Doc."""\n'
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source", "breach"),
+    [
+        (arrows, "diffusion/a.py", "from ldm.models import unet", "ldm/diffusion/a.py:1: diffusion imports models"),
+        (arrows, "models/a.py", "from ldm import diffusion", "ldm/models/a.py:1: models imports diffusion"),
+        (arrows, "models/a.py", "from ..diffusion import path", "ldm/models/a.py:1: models imports diffusion"),
+        (arrows, "models/a.py", "from .. import config", "ldm/models/a.py:1: models imports config"),
+        (arrows, "models/b/c.py", "from ...cli import main", "ldm/models/b/c.py:1: models imports cli"),
+        (arrows, "condition.py", "import ldm.diffusion.path", "ldm/condition.py:1: condition imports diffusion"),
+        (arrows, "losses/a.py", "def f():\n    import ldm.parts", "ldm/losses/a.py:2: losses imports parts"),
+        (arrows, "data/a.py", "from ldm.training.draws import draw", "ldm/data/a.py:1: data imports training"),
+        (arrows, "training/a.py", "from ldm import cli", "ldm/training/a.py:1: training imports cli"),
+        (arrows, "pipeline.py", "from ldm import load", "ldm/pipeline.py:1: pipeline imports load"),
+        (arrows, "cli/a.py", "import ldm", "ldm/cli/a.py:1: cli imports __init__"),
+        (arrows, "cli/a.py", "from ldm.configfile import read", "ldm/cli/a.py:1: cli imports configfile"),
+        (arrows, "config.py", "from ldm import assemble", "ldm/config.py:1: config imports assemble"),
+        (arrows, "errors.py", "from ldm import parts", "ldm/errors.py:1: errors imports parts"),
+        (owners, "config.py", "import omegaconf", "ldm/config.py:1: omegaconf belongs to configfile"),
+        (owners, "cli/a.py", "from yaml import load", "ldm/cli/a.py:1: yaml belongs to plainyaml"),
+        (owners, "data/a.py", "import lightning.pytorch as pl", "ldm/data/a.py:1: lightning belongs to training"),
+        (owners, "training/a.py", "import pytorch_lightning", "ldm/training/a.py:1: pytorch_lightning belongs to nobody"),
+        (owners, "metrics/a.py", "import diffusers", "ldm/metrics/a.py:1: diffusers is imported before it is needed"),
+        (owners, "models/a.py", "def f():\n    import numpy", "ldm/models/a.py:2: models needs torch only"),
+        (sizes, "a.py", f"def f():\n{LONG[: LONG.index('59')]}59", ""),
+        (sizes, "a.py", f"def f():\n{LONG[: LONG.index('60')]}60", ""),
+        (names, "utils.py", DOC, "ldm/utils.py: a name that says nothing"),
+        (names, "models/common.py", DOC, "ldm/models/common.py: a name that says nothing"),
+        (names, "a.py", "import math", "ldm/a.py: no docstring"),
+        (names, "models/__init__.py", "", "ldm/models/__init__.py: no docstring"),
+    ],
 )
-
-
-def sources(root: Path, folder: str = "") -> Iterator[tuple[str, ast.Module]]:
-    """(path in the tree, syntax tree) of each Python file."""
-    for path in sorted((root / folder).rglob("*.py")):
-        if not any(part.startswith(".") for part in path.relative_to(root).parts):
-            yield str(path.relative_to(root)), ast.parse(path.read_text(encoding="utf-8"))
+def test_a_bad_tree_is_seen(rule, file, source, breach, tmp_path):
+    path = tmp_path / "ldm" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    assert list(rule(tmp_path)) == [breach]

@@ -89,7 +89,7 @@ def samples(denoiser: Denoiser, grid: Level, seed: int) -> list[Panel]:
         def noise(generator=generator):
             return torch.randn(POINTS, 2, generator=generator)
 
-        *_, last = parts.load(parts.TABLES["solver"][name])(denoiser, denoiser.path.prior(noise()), grid, noise)
+        *_, last = parts.find("solver", name)(denoiser, denoiser.path.prior(noise()), grid, noise)
         distance = energy_distance(last.x, truth)
         panels.append(Panel(f"{name}, {len(grid.t) - 1} steps, off by {distance:.4f}", last.x))
     return panels
