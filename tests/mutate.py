@@ -52,7 +52,7 @@ SABOTAGES = [
     Sabotage("hybrid loss: nats for bits", D + "bound.py", ".flatten(1).mean(1) / math.log(2)\n\n\ndef gaussian_kl", ".flatten(1).mean(1)\n\n\ndef gaussian_kl", T),
     Sabotage("bound: the last step's decoder left out", D + "bound.py", "torch.where(expand(first, x0).bool(), nll, kl)", "kl", T),
     Sabotage("decoder: the outermost cells are closed", D + "bound.py", "torch.where(x0 < -1 + half, upper, inside)", "inside", T),
-    Sabotage("table: steps counted from one", D + "path.py", "torch.arange(-1.0, len(beta))", "torch.arange(0.0, len(beta) + 1)", T),
+    Sabotage("table: steps counted from one", D + "path.py", "torch.where(exact, nearest, position) - 1\n", "torch.where(exact, nearest, position)\n", T),
     Sabotage("zero-terminal-SNR: not rescaled to the first step", D + "path.py", "* alpha[0] / (alpha[0] - alpha[-1])", "", T),
     Sabotage("VP-SDE: half the slope", D + "path.py", "(beta_max - beta_min) / 4", "(beta_max - beta_min) / 2", T),
     Sabotage("VE: the start is not scaled", D + "path.py", "super().prior(z) * self.sigma_max", "super().prior(z)", T),
@@ -67,7 +67,7 @@ SABOTAGES = [
     Sabotage("shift: the other way", D + "times.py", "shift * t / (1 + (shift - 1) * t)", "t / (shift + (1 - shift) * t)", "tests"),
     Sabotage("draws: the noise before the uniforms", "ldm/training/draws.py", "        u[i].uniform_(generator=generator)\n        noise[i].normal_(generator=generator)", "        noise[i].normal_(generator=generator)\n        u[i].uniform_(generator=generator)", "tests/training"),
     Sabotage("draws: seed + number", "ldm/training/draws.py", "generator.manual_seed(mix32(seed, number))", "generator.manual_seed(seed + number)", "tests/training"),
-    Sabotage("configuration: given keys may be written", "ldm/config.py", "if name in schema and name in owners:", "if False:", "tests/test_config.py"),
+    Sabotage("configuration: given keys may be written", "ldm/config.py", "if name in owners:", "if False:", "tests/test_config.py"),
     Sabotage("configuration: a new type keeps the old arguments", "ldm/configfile.py", "        node.clear()", "        pass", "tests/test_config.py"),
     Sabotage("configuration: true is an integer", "ldm/config.py", "type(value) is variant:", "isinstance(value, variant):", "tests/test_config.py"),
 ]  # fmt: skip

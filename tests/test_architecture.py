@@ -54,7 +54,7 @@ def imports(root: Path) -> Iterator[Import]:
     for path, name, tree in modules(root / "ldm", "."):
         package = ["ldm", *path.relative_to(root / "ldm").parts[:-1]]
         room = Path(name).parts[0].removesuffix(".py")
-        inside = {child for node in ast.walk(tree) if is_function(node) for child in ast.walk(node)}
+        later = {child for node in ast.walk(tree) if runs_later(node) for child in ast.walk(node)}
         for node in ast.walk(tree):
             names: list[str] = []
             if isinstance(node, ast.Import):
@@ -64,12 +64,14 @@ def imports(root: Path) -> Iterator[Import]:
                 base = f"{above}.{node.module or ''}".strip(".")
                 names = [f"{base}.{alias.name}" for alias in node.names]
             for imported in names:
-                yield Import(f"ldm/{name}:{node.lineno}", room, imported, node not in inside)
+                yield Import(f"ldm/{name}:{node.lineno}", room, imported, node not in later)
 
 
-def is_function(node: ast.AST) -> bool:
-    """Whether its body runs later."""
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+def runs_later(node: ast.AST) -> bool:
+    """A function, or what only a type checker reads."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 # --------------------------------------------------------------------------------------------------- the rules
@@ -87,10 +89,10 @@ def may_import(room: str) -> set[str]:
 def arrows(root: Path) -> Iterator[str]:
     """Imports inside ldm that point up, sideways, or at the package's own face."""
     for one in imports(root):
-        _, *names = one.module.split(".") if one.module.split(".")[0] == "ldm" else ["", one.room]
-        if names == ["__version__"]:
+        package, *below = one.module.split(".")
+        if package != "ldm" or below == ["__version__"]:
             continue
-        room = names[0] if names else "__init__"
+        room = below[0] if below else "__init__"
         if room != one.room and room not in may_import(one.room):
             yield f"{one.where}: {one.room} imports {room}"
 
@@ -132,7 +134,9 @@ def names(root: Path) -> Iterator[str]:
 
 def secrets(root: Path) -> Iterator[str]:
     """Files under git that name a folder of one machine, or where packages come from."""
-    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         text = (root / name).read_bytes().decode("utf-8", "replace") if (root / name).is_file() else ""
         for number, line in enumerate(text.splitlines(), 1):
@@ -158,8 +162,12 @@ def test_every_room_has_its_floor():
 
 # ------------------------------------------------------------------------------------- and the rules can fail
 
-LONG = "\n".join(f"    x = {number}" for number in range(80))
 DOC = '"""Doc."""\n'
+
+
+def function(name: str, lines: int) -> str:
+    """The source of a function of so many lines."""
+    return f"def {name}():\n" + "    x = 1\n" * (lines - 1)
 
 
 @pytest.mark.parametrize(
@@ -182,11 +190,18 @@ DOC = '"""Doc."""\n'
         (owners, "config.py", "import omegaconf", "ldm/config.py:1: omegaconf belongs to configfile"),
         (owners, "cli/a.py", "from yaml import load", "ldm/cli/a.py:1: yaml belongs to plainyaml"),
         (owners, "data/a.py", "import lightning.pytorch as pl", "ldm/data/a.py:1: lightning belongs to training"),
-        (owners, "training/a.py", "import pytorch_lightning", "ldm/training/a.py:1: pytorch_lightning belongs to nobody"),
+        (
+            owners,
+            "training/a.py",
+            "import pytorch_lightning",
+            "ldm/training/a.py:1: pytorch_lightning belongs to nobody",
+        ),
         (owners, "metrics/a.py", "import diffusers", "ldm/metrics/a.py:1: diffusers is imported before it is needed"),
         (owners, "models/a.py", "def f():\n    import numpy", "ldm/models/a.py:2: models needs torch only"),
-        (sizes, "a.py", f"def f():\n{LONG[: LONG.index('59')]}59", ""),
-        (sizes, "a.py", f"def f():\n{LONG[: LONG.index('60')]}60", ""),
+        (sizes, "a.py", function("f", 60) + function("f", 61), "ldm/a.py:61: f has 61 lines"),
+        (sizes, "a.py", function("forward", 80) + function("__init__", 81), "ldm/a.py:81: __init__ has 81 lines"),
+        (sizes, "a.py", "x = 1\n" * 350 + "# not code\n\n" * 9, None),
+        (sizes, "a.py", "x = 1\n" * 351, "ldm/a.py: 351 lines of code"),
         (names, "utils.py", DOC, "ldm/utils.py: a name that says nothing"),
         (names, "models/common.py", DOC, "ldm/models/common.py: a name that says nothing"),
         (names, "a.py", "import math", "ldm/a.py: no docstring"),
@@ -197,4 +212,22 @@ def test_a_bad_tree_is_seen(rule, file, source, breach, tmp_path):
     path = tmp_path / "ldm" / file
     path.parent.mkdir(parents=True)
     path.write_text(source, encoding="utf-8")
-    assert list(rule(tmp_path)) == [breach]
+    assert list(rule(tmp_path)) == ([] if breach is None else [breach])
+
+
+@pytest.mark.parametrize(
+    ("line", "breaches"),
+    [
+        ("see /" + "home/me/data", ["a.txt:2: /" + "home/m"]),
+        ("root: /" + "work/runs", ["a.txt:2: /" + "work/r"]),
+        ("https://files.python" + "hosted.org/x", ["a.txt:2: python" + "hosted.org"]),
+        ("index: https://py" + "pi.org/simple", ["a.txt:2: py" + "pi.org"]),
+        ("https://example.org/home/page, framework/work/x and a/root/b", []),
+    ],
+)
+def test_a_bad_line_under_git_is_seen(line, breaches, tmp_path):
+    (tmp_path / "a.txt").write_text(f"fine\n{line}\n", encoding="utf-8")
+    (tmp_path / "not_added.txt").write_text(line, encoding="utf-8")
+    for command in (["init", "-q"], ["add", "a.txt"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert list(secrets(tmp_path)) == breaches

@@ -159,6 +159,14 @@ def test_a_process_ends_with_2_and_one_line(change, message, elsewhere):
     assert [path.name for path in elsewhere.iterdir()] == ["c.yaml"]
 
 
+def test_the_mistakes_in_the_readme_are_answered_as_it_says(capsys):
+    shown = re.findall(r"^\$ ldm (.*)\n(error: .*\n)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown
+    for command, line in shown:
+        assert main(shlex.split(command)) == 2
+        assert capsys.readouterr() == ("", line)
+
+
 PIECES = [*"{}[]:,.#&*!|>'\"%@`$-?~=_e0\n\t \0\r\x85\u2028\ufeff\ud83d", "${seed}", "${", "<<: ", "---", "path", "type"]
 SCRAPS = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=8).map("".join)
 KEYS = st.sampled_from(["path", "path.type", "backbone.width", "spacing", "seed", "a.b", ""])

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,10 +35,17 @@ PLAIN = (int, float, bool, str, types.NoneType)
 class Bag:
     """A part made of parts."""
 
-    def __init__(self, *, items: list[Part], name: str = "bag", pair: tuple[int, float] | None = None):
+    def __init__(
+        self,
+        *,
+        items: Sequence[Part],
+        name: str = "bag",
+        pair: tuple[int, float] | None = None,
+        size: float | list[float] = 1.0,
+    ):
         if len(items) > 2:
             raise ValueError(f"items: must be at most 2, got {len(items)}; try one bag in another")
-        self.items, self.name, self.pair = items, name, pair
+        self.items, self.name, self.pair, self.size = items, name, pair, size
 
 
 @dataclass(kw_only=True)
@@ -78,7 +86,7 @@ def is_plain(kind: Any) -> bool:
     """Whether a YAML can say it: a plain type, a choice of words, a list, tuple or union of these, or a part."""
     if get_origin(kind) is Literal:
         return all(isinstance(choice, PLAIN) for choice in get_args(kind))
-    if get_origin(kind) in (list, tuple, Union, types.UnionType):
+    if get_origin(kind) in (list, tuple, Sequence, Union, types.UnionType):
         return all(is_plain(item) for item in get_args(kind))
     return kind in PLAIN or (isinstance(kind, type) and kind.__module__.startswith("ldm."))
 
@@ -117,9 +125,22 @@ def test_lists_of_parts_are_built_and_overridden():
     assert built.pair == [7, 2.0]
 
 
+@pytest.mark.parametrize(("text", "size"), [("2", 2.0), ("[2, 3]", [2.0, 3.0]), ("[]", [])])
+def test_a_setting_may_be_a_number_or_a_list(text, size):
+    assert loaded(f"bag: {{type: bag, items: [], size: {text}}}").build("bag").size == size
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [
+        (
+            "{type: bag, items: [], size: big}",
+            'bag.size: wrong value (c.yaml:1); got "big"; expected a finite number or a list, each a finite number',
+        ),
+        (
+            "{type: bag, items: [], size: [1, [2]]}",
+            "bag.size.1: wrong value (c.yaml:1); got [2]; expected a finite number",
+        ),
         ("3", "bag: wrong value (c.yaml:1); got 3; expected a node {type: NAME, ...}"),
         (
             "{type: bag, items: {type: bag}}",

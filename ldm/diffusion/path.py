@@ -108,8 +108,9 @@ class Table(Path):
         alpha = (1 - beta).cumprod(0).sqrt()
         if zero_terminal_snr:  # Lin et al. 2023, algorithm 1: the last alpha becomes 0, the first stays
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # (T + 1,) row 0 is the data
-        self.table = Level(alpha, (1 - alpha**2).sqrt(), torch.ones_like(alpha), torch.arange(-1.0, len(beta)).double())
+        self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # (T + 1,) row 0 is the data
+        self.sigma = (1 - self.alpha**2).sqrt()
+        self.log_snr = self.alpha.log() - self.sigma.log()
         self.steps = len(beta)
         self.t_min = 1 / self.steps
         self.t_max = 1 - zero_terminal_snr / self.steps
@@ -117,18 +118,18 @@ class Table(Path):
     def level(self, t: Tensor) -> Level:
         """Exact at the integer steps; between two of them the log-SNR is interpolated."""
         position = (t * self.steps).clamp(0, self.steps)
-        table = self.table.map(lambda field: field.to(t.device))
+        alphas, sigmas, log_snrs = (column.to(t.device) for column in (self.alpha, self.sigma, self.log_snr))
         nearest, low, high = (index.long() for index in (position.round(), position.floor(), position.ceil()))
         exact = (position - nearest).abs() < 1e-6
-        log_snr = torch.lerp(table.log_snr[low], table.log_snr[high], (position - low).to(table.alpha))
-        alpha = torch.where(exact, table.alpha[nearest], _vp_alpha(log_snr))
-        sigma = torch.where(exact, table.sigma[nearest], _vp_alpha(-log_snr))
+        log_snr = torch.lerp(log_snrs[low], log_snrs[high], (position - low).to(log_snrs))
+        alpha = torch.where(exact, alphas[nearest], _vp_alpha(log_snr))
+        sigma = torch.where(exact, sigmas[nearest], _vp_alpha(-log_snr))
         clock = torch.where(exact, nearest, position) - 1
         return Level(alpha, sigma, torch.ones_like(alpha), clock.clamp(min=0).to(alpha))
 
     def at(self, log_snr: Tensor) -> Level:
         """The level at a log-SNR, told to the network as a step between two of the table's."""
-        known = self.table.log_snr[1:]  # (T,) falling
+        known = self.log_snr[1:]  # (T,) falling
         known = known[known.isfinite()].flip(0).to(log_snr)
         high = torch.searchsorted(known, log_snr.contiguous()).clamp(1, len(known) - 1)
         fraction = (log_snr - known[high - 1]) / (known[high] - known[high - 1])

@@ -1,0 +1,1 @@
+"""What learns: draws, losses weighted and averaged, and the loops around them."""

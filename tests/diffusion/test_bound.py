@@ -60,7 +60,7 @@ def test_the_parts_add_up():
     found = bound.bits_per_dim(ExactDenoiser(0.25, where), x0, lambda: torch.randn(4, 1, dtype=torch.float64))
     assert found.steps.shape == (30, 4)
     torch.testing.assert_close(found.total, found.prior + found.steps.sum(0))
-    alpha, sigma = where.table.alpha[-1], where.table.sigma[-1]
+    alpha, sigma = where.alpha[-1], where.sigma[-1]
     kl = torch.distributions.kl_divergence(
         torch.distributions.Normal(alpha * x0, sigma), torch.distributions.Normal(0, 1)
     )
@@ -121,7 +121,7 @@ LEARNED = prediction.LearnedRange(of=prediction.Eps(), bound_weight=1e-3)
 
 def hybrid_by_hand(k: int, x0, noise, where: path.Table, model: TwoChannels) -> torch.Tensor:
     """Improved DDPM's L_simple + 0.001 T L_t, from betas, for one step k > 0."""
-    abar = where.table.alpha[1:] ** 2
+    abar = where.alpha[1:] ** 2
     beta = 1 - abar[k] / abar[k - 1]
     tilde = beta * (1 - abar[k - 1]) / (1 - abar[k])
     x = abar[k].sqrt() * x0 + (1 - abar[k]).sqrt() * noise

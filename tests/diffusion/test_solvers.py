@@ -132,6 +132,14 @@ def test_a_solver_that_sees_one_step_is_first_order_at_both_ends():
             torch.testing.assert_close(steps[1].x, expected[1].x, rtol=1e-12, atol=1e-12)
 
 
+def test_the_third_step_from_alpha_zero_knows_two_points():
+    """The point at alpha = 0 is no history, so 3M is still 2M there; one step later it is not."""
+    grid, x = spacing.Trailing(steps=6).grid(path.Flow()), start()
+    second, third = (list(ALL[name](Exact(MIXTURE), x, grid)) for name in ("dpmpp_2m", "dpmpp_3m"))
+    torch.testing.assert_close(third[2].x, second[2].x, rtol=1e-12, atol=1e-12)
+    assert (third[3].x - second[3].x).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(("name", "per_step"), [(n, 2 if n == "heun" else 1) for n in ALL])
 def test_number_of_evaluations(name, per_step):
     grid, denoise = spacing.LogSNR(steps=7).grid(path.VE()), Exact(MIXTURE)
