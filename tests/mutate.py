@@ -64,7 +64,7 @@ SABOTAGES = [
     Sabotage("classifier guidance: pushes away", D + "guidance.py", "-level.sigma, push)", "level.sigma, push)", T),
     Sabotage("algorithm 1: the deviation for the variance", D + "solvers.py", "return shift * variance", "return shift * variance**0.5", T),
     Sabotage("min-SNR: a maximum", D + "weights.py", "torch.minimum(", "torch.maximum(", T),
-    Sabotage("shift: the other way", D + "times.py", "shift * t / (1 + (shift - 1) * t)", "t / (shift + (1 - shift) * t)", "tests"),
+    Sabotage("shift: the other way", D + "times.py", "else shift * t / (1 + (shift - 1) * t)", "else t / (shift + (1 - shift) * t)", "tests"),
     Sabotage("draws: the noise before the uniforms", "ldm/training/draws.py", "        u[i].uniform_(generator=generator)\n        noise[i].normal_(generator=generator)", "        noise[i].normal_(generator=generator)\n        u[i].uniform_(generator=generator)", "tests/training"),
     Sabotage("draws: seed + number", "ldm/training/draws.py", "generator.manual_seed(mix32(seed, number))", "generator.manual_seed(seed + number)", "tests/training"),
     Sabotage("configuration: given keys may be written", "ldm/config.py", "if name in owners:", "if False:", "tests/test_config.py"),
