@@ -27,7 +27,7 @@ class Config:
     """Values checked against a schema and complete with its defaults; `build` makes the objects."""
 
     def __init__(self, source: configfile.Source, schema: type):
-        self.source = source
+        self.source, self.schema = source, schema
         self.values = {"format": configfile.FORMAT, **self._fields(source.values, schema, "", "")}
 
     def __getitem__(self, key: str) -> Any:
@@ -36,6 +36,11 @@ class Config:
     def build(self, key: str, **given: Any) -> Any:
         """The object that a top-level node describes; `given` supplies what the node may not say (parts.GIVEN)."""
         return self._construct(self.values[key], key, key, given)
+
+    def amended(self, overrides: Sequence[str]) -> Config:
+        """The same with overrides in the place of what it says."""
+        values = {name: value for name, value in self.values.items() if name != "format"}
+        return Config(configfile.amend(configfile.Source(values, self.source.origin), overrides), self.schema)
 
     @contextmanager
     def blame(self, key: str) -> Iterator[None]:
@@ -124,7 +129,7 @@ class Config:
         return {"type": name, **self._fields(arguments, parts.find(table, node.get("type", "")), key, table)}
 
 
-def load(file: str | Path, overrides: list[str], schema: type) -> Config:
+def load(file: str | Path, overrides: Sequence[str], schema: type) -> Config:
     """Read a file and its overrides and check them against a command's schema."""
     return Config(configfile.read(file, overrides), schema)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,8 @@ class Source:
         return InputError(what, self.where(key), **words)
 
 
-def read(file: str | Path, overrides: list[str]) -> Source:
-    """The file with its old keys renamed, then the key=value overrides, then each ${KEY} by its value."""
+def read(file: str | Path, overrides: Sequence[str]) -> Source:
+    """A file and its overrides."""
     origin = {"": str(file)}
     source = Source(parse(_text(Path(file)), str(file), origin), origin)
     if source.values is None:
@@ -47,6 +49,12 @@ def read(file: str | Path, overrides: list[str]) -> Source:
     if not isinstance(source.values, dict):
         got = shown(source.values)
         raise source.error("configuration is not a mapping", "", got=got, expected="lines of key: value")
+    return amend(source, overrides)
+
+
+def amend(source: Source, overrides: Sequence[str]) -> Source:
+    """Another source with its old keys renamed, the overrides in their places, and each ${KEY} by its value."""
+    source = Source(copy.deepcopy(source.values), dict(source.origin))
     _upgrade(source, RENAMES)
     for override in sorted(overrides, key=_rank):
         _override(source, override)

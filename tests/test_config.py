@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -335,3 +336,21 @@ def test_an_old_file_takes_new_overrides():
 )
 def test_an_old_file_is_answered_with_its_own_lines(old, new, message):
     assert refused(f"format: 1\n{OLD.replace(old, new, 1)}").startswith(message)
+
+
+@dataclass(kw_only=True)
+class OnlyPath:
+    """A schema of one axis."""
+
+    path: config.Part
+
+
+def test_amending_leaves_the_original_alone(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("path: {type: linear, steps: 10}\n")
+
+    first = config.load(file, [], OnlyPath)
+    second = first.amended(["path.type=ve", "path.sigma_max=50"])
+    assert first["path"]["steps"] == 10
+    assert second["path"] == {"type": "ve", "sigma_min": 0.002, "sigma_max": 50.0, "sigma_data": 0.5}
+    assert second.amended([]).values == second.values
