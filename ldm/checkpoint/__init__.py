@@ -1,0 +1,1 @@
+"""Checkpoints: our one-file format, and what others call the same tensors."""
