@@ -1,1 +1,1 @@
-"""Checkpoints: our one-file format, and what others call the same tensors."""
+"""Checkpoint files: our own format, and the names that others gave the same weights."""

@@ -35,4 +35,6 @@ def refuse(what: str, names: Sequence[str]) -> None:
     """Raise if there are names, with their count and the first five."""
     if names:
         more = ", ..." if len(names) > 5 else ""
-        raise CheckpointError(what, got=f"{len(names)}: {', '.join(names[:5])}{more}", expected="none", hint="the layout")
+        raise CheckpointError(
+            what, got=f"{len(names)}: {', '.join(names[:5])}{more}", expected="none", hint="another layout"
+        )

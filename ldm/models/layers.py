@@ -29,6 +29,18 @@ def check_width(argument: str, x: Tensor, dim: int, width: int, owner: str) -> N
         )
 
 
+def check_images(x: Tensor, t: Tensor, channels: int, factor: int) -> None:
+    """Refuse images that a backbone of so many input channels, which divides their sides by `factor`, cannot take."""
+    if x.dim() != 4:
+        raise ValueError(f"x: not images; got shape {tuple(x.shape)}; expected (B, {channels}, H, W); try x[None]")
+    check_width("x", x, 1, channels, f"in_channels={x.shape[1]} at construction")
+    for argument, side in (("x height", x.shape[2]), ("x width", x.shape[3])):
+        check_multiple(argument, side, factor, "cannot be divided by the network")
+    if t.shape != x.shape[:1]:
+        got, expected = tuple(t.shape), tuple(x.shape[:1])
+        raise ValueError(f"t: not one time per image; got shape {got}; expected {expected}; try t.expand({x.shape[0]})")
+
+
 def zero(module: nn.Module) -> nn.Module:
     """Set a module's parameters to zero, so that the branch it ends starts as nothing."""
     for parameter in module.parameters():
@@ -59,7 +71,7 @@ def attention(
     rope: Rope | None = None,
     qk_norm: NormPair | None = None,
 ) -> Tensor:
-    """Attention (Vaswani et al., 2017, eq. 1) of q (B, L, C) over k, v (B, M, C); mask (B, M) is True where one counts."""
+    """Attention (Vaswani et al., 2017, eq. 1) of q (B, L, C) over k, v (B, M, C); mask (B, M), True where it counts."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L or M, D)
     if qk_norm is not None:
         q, k = qk_norm[0](q), qk_norm[1](k)  # (B, H, L or M, D)

@@ -1,0 +1,228 @@
+"""What others call our weights: pairs of names (ours, theirs), made from a network's own plan, for both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.errors import CheckpointError
+from ldm.models.dit import DiT
+from ldm.models.unet import Row, UNet
+
+Layout = Literal["compvis", "diffusers"]
+Pairs = list[tuple[str, str]]
+
+RESIDUAL_BLOCK = {
+    "compvis": {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "embed": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "skip": "skip_connection",
+    },
+    "diffusers": {
+        "norm1": "norm1",
+        "conv1": "conv1",
+        "embed": "time_emb_proj",
+        "norm2": "norm2",
+        "conv2": "conv2",
+        "skip": "conv_shortcut",
+    },
+}
+RESAMPLING = {"compvis": {"down": "op", "up": "conv"}, "diffusers": {"down": "conv", "up": "conv"}}
+SPATIAL_ATTENTION = {"compvis": {"norm": "norm"}, "diffusers": {"norm": "group_norm"}}
+SPATIAL_TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}  # in both layouts
+TRANSFORMER_BLOCK = {
+    "norm1": "norm1",
+    "self_attention": "attn1",
+    "norm2": "norm2",
+    "cross_attention": "attn2",
+    "norm3": "norm3",
+    "feed_forward.proj": "ff.net.0.proj",
+    "feed_forward.out": "ff.net.2",
+}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+UNET_ENDS = {
+    "compvis": {
+        "time.time.0": "time_embed.0",
+        "time.time.2": "time_embed.2",
+        "time.label": "label_emb",
+        "time.pooled.0": "label_emb.0.0",
+        "time.pooled.2": "label_emb.0.2",
+        "out_norm": "out.0",
+        "out": "out.2",
+    },
+    "diffusers": {
+        "time.time.0": "time_embedding.linear_1",
+        "time.time.2": "time_embedding.linear_2",
+        "time.label": "class_embedding",
+        "time.pooled.0": "class_embedding.linear_1",
+        "time.pooled.2": "class_embedding.linear_2",
+        "out_norm": "conv_norm_out",
+        "out": "conv_out",
+    },
+}
+DIT_ENDS = {"embed": "pos_embed.proj", "modulation": "proj_out_1", "out": "proj_out_2"}
+DIT_BLOCK = {"modulation": "norm1.linear", "fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
+DIT_EMBEDDER = {  # one of ours, one per block of theirs
+    "time.time.0": "timestep_embedder.linear_1",
+    "time.time.2": "timestep_embedder.linear_2",
+    "time.label": "class_embedder.embedding_table",
+}
+
+
+def unet_keys(unet: UNet, layout: Layout) -> Pairs:
+    """The parameters of a U-Net beside their names in a CompVis file or in diffusers' UNet2D(Condition)Model.
+
+    ADM's attention keeps q, k, v in one matrix in CompVis files: pass such a file through `split_qkv` first.
+    """
+    modules = list(UNET_ENDS[layout].items())
+    names = {"compvis": compvis_names, "diffusers": diffusers_names}[layout]
+    for row, main, attend in names(unet.plan):
+        modules += main_modules(unet, row, main, layout)
+        modules += attention_modules(unet, row, attend, layout)
+    return expand(unet, modules)
+
+
+def dit_keys(dit: DiT) -> Pairs:
+    """The parameters of a class-conditional DiT beside their names in diffusers, which holds an embedder per block."""
+    modules = list(DIT_ENDS.items())
+    for number in range(len(dit.blocks)):
+        ours, theirs = f"blocks.{number}", f"transformer_blocks.{number}"
+        modules += [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in DIT_BLOCK.items()]
+        modules += [(f"{ours}.attention.{a}", f"{theirs}.attn1.{b}") for a, b in ATTENTION.items()]
+        modules += [(a, f"{theirs}.norm1.emb.{b}") for a, b in DIT_EMBEDDER.items()]
+    return expand(dit, modules)
+
+
+def compvis_names(plan: list[Row]) -> Iterator[tuple[Row, str, str]]:
+    """Each row with the CompVis names of its main module and its attention: flat lists of numbered blocks."""
+    block, place = -1, 0
+    for row in plan:
+        part, number = row.name.split(".")
+        if part == "encoder":
+            yield row, f"input_blocks.{number}.0", f"input_blocks.{number}.1"
+        elif part == "middle":
+            yield row, f"middle_block.{0 if number == '0' else 2}", "middle_block.1"
+        elif row.kind == "res":
+            block, place = block + 1, 2 if row.attend else 1
+            yield row, f"output_blocks.{block}.0", f"output_blocks.{block}.1"
+        else:  # upsampling shares a block with the row before it
+            yield row, f"output_blocks.{block}.{place}", ""
+
+
+def diffusers_names(plan: list[Row]) -> Iterator[tuple[Row, str, str]]:
+    """Each row with the diffusers names of its main module and its attention: a block per level, then an index."""
+    level, index = {"encoder": 0, "decoder": 0}, 0
+    for row in plan:
+        part, number = row.name.split(".")
+        if row.kind == "conv":
+            yield row, "conv_in", ""
+        elif part == "middle":
+            yield row, f"mid_block.resnets.{number}", f"mid_block.attentions.{number}"
+            index = 0
+        else:
+            block = f"{'down' if part == 'encoder' else 'up'}_blocks.{level[part]}"
+            if row.kind == "res":
+                yield row, f"{block}.resnets.{index}", f"{block}.attentions.{index}"
+                index += 1
+            else:
+                yield row, f"{block}.{row.kind}samplers.0", ""
+                level[part], index = level[part] + 1, 0
+
+
+def main_modules(unet: UNet, row: Row, theirs: str, layout: Layout) -> Pairs:
+    """The modules of a row's convolution, residual block or resampling."""
+    if row.kind == "conv":
+        return [(f"{row.name}.main", theirs)]
+    if row.kind != "res" and unet.resample == "conv":
+        return [(f"{row.name}.main.conv", f"{theirs}.{RESAMPLING[layout][row.kind]}")]
+    return [(f"{row.name}.main.{a}", f"{theirs}.{b}") for a, b in RESIDUAL_BLOCK[layout].items()]
+
+
+def attention_modules(unet: UNet, row: Row, theirs: str, layout: Layout) -> Pairs:
+    """The modules of the attention after a row: ADM's, or LDM's transformer blocks."""
+    if not row.attend:
+        return []
+    ours = f"{row.name}.attend"
+    if unet.context is None:
+        out = {"out": "proj_out"} if layout == "compvis" else {}
+        pairs = [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in SPATIAL_ATTENTION[layout].items()]
+        return pairs + [(f"{ours}.attention.{a}", f"{theirs}.{b}") for a, b in (ATTENTION | out).items()]
+    pairs = [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in SPATIAL_TRANSFORMER.items()]
+    for number in range(row.attend):
+        for a, b in TRANSFORMER_BLOCK.items():
+            block = (f"{ours}.blocks.{number}.{a}", f"{theirs}.transformer_blocks.{number}.{b}")
+            inside = ATTENTION.items() if a.endswith("attention") else ()
+            pairs += [(f"{block[0]}.{c}", f"{block[1]}.{d}") for c, d in inside] or [block]
+    return pairs
+
+
+def expand(network: torch.nn.Module, modules: Pairs) -> Pairs:
+    """Pairs of parameters from pairs of modules, for those that the network has."""
+    parameters = dict(network.named_parameters())
+    pairs = [(f"{a}.{leaf}", f"{b}.{leaf}") for a, b in modules for leaf in ("weight", "bias")]
+    return [(ours, theirs) for ours, theirs in pairs if ours in parameters]
+
+
+def flip(pairs: Pairs) -> Pairs:
+    """The same pairs for the other direction."""
+    return [(b, a) for a, b in pairs]
+
+
+def rename(state: dict[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
+    """A state dict under other names; a source may have several targets, and several sources one if they agree."""
+    sources = {source for source, _ in pairs}
+    refuse_keys("missing", sources - state.keys())
+    refuse_keys("unknown", state.keys() - sources)
+    renamed: dict[str, Tensor] = {}
+    for source, target in pairs:
+        if target in renamed and not torch.equal(renamed[target], state[source]):
+            raise CheckpointError("copies of one weight differ", where=source, expected=f"equal copies of {target}")
+        renamed[target] = state[source]
+    return renamed
+
+
+def refuse_keys(what: str, keys: set[str]) -> None:
+    """Say how many keys are wrong and name the first five."""
+    if keys:
+        names = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
+        hint = "the configuration that the weights were trained with"
+        raise CheckpointError(f"{len(keys)} {what} keys", got=names, hint=hint)
+
+
+def adm_attentions(unet: UNet) -> Iterator[tuple[str, int]]:
+    """The CompVis name and the head count of each attention whose q, k, v ADM keeps in one matrix."""
+    for row, _, name in compvis_names(unet.plan):
+        if row.attend and unet.context is None:
+            yield name, unet.heads_of(row.out_channels)
+
+
+def split_qkv(state: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
+    """A CompVis state with separate q, k, v, which ADM interleaves head by head in a convolution of width 1."""
+    state = dict(state)
+    for name, heads in adm_attentions(unet):
+        for leaf in ("weight", "bias"):
+            refuse_keys("missing", {f"{name}.qkv.{leaf}", f"{name}.proj_out.{leaf}"} - state.keys())
+            joint = state.pop(f"{name}.qkv.{leaf}").unflatten(0, (heads, 3, -1))  # (H, 3, D, ...)
+            for number, letter in enumerate("qkv"):
+                part = joint[:, number].flatten(0, 1)  # (C, C, 1) or (C,)
+                state[f"{name}.to_{letter}.{leaf}"] = part.squeeze(-1) if leaf == "weight" else part
+        state[f"{name}.proj_out.weight"] = state[f"{name}.proj_out.weight"].squeeze(-1)
+    return state
+
+
+def join_qkv(state: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
+    """The inverse of `split_qkv`, for writing a CompVis file."""
+    state = dict(state)
+    for name, heads in adm_attentions(unet):
+        for leaf in ("weight", "bias"):
+            parts = [state.pop(f"{name}.to_{letter}.{leaf}").unflatten(0, (heads, -1)) for letter in "qkv"]
+            joint = torch.stack(parts, 1).flatten(0, 2)  # (3C, C) or (3C,)
+            state[f"{name}.qkv.{leaf}"] = joint[..., None] if leaf == "weight" else joint
+        state[f"{name}.proj_out.weight"] = state[f"{name}.proj_out.weight"][..., None]
+    return state
