@@ -41,16 +41,16 @@ def diffusers_layer(row: Row, side: str, levels: int) -> str:
         stage = "mid_block"
     else:
         stage = f"down_blocks.{row.level}" if side == "encoder" else f"up_blocks.{levels - 1 - row.level}"
-    return f"{side}.{stage}.{DIFFUSERS_LISTS[row.kind]}.{row.index}"
+    return f"{side}.{stage}.{DIFFUSERS_LISTS[row.kind]}.{row.number}"
 
 
 def compvis_layer(row: Row, side: str, levels: int) -> str:
     """A layer's name in CompVis, which counts levels from full resolution as we do, and the middle from one."""
     kind = COMPVIS_LISTS[row.kind]
     if row.level is None:
-        return f"{side}.mid.{kind}_{row.index + 1}"
+        return f"{side}.mid.{kind}_{row.number + 1}"
     stage = f"{side}.{'down' if side == 'encoder' else 'up'}.{row.level}.{kind}"
-    return stage if row.kind in ("down", "up") else f"{stage}.{row.index}"
+    return stage if row.kind in ("down", "up") else f"{stage}.{row.number}"
 
 
 def autoencoder_keys(autoencoder: Autoencoder, layout: Layout) -> list[tuple[str, str]]:

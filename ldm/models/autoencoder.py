@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models.layers import Attention, Downsample, ResBlock, Upsample, check_multiple, group_norm
-from ldm.models.quantize import Bottled, Gaussian, VectorQuantizer
+from ldm.models.layers import Downsample, ResBlock, Upsample, check_multiple, group_norm
+from ldm.models.quantize import Bottled, Gaussian, VectorQuantizer, check_positive
+from ldm.models.transformer import SpatialAttention
 
 EPS = 1e-6  # of every norm here; the U-Net's are 1e-5
 
@@ -22,14 +23,14 @@ class Row(NamedTuple):
 
     kind: Literal["res", "attention", "down", "up"]
     level: int | None
-    index: int
+    number: int
     width_in: int
     width_out: int
 
     @property
     def name(self) -> str:
         """The layer's name in the state dict."""
-        return f"{'mid' if self.level is None else f'level{self.level}'}_{self.kind}{self.index}"
+        return f"{'mid' if self.level is None else f'level{self.level}'}_{self.kind}{self.number}"
 
 
 def middle_plan(width: int, attention: bool) -> Iterator[Row]:
@@ -67,26 +68,12 @@ def decoder_plan(widths: list[int], blocks: int, attend: set[int], mid_attention
             yield Row("up", level, 0, width, width)
 
 
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over all positions, added to its input."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = group_norm(channels, EPS)
-        self.attention = Attention(channels, heads=1, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        h = self.attention(h)  # (B, HW, C)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
-
-
 def build_layer(row: Row) -> nn.Module:
     """The module that a row of the plan stands for."""
     if row.kind == "res":
         return ResBlock(row.width_in, row.width_out, eps=EPS)
     if row.kind == "attention":
-        return AttentionBlock(row.width_in)
+        return SpatialAttention(row.width_in, heads=1, eps=EPS)
     return Downsample(row.width_in, asymmetric=True) if row.kind == "down" else Upsample(row.width_in)
 
 
@@ -128,15 +115,16 @@ class Autoencoder(nn.Module):
         bottleneck: Gaussian | VectorQuantizer,
         in_channels: int = 3,
         channels: int = 128,
-        multipliers: list[int] | tuple[int, ...] = (1, 2, 4, 4),
+        multipliers: Sequence[int] = (1, 2, 4, 4),
         blocks: int = 2,
-        attend: list[int] | tuple[int, ...] = (),
+        attend: Sequence[int] = (),
         mid_attention: bool = True,
         stem: Literal[1, 2] = 1,
         per_channel: bool = False,
         checkpointing: bool = False,
     ):
         super().__init__()
+        check_positive("in_channels", in_channels)
         check_numbers(channels, multipliers, blocks, attend, stem)
         if per_channel and isinstance(bottleneck, VectorQuantizer):
             raise ValueError("per_channel: codes have one scalar pair; got True with VQ; expected False; try False")
@@ -216,14 +204,13 @@ class Autoencoder(nn.Module):
         return digest.hexdigest()
 
 
-def check_numbers(channels: int, multipliers, blocks: int, attend, stem: int) -> None:
+def check_numbers(channels: int, multipliers: Sequence[int], blocks: int, attend: Sequence[int], stem: int) -> None:
     """Refuse shapes that cannot be built, in the constructor's words."""
     check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
     if not multipliers or min(multipliers) < 1:
         got = list(multipliers)
         raise ValueError(f"multipliers: one for each level; got {got}; expected integers >= 1; try [1, 2, 4, 4]")
-    if blocks < 1:
-        raise ValueError(f"blocks: each level needs one; got {blocks}; expected >= 1; try 1")
+    check_positive("blocks", blocks)
     if stem not in (1, 2):
         raise ValueError(f"stem: only pixel-unshuffles of 2 are known; got {stem}; expected 1 or 2; try 2")
     factors = [stem * 2**level for level in range(len(multipliers))]

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ldm.models.layers import check_multiple, group_norm
+from ldm.models.quantize import check_positive
 
 
 class PatchDiscriminator(nn.Module):
@@ -27,8 +28,8 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if norm not in ("group", "batch"):
             raise ValueError(f"norm: there is no such norm; got {norm!r}; expected 'group' or 'batch'; try 'group'")
-        if layers < 1:
-            raise ValueError(f"layers: at least one strided layer is needed; got {layers}; expected >= 1; try 3")
+        check_positive("in_channels", in_channels)
+        check_positive("layers", layers)
         if norm == "group":
             check_multiple("channels", channels, 16, "twice it cannot be split into 32 norm groups")
         self.in_channels, self.layers = in_channels, layers
@@ -55,10 +56,8 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One logit per patch."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x: wrong shape; got {tuple(x.shape)}; expected (B, {self.in_channels}, H, W); "
-                f"try {self.in_channels} channels"
-            )
+            got, expected = tuple(x.shape), f"(B, {self.in_channels}, H, W)"
+            raise ValueError(f"x: wrong shape; got {got}; expected {expected}; try {self.in_channels} channels")
         smallest = 3 * 2**self.layers  # two stride-1 convolutions take a pixel each
         if min(x.shape[2:]) < smallest:
             raise ValueError(

@@ -95,11 +95,11 @@ class VectorQuantizer(nn.Module):
         e = self.lookup(codes)  # (B, C, H, W)
         to_codes = (h.detach().float() - e.float()).square().mean(dim=(1, 2, 3))  # (B,)
         to_encoder = (h.float() - e.detach().float()).square().mean(dim=(1, 2, 3))  # (B,)
-        return Bottled(h + (e - h).detach(), to_codes + self.commitment * to_encoder, codes)
+        return Bottled(straight_through(h, e), to_codes + self.commitment * to_encoder, codes)
 
     def snap(self, z: Tensor) -> Tensor:
         """What the decoder may see: codes only."""
-        return self.lookup(self.nearest(z))  # (B, C, H, W)
+        return straight_through(z, self.lookup(self.nearest(z)))  # (B, C, H, W)
 
     def count(self, codes: Tensor) -> Tensor:
         """How often each code occurs: sum it over steps and ranks, then ask for `perplexity` or `revive`."""
@@ -127,6 +127,11 @@ class VectorQuantizer(nn.Module):
         fresh = samples[turn.clamp(0, len(samples) - 1)].to(self.codebook.dtype)  # (K, C)
         self.codebook.copy_(torch.where(changed[:, None], fresh, self.codebook))
         return changed
+
+
+def straight_through(z: Tensor, e: Tensor) -> Tensor:
+    """Exactly e on the way forward, and the identity in z for gradients."""
+    return (z - z.detach()) + e.detach()
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ class SpatialTransformer(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """ADM's attention block (Dhariwal & Nichol, 2021): the pixels attend to each other, and no text enters."""
+    """Attention of pixels to each other, in ADM (Dhariwal & Nichol, 2021) and in the autoencoder: no text enters."""
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, eps: float = 1e-5):
         super().__init__()
-        self.norm = group_norm(channels, eps=1e-5)
+        self.norm = group_norm(channels, eps)
         self.attention = Attention(channels, heads, bias=True)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
