@@ -1,4 +1,4 @@
-"""What others call our weights: pairs of names (ours, theirs), made from a network's own plan, for both directions."""
+"""What others call a backbone's weights: pairs of names (ours, theirs), made from its own plan, for `rename`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.errors import CheckpointError
+from ldm.checkpoint.rename import refuse
 from ldm.models.dit import DiT
 from ldm.models.unet import Row, UNet
 
@@ -169,32 +169,6 @@ def expand(network: torch.nn.Module, modules: Pairs) -> Pairs:
     return [(ours, theirs) for ours, theirs in pairs if ours in parameters]
 
 
-def flip(pairs: Pairs) -> Pairs:
-    """The same pairs for the other direction."""
-    return [(b, a) for a, b in pairs]
-
-
-def rename(state: dict[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
-    """A state dict under other names; a source may have several targets, and several sources one if they agree."""
-    sources = {source for source, _ in pairs}
-    refuse_keys("missing", sources - state.keys())
-    refuse_keys("unknown", state.keys() - sources)
-    renamed: dict[str, Tensor] = {}
-    for source, target in pairs:
-        if target in renamed and not torch.equal(renamed[target], state[source]):
-            raise CheckpointError("copies of one weight differ", where=source, expected=f"equal copies of {target}")
-        renamed[target] = state[source]
-    return renamed
-
-
-def refuse_keys(what: str, keys: set[str]) -> None:
-    """Say how many keys are wrong and name the first five."""
-    if keys:
-        names = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
-        hint = "the configuration that the weights were trained with"
-        raise CheckpointError(f"{len(keys)} {what} keys", got=names, hint=hint)
-
-
 def adm_attentions(unet: UNet) -> Iterator[tuple[str, int]]:
     """The CompVis name and the head count of each attention whose q, k, v ADM keeps in one matrix."""
     for row, _, name in compvis_names(unet.plan):
@@ -207,7 +181,10 @@ def split_qkv(state: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
     state = dict(state)
     for name, heads in adm_attentions(unet):
         for leaf in ("weight", "bias"):
-            refuse_keys("missing", {f"{name}.qkv.{leaf}", f"{name}.proj_out.{leaf}"} - state.keys())
+            refuse(
+                "tensors are missing",
+                [key for key in (f"{name}.qkv.{leaf}", f"{name}.proj_out.{leaf}") if key not in state],
+            )
             joint = state.pop(f"{name}.qkv.{leaf}").unflatten(0, (heads, 3, -1))  # (H, 3, D, ...)
             for number, letter in enumerate("qkv"):
                 part = joint[:, number].flatten(0, 1)  # (C, C, 1) or (C,)
