@@ -18,8 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ldm.checkpoint.backbone_keys import unet_keys
-from ldm.checkpoint.rename import rename
+from ldm.checkpoint.backbone_keys import write_backbone
 from ldm.models.unet import UNet
 
 
@@ -50,7 +49,7 @@ def unet() -> Pair:
         attention_head_dim=8,
         cross_attention_dim=512,
     )
-    theirs.load_state_dict(rename(ours.state_dict(), unet_keys(ours, "diffusers")))
+    theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
     t, tokens = torch.tensor([500, 20]), torch.randn(2, 77, 512)
     return Pair(
         lambda x: ours(x, t, tokens), lambda x: theirs(x, t, tokens).sample, (ours, theirs), torch.randn(2, 4, 32, 32)

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.rename import refuse
+from ldm.checkpoint.rename import refuse, rename, swap
+from ldm.errors import CheckpointError
 from ldm.models.dit import DiT
+from ldm.models.transformer import AttentionPool
 from ldm.models.unet import Row, UNet
 
 Layout = Literal["compvis", "diffusers"]
@@ -34,7 +36,6 @@ RESIDUAL_BLOCK = {
     },
 }
 RESAMPLING = {"compvis": {"down": "op", "up": "conv"}, "diffusers": {"down": "conv", "up": "conv"}}
-SPATIAL_ATTENTION = {"compvis": {"norm": "norm"}, "diffusers": {"norm": "group_norm"}}
 SPATIAL_TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}  # in both layouts
 TRANSFORMER_BLOCK = {
     "norm1": "norm1",
@@ -75,17 +76,37 @@ DIT_EMBEDDER = {  # one of ours, one per block of theirs
 }
 
 
-def unet_keys(unet: UNet, layout: Layout) -> Pairs:
-    """The parameters of a U-Net beside their names in a CompVis file or in diffusers' UNet2D(Condition)Model.
+def write_backbone(state: dict[str, Tensor], backbone: UNet | DiT, layout: Layout) -> dict[str, Tensor]:
+    """Our weights under the names, and in the shapes, of another layout."""
+    renamed = rename(state, backbone_keys(backbone, layout))
+    return join_qkv(renamed, backbone) if layout == "compvis" and isinstance(backbone, UNet) else renamed
 
-    ADM's attention keeps q, k, v in one matrix in CompVis files: pass such a file through `split_qkv` first.
-    """
+
+def read_backbone(state: dict[str, Tensor], backbone: UNet | DiT, layout: Layout) -> dict[str, Tensor]:
+    """Weights of another layout under our names; every key must have its place."""
+    separate = split_qkv(state, backbone) if layout == "compvis" and isinstance(backbone, UNet) else state
+    return rename(separate, swap(backbone_keys(backbone, layout)))
+
+
+def backbone_keys(backbone: UNet | DiT, layout: Layout) -> Pairs:
+    """The parameters of a backbone beside their names in another layout."""
+    half = isinstance(backbone, UNet) and not len(backbone.decoder)
+    if (layout == "diffusers" and half) or (layout == "compvis" and isinstance(backbone, DiT)):
+        kind = "noisy classifier" if half else "DiT"
+        other = "compvis" if half else "diffusers"
+        raise CheckpointError(f"no {layout} layout for a {kind}", got=layout, expected=other, hint=other)
+    return dit_keys(backbone) if isinstance(backbone, DiT) else unet_keys(backbone, layout)
+
+
+def unet_keys(unet: UNet, layout: Layout) -> Pairs:
+    """Names in a CompVis file, or of diffusers' UNet2DConditionModel or, for ADM's kind, UNet2DModel."""
     modules = list(UNET_ENDS[layout].items())
     names = {"compvis": compvis_names, "diffusers": diffusers_names}[layout]
     for row, main, attend in names(unet.plan):
         modules += main_modules(unet, row, main, layout)
         modules += attention_modules(unet, row, attend, layout)
-    return expand(unet, modules)
+    pool = [("out.positions", "out.2.positions")] if isinstance(unet.out, AttentionPool) else []
+    return expand(unet, modules + [(f"out.{a}", f"out.2.{b}") for a, b in ATTENTION.items()]) + pool
 
 
 def dit_keys(dit: DiT) -> Pairs:
@@ -150,9 +171,8 @@ def attention_modules(unet: UNet, row: Row, theirs: str, layout: Layout) -> Pair
         return []
     ours = f"{row.name}.attend"
     if unet.context is None:
-        out = {"out": "proj_out"} if layout == "compvis" else {}
-        pairs = [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in SPATIAL_ATTENTION[layout].items()]
-        return pairs + [(f"{ours}.attention.{a}", f"{theirs}.{b}") for a, b in (ATTENTION | out).items()]
+        pairs = [(f"{ours}.norm", f"{theirs}.{'norm' if layout == 'compvis' else 'group_norm'}")]
+        return pairs + [(f"{ours}.attention.{a}", f"{theirs}.{b}") for a, b in ATTENTION.items()]
     pairs = [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in SPATIAL_TRANSFORMER.items()]
     for number in range(row.attend):
         for a, b in TRANSFORMER_BLOCK.items():
@@ -169,37 +189,43 @@ def expand(network: torch.nn.Module, modules: Pairs) -> Pairs:
     return [(ours, theirs) for ours, theirs in pairs if ours in parameters]
 
 
-def adm_attentions(unet: UNet) -> Iterator[tuple[str, int]]:
-    """The CompVis name and the head count of each attention whose q, k, v ADM keeps in one matrix."""
+def adm_attentions(unet: UNet) -> Iterator[tuple[str, str, str, int]]:
+    """The attentions whose q, k, v ADM keeps in one matrix: the name, those of the joint and last layer, the heads."""
     for row, _, name in compvis_names(unet.plan):
         if row.attend and unet.context is None:
-            yield name, unet.heads_of(row.out_channels)
+            yield name, "qkv", "proj_out", unet.heads_of(row.out_channels)
+    if isinstance(unet.out, AttentionPool):
+        yield "out.2", "qkv_proj", "c_proj", 1  # not interleaved: as if it had one head
 
 
 def split_qkv(state: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
-    """A CompVis state with separate q, k, v, which ADM interleaves head by head in a convolution of width 1."""
+    """An ADM state with separate q, k, v, which its files interleave head by head in a convolution of width 1."""
     state = dict(state)
-    for name, heads in adm_attentions(unet):
+    for name, qkv, out, heads in adm_attentions(unet):
+        keys = [f"{name}.{layer}.{leaf}" for layer in (qkv, out) for leaf in ("weight", "bias")]
+        refuse("tensors are missing", [key for key in keys if key not in state])
         for leaf in ("weight", "bias"):
-            refuse(
-                "tensors are missing",
-                [key for key in (f"{name}.qkv.{leaf}", f"{name}.proj_out.{leaf}") if key not in state],
-            )
-            joint = state.pop(f"{name}.qkv.{leaf}").unflatten(0, (heads, 3, -1))  # (H, 3, D, ...)
+            joint = state.pop(f"{name}.{qkv}.{leaf}").unflatten(0, (heads, 3, -1))  # (H, 3, D, ...)
             for number, letter in enumerate("qkv"):
                 part = joint[:, number].flatten(0, 1)  # (C, C, 1) or (C,)
                 state[f"{name}.to_{letter}.{leaf}"] = part.squeeze(-1) if leaf == "weight" else part
-        state[f"{name}.proj_out.weight"] = state[f"{name}.proj_out.weight"].squeeze(-1)
+        state[f"{name}.to_out.0.weight"] = state.pop(f"{name}.{out}.weight").squeeze(-1)
+        state[f"{name}.to_out.0.bias"] = state.pop(f"{name}.{out}.bias")
+    if isinstance(unet.out, AttentionPool) and "out.2.positional_embedding" in state:
+        state["out.2.positions"] = state.pop("out.2.positional_embedding").T
     return state
 
 
 def join_qkv(state: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
-    """The inverse of `split_qkv`, for writing a CompVis file."""
+    """The inverse of `split_qkv`."""
     state = dict(state)
-    for name, heads in adm_attentions(unet):
+    for name, qkv, out, heads in adm_attentions(unet):
         for leaf in ("weight", "bias"):
             parts = [state.pop(f"{name}.to_{letter}.{leaf}").unflatten(0, (heads, -1)) for letter in "qkv"]
             joint = torch.stack(parts, 1).flatten(0, 2)  # (3C, C) or (3C,)
-            state[f"{name}.qkv.{leaf}"] = joint[..., None] if leaf == "weight" else joint
-        state[f"{name}.proj_out.weight"] = state[f"{name}.proj_out.weight"][..., None]
+            state[f"{name}.{qkv}.{leaf}"] = joint[..., None] if leaf == "weight" else joint
+        state[f"{name}.{out}.weight"] = state.pop(f"{name}.to_out.0.weight")[..., None]
+        state[f"{name}.{out}.bias"] = state.pop(f"{name}.to_out.0.bias")
+    if isinstance(unet.out, AttentionPool):
+        state["out.2.positional_embedding"] = state.pop("out.2.positions").T
     return state

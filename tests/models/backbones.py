@@ -3,8 +3,7 @@
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from ldm.checkpoint.backbone_keys import dit_keys, unet_keys
-from ldm.checkpoint.rename import rename
+from ldm.checkpoint.backbone_keys import write_backbone
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 
@@ -45,7 +44,7 @@ def diffusers_unet(ours: UNet, **options):
         heads = tuple(ours.heads_of(row.out_channels) for row in ends)  # which diffusers calls head dims
         numbers |= {"attention_head_dim": heads, "cross_attention_dim": ours.context}
         theirs = UNet2DConditionModel(**numbers, use_linear_projection=ours.linear)
-    theirs.load_state_dict(rename(ours.state_dict(), unet_keys(ours, "diffusers")))
+    theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
     return theirs.eval()
 
 
@@ -62,7 +61,7 @@ def diffusers_dit(ours: DiT, size: int):
         num_embeds_ada_norm=ours.time.classes - 1,
         norm_eps=1e-6,
     )
-    theirs.load_state_dict(rename(ours.state_dict(), dit_keys(ours)))
+    theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     return theirs.eval()
