@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models.layers import Attention, TimestepEmbedding, check_images, check_multiple, zero
+from ldm.models.layers import Attention, TimestepEmbedding, check_images, check_multiple, check_positive, zero
 from ldm.models.transformer import check_tokens
 
 SIZES = {  # the paper's table 1
@@ -80,9 +80,7 @@ class DiT(nn.Module):
         super().__init__()
         check_multiple("width", width, heads, f"cannot be split into {heads} heads")
         check_multiple("width", width, 4, "sines and cosines of two axes must share it")
-        if min(patch, depth) < 1:
-            argument = "patch" if patch < 1 else "depth"
-            raise ValueError(f"{argument}: too small; got {min(patch, depth)}; expected 1 or more; try 1")
+        check_positive(in_channels=in_channels, depth=depth, patch=patch)
         self.in_channels, self.context, self.checkpointing = in_channels + extra_channels, context, checkpointing
         self.width, self.patch = width, patch
         self.out_channels = in_channels * (2 if learned_sigma else 1)

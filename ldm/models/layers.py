@@ -20,6 +20,13 @@ def check_multiple(argument: str, value: int, of: int, reason: str) -> None:
         raise ValueError(f"{argument}: {reason}; got {value}; expected a multiple of {of}; try {nearest}")
 
 
+def check_positive(**numbers: int) -> None:
+    """Refuse numbers of things that are not there."""
+    for argument, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{argument}: too small; got {value}; expected 1 or more; try 1")
+
+
 def check_width(argument: str, x: Tensor, dim: int, width: int, owner: str) -> None:
     """Refuse a tensor whose size along `dim` is not what the network was built for."""
     if x.shape[dim] != width:

@@ -17,6 +17,7 @@ from ldm.models.layers import (
     Upsample,
     check_images,
     check_multiple,
+    check_positive,
     group_norm,
     zero,
 )
@@ -117,7 +118,7 @@ class UNet(nn.Module):
         self.heads, self.head_width, self.linear = heads, head_width, linear
         self.embed, self.scale_shift, self.resample, self.dropout = 4 * channels, scale_shift, resample, dropout
         self.factor, self.size = 2 ** (len(multipliers) - 1), size
-        self.check_numbers(channels, multipliers, attend, depth, logits)
+        self.check_numbers(channels, multipliers, blocks, attend, depth, logits)
         plan = unet_plan(self.in_channels, channels, multipliers, blocks, attend, depth, half=logits is not None)
         self.plan = list(plan)
 
@@ -135,6 +136,7 @@ class UNet(nn.Module):
         self.initialise()
 
     def heads_of(self, width: int) -> int:
+        """The number of attention heads at a level of so many channels."""
         return self.heads or width // (self.head_width or width)
 
     def build(self, row: Row) -> UNetRow:
@@ -176,31 +178,38 @@ class UNet(nn.Module):
         self.check_inputs(x, t, tokens, mask, residuals)
         emb = self.time(t, pooled)  # (B, 4C)
         skips = []
-        for row in self.encoder:
-            x = self.run(row, x, emb, tokens, mask)  # (B, C', H', W')
+        for module in self.encoder:
+            x = self.run(module, x, emb, tokens, mask)  # (B, C', H', W')
             skips.append(x)
-        for row in self.middle:
-            x = self.run(row, x, emb, tokens, mask)  # (B, C', H/f, W/f)
+        for module in self.middle:
+            x = self.run(module, x, emb, tokens, mask)  # (B, C', H/f, W/f)
         if residuals is not None:  # one for each skip, then one for the middle
             skips = [skip + residual for skip, residual in zip(skips, residuals)]
             x = x + residuals[-1]  # (B, C', H/f, W/f)
-        for plan, row in zip(self.plan[len(self.encoder) + len(self.middle) :], self.decoder):
-            if plan.kind == "res":
+        for row, module in zip(self.plan[len(self.encoder) + len(self.middle) :], self.decoder):
+            if row.kind == "res":
                 x = torch.cat((x, skips.pop()), 1)  # (B, C' + C'', H', W')
-            x = self.run(row, x, emb, tokens, mask)  # (B, C', H', W')
+            x = self.run(module, x, emb, tokens, mask)  # (B, C', H', W')
         return self.out(F.silu(self.out_norm(x)))  # (B, C, H, W), or (B, logits)
 
-    def run(self, row: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
         """A row's output; with gradient checkpointing its insides are computed again in the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(row, *inputs, use_reentrant=False)
-        return row(*inputs)
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
 
     def check_numbers(
-        self, channels: int, multipliers: Sequence[int], attend: Sequence[int], depth: list[int], logits: int | None
+        self,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attend: Sequence[int],
+        depth: list[int],
+        logits: int | None,
     ) -> None:
         """Refuse numbers that describe no U-Net, before anything is built."""
         check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
+        check_positive(in_channels=self.in_channels, blocks=blocks, multipliers=min(multipliers), depth=min(depth))
         factors = [2**level for level in range(len(multipliers))]
         for factor in attend:
             if factor not in factors:
@@ -209,10 +218,6 @@ class UNet(nn.Module):
         if len(depth) != len(multipliers):
             got, levels = f"{len(depth)} numbers", len(multipliers)
             raise ValueError(f"depth: not one number per level; got {got}; expected {levels}; try {[1] * levels}")
-        if min(depth) < 1:
-            raise ValueError(
-                f"depth: too small; got {min(depth)}; expected 1 or more; try 1, and attend to choose levels"
-            )
         if (self.heads is None) == (self.head_width is None):
             got = f"heads={self.heads}, head_width={self.head_width}"
             raise ValueError(f"heads: give either heads or head_width; got {got}; expected one of them; try heads=8")
@@ -227,7 +232,7 @@ class UNet(nn.Module):
 
     def check_heads(self, width: int) -> None:
         """Refuse heads that do not divide an attended level's width."""
-        argument, value = ("heads", self.heads) if self.heads else ("head_width", self.head_width)
+        argument, value = ("heads", self.heads) if self.heads is not None else ("head_width", self.head_width)
         if not value or value < 1 or width % value:
             divisors = [n for n in range(1, width + 1) if width % n == 0]
             nearest = min(divisors, key=lambda legal: abs(legal - (value or 0)))

@@ -184,6 +184,10 @@ BAD_NUMBERS = [
         "heads: does not divide the width; got 7; expected a divisor of 64, the width of an attended level; try 8",
     ),
     (
+        {"heads": 0},
+        "heads: does not divide the width; got 0; expected a divisor of 64, the width of an attended level; try 1",
+    ),
+    (
         {"heads": None, "head_width": 48},
         "head_width: does not divide the width; got 48; expected a divisor of 64, the width of an attended level; "
         "try 32",
@@ -194,7 +198,8 @@ BAD_NUMBERS = [
     ),
     ({"attend": (2, 8)}, "attend: no level there; got 8; expected some of [1, 2]; try 2"),
     ({"depth": [1]}, "depth: not one number per level; got 1 numbers; expected 2; try [1, 1]"),
-    ({"depth": 0}, "depth: too small; got 0; expected 1 or more; try 1, and attend to choose levels"),
+    ({"depth": 0}, "depth: too small; got 0; expected 1 or more; try 1"),
+    ({"blocks": 0}, "blocks: too small; got 0; expected 1 or more; try 1"),
     ({"resample": "bigan"}, "resample: unknown; got bigan; expected conv or residual; try conv"),
     ({"dropout": 1.5}, "dropout: out of range; got 1.5; expected 0 <= dropout < 1; try 0.1"),
     (
