@@ -1,6 +1,6 @@
 """Our networks beside diffusers', same weights and precision, on the CPU: speed as a paired ratio, and peak memory.
 
-    python benchmarks/networks.py [--network unet] [--rounds 20] [--threads 2]
+    python benchmarks/networks.py [--network unet|autoencoder] [--rounds 20] [--threads 2]
 
 The ratio is their time over ours, from rounds of ours, theirs, theirs, ours; its lower bound is the end of a 95%
 bootstrap interval. Memory is the peak of what the allocator handed out during one call. Outputs must agree first.
@@ -15,10 +15,13 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ldm.checkpoint.autoencoder_keys import write_autoencoder
 from ldm.checkpoint.backbone_keys import write_backbone
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.quantize import Gaussian
 from ldm.models.unet import UNet
 
 
@@ -56,7 +59,26 @@ def unet() -> Pair:
     )
 
 
-NETWORKS: dict[str, Callable[[], Pair]] = {"unet": unet}
+def autoencoder() -> Pair:
+    """The autoencoder kl-f8 of Stable Diffusion, 83.7 M parameters, there and back on one picture of 128 px."""
+    ours = Autoencoder(bottleneck=Gaussian(channels=4), multipliers=(1, 2, 4, 4))
+    fill(ours)
+    theirs = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    theirs.load_state_dict(write_autoencoder(ours.state_dict(), ours, "diffusers"))
+    return Pair(
+        lambda x: ours.decode(ours.encode(x)),
+        lambda x: theirs.decode(theirs.encode(x).latent_dist.mode()).sample,
+        (ours, theirs),
+        torch.randn(1, 3, 128, 128),
+    )
+
+
+NETWORKS: dict[str, Callable[[], Pair]] = {"unet": unet, "autoencoder": autoencoder}
 
 
 def job(network: Callable[[Tensor], Tensor], pair: Pair, dtype: torch.dtype, backward: bool) -> Callable[[], None]:
