@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models.layers import Downsample, ResBlock, Upsample, check_multiple, group_norm
-from ldm.models.quantize import Bottled, Gaussian, VectorQuantizer, check_positive
+from ldm.models.layers import Downsample, ResBlock, Upsample, check_multiple, check_positive, group_norm
+from ldm.models.quantize import Bottled, Gaussian, VectorQuantizer
 from ldm.models.transformer import SpatialAttention
 
 EPS = 1e-6  # of every norm here; the U-Net's are 1e-5
@@ -124,8 +124,8 @@ class Autoencoder(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        check_positive("in_channels", in_channels)
-        check_numbers(channels, multipliers, blocks, attend, stem)
+        check_positive(in_channels=in_channels, blocks=blocks)
+        check_numbers(channels, multipliers, attend, stem)
         if per_channel and isinstance(bottleneck, VectorQuantizer):
             raise ValueError("per_channel: codes have one scalar pair; got True with VQ; expected False; try False")
         self.in_channels, self.stem = in_channels, stem
@@ -204,13 +204,12 @@ class Autoencoder(nn.Module):
         return digest.hexdigest()
 
 
-def check_numbers(channels: int, multipliers: Sequence[int], blocks: int, attend: Sequence[int], stem: int) -> None:
+def check_numbers(channels: int, multipliers: Sequence[int], attend: Sequence[int], stem: int) -> None:
     """Refuse shapes that cannot be built, in the constructor's words."""
     check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
     if not multipliers or min(multipliers) < 1:
         got = list(multipliers)
         raise ValueError(f"multipliers: one for each level; got {got}; expected integers >= 1; try [1, 2, 4, 4]")
-    check_positive("blocks", blocks)
     if stem not in (1, 2):
         raise ValueError(f"stem: only pixel-unshuffles of 2 are known; got {stem}; expected 1 or 2; try 2")
     factors = [stem * 2**level for level in range(len(multipliers))]

@@ -6,8 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ldm.models.layers import check_multiple, group_norm
-from ldm.models.quantize import check_positive
+from ldm.models.layers import check_multiple, check_positive, group_norm
 
 
 class PatchDiscriminator(nn.Module):
@@ -28,8 +27,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if norm not in ("group", "batch"):
             raise ValueError(f"norm: there is no such norm; got {norm!r}; expected 'group' or 'batch'; try 'group'")
-        check_positive("in_channels", in_channels)
-        check_positive("layers", layers)
+        check_positive(in_channels=in_channels, layers=layers)
         if norm == "group":
             check_multiple("channels", channels, 16, "twice it cannot be split into 32 norm groups")
         self.in_channels, self.layers = in_channels, layers

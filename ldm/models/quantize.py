@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.models.layers import check_positive
+
 
 class Bottled(NamedTuple):
     """What training needs of a bottleneck: latents for the decoder, a penalty per sample, and the codes of VQ."""
@@ -25,7 +27,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, *, channels: int = 4):
         super().__init__()
-        check_positive("channels", channels)
+        check_positive(channels=channels)
         self.channels = channels
         self.moments = 2 * channels
 
@@ -59,8 +61,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, *, codes: int = 8192, channels: int = 3, commitment: float = 0.25):
         super().__init__()
-        check_positive("codes", codes)
-        check_positive("channels", channels)
+        check_positive(codes=codes, channels=channels)
         if commitment < 0:
             raise ValueError(f"commitment: a weight is never negative; got {commitment}; expected >= 0; try 0.25")
         self.channels = self.moments = channels
@@ -138,8 +139,3 @@ def perplexity(counts: Tensor) -> Tensor:
     """exp(entropy) of the use of codes: the number of codes that would be used, were all used alike."""
     p = counts.double() / counts.sum().clamp(min=1)
     return torch.special.entr(p).sum().exp()
-
-
-def check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: at least one is needed; got {value}; expected >= 1; try 1")

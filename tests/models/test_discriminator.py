@@ -64,7 +64,7 @@ BAD = [
         lambda: PatchDiscriminator(norm="layer"),
         "norm: there is no such norm; got 'layer'; expected 'group' or 'batch'; try 'group'",
     ),
-    (lambda: PatchDiscriminator(layers=0), "layers: at least one is needed; got 0; expected >= 1; try 1"),
+    (lambda: PatchDiscriminator(layers=0), "layers: too small; got 0; expected 1 or more; try 1"),
     (
         lambda: PatchDiscriminator(channels=20),
         "channels: twice it cannot be split into 32 norm groups; got 20; expected a multiple of 16; try 16",

@@ -112,9 +112,9 @@ def test_the_gaussian_by_hand():
 
 
 BAD = [
-    (lambda: VectorQuantizer(codes=0), "codes: at least one is needed; got 0; expected >= 1; try 1"),
-    (lambda: VectorQuantizer(channels=0), "channels: at least one is needed; got 0; expected >= 1; try 1"),
-    (lambda: Gaussian(channels=-1), "channels: at least one is needed; got -1; expected >= 1; try 1"),
+    (lambda: VectorQuantizer(codes=0), "codes: too small; got 0; expected 1 or more; try 1"),
+    (lambda: VectorQuantizer(channels=0), "channels: too small; got 0; expected 1 or more; try 1"),
+    (lambda: Gaussian(channels=-1), "channels: too small; got -1; expected 1 or more; try 1"),
     (
         lambda: VectorQuantizer(commitment=-1.0),
         "commitment: a weight is never negative; got -1.0; expected >= 0; try 0.25",
