@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from ldm.models.transformer import GEGLU, AttentionPool, TextTransformer
+from ldm.checkpoint.backbone_keys import attention_modules
+from ldm.models.transformer import GEGLU, AttentionPool, SpatialTransformer, TextTransformer
+from ldm.models.unet import UNet
+from tests.models.backbones import TINY, difference
 from tests.models.first_stages import fill
 
 SMALL = {"vocabulary": 50, "length": 9, "width": 32, "layers": 3, "heads": 4, "projection": 24}
@@ -91,6 +95,27 @@ def test_export_finds_no_graph_break():
     encoder = fill(TextTransformer(**SMALL))
     program = torch.export.export(encoder, (IDS,), strict=True)
     torch.testing.assert_close(program.module()(IDS), encoder(IDS))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@torch.no_grad()
+def test_faint_maps_are_normalised_as_in_diffusers_and_keep_their_layout(linear, layout):
+    ours = fill(SpatialTransformer(64, heads=4, context=12, linear=linear))
+    theirs = Transformer2DModel(4, 16, in_channels=64, cross_attention_dim=12, use_linear_projection=linear)
+    unet = UNet(**{**TINY, "heads": 4, "context": 12, "linear": linear})
+    names = dict(attention_modules(unet, unet.plan[3], "", "diffusers"))
+    theirs.load_state_dict(
+        {
+            names[f"encoder.3.attend.{module}"].removeprefix(".") + f".{leaf}": value
+            for module, leaf, value in ((*name.rsplit(".", 1), value) for name, value in ours.state_dict().items())
+        }
+    )
+    x = (0.003 * torch.randn(2, 64, 4, 4)).to(memory_format=layout)  # a variance at which the norm's eps decides
+    tokens = torch.randn(2, 5, 12)
+    out = ours(x, tokens)
+    assert out.is_contiguous(memory_format=layout)
+    assert difference(out, theirs(x, encoder_hidden_states=tokens).sample) < 1e-4
 
 
 @torch.no_grad()
