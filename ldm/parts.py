@@ -27,6 +27,8 @@ TABLES: dict[str, dict[str, str] | str] = {
         "learned_range": "ldm.diffusion.prediction:LearnedRange",
     },
     "backbone": {
+        "unet": "ldm.models.unet:UNet",
+        "dit": "ldm.models.dit:DiT",
         "mlp": "ldm.models.mlp:MLP",
     },
     "draw": {
@@ -68,7 +70,14 @@ TABLES: dict[str, dict[str, str] | str] = {
 GIVEN: dict[str, dict[str, str]] = {
     "prediction": {"sigma_data": "path.sigma_data"},
     "weight": {"sigma_data": "path.sigma_data"},
-    "backbone": {"channels": "the data"},
+    "backbone": {
+        "in_channels": "the data",
+        "extra_channels": "the conditioner",
+        "context": "the conditioner",
+        "pooled": "the conditioner",
+        "classes": "the conditioner",
+        "learned_sigma": "the prediction",
+    },
 }
 
 

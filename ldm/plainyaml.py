@@ -58,7 +58,7 @@ def _refuse(text: str, file: str) -> None:
 def _invalid(error: yaml.MarkedYAMLError, text: str, file: str) -> InputError:
     """What the parser has to say, and the line that it stumbled over."""
     mark: Any = error.problem_mark
-    written = text.split("\n")[mark.line]
+    written = text[text.rfind("\n", 0, mark.index) + 1 :].partition("\n")[0]
     begun = f" begun in line {error.context_mark.line + 1}" if error.context_mark else ""
     said = f"{error.context}{begun}, {error.problem}" if error.context else error.problem
     got = shown(written.strip()) if written.strip() else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ldm import config, configfile, plainyaml
@@ -183,12 +183,14 @@ def understood(text: str, *overrides: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, len(BASE)), st.integers(0, 12), SCRAPS)
+@example(len(BASE), 0, "{\x85")
 def test_a_damaged_file_is_understood_or_refused(start, length, scrap):
     understood(BASE[:start] + scrap + BASE[start + length :])
 
 
 @settings(max_examples=200, deadline=None)
 @given(KEYS, SCRAPS, SCRAPS)
+@example("path", "", "{\r")
 def test_a_random_override_is_understood_or_refused(key, more, value):
     understood(BASE, f"{key}{more}={value}")
 

@@ -215,8 +215,8 @@ def test_a_solver_keeps_its_arguments():
 
 OWN = """
 class Spiral:
-    def __init__(self, *, channels: int, turns: int = 3):
-        self.channels, self.turns = channels, turns
+    def __init__(self, *, in_channels: int, turns: int = 3):
+        self.in_channels, self.turns = in_channels, turns
 
 
 PARTS = {"backbone": {"spiral": f"{__name__}:Spiral"}, "shape": {"round": f"{__name__}:Spiral"}}
@@ -235,7 +235,7 @@ def test_a_configuration_cannot_plug_in_anything(capsys):
     Path("own_parts.py").write_text(OWN, encoding="utf-8")
     assert main(["demo", "--print-config", "backbone.type=spiral"]) == 2
     assert capsys.readouterr().err == (
-        'error: backbone.type: unknown name (command line); got "spiral"; expected one of mlp\n'
+        'error: backbone.type: unknown name (command line); got "spiral"; expected one of unet, dit, mlp\n'
     )
     assert main(["demo", "--print-config", "plugin=own_parts"]) == 2
     assert capsys.readouterr().err.startswith("error: plugin: unknown key (command line); ")

@@ -43,7 +43,7 @@ def learn(config: Config) -> Denoiser:
     """Fit the denoiser: sample `number` is the same point, time and noise whatever the batch."""
     torch.set_num_threads(1)  # a network this small is slower on two
     torch.manual_seed(config["seed"])  # the initial weights
-    denoiser = assemble.denoiser(config, channels=2)
+    denoiser = assemble.denoiser(config, in_channels=2)
     assemble.grid(config, denoiser.path)  # a grid that cannot be made is found before training
     weight, time = assemble.weight(config, denoiser.path), config.build("draw")
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config["lr"])

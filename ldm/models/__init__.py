@@ -1,1 +1,1 @@
-"""Networks: torch only."""
+"""The networks: plain torch modules that know nothing of paths, losses or training."""

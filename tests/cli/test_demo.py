@@ -48,7 +48,7 @@ def test_any_axes_combine_and_learn(axes, monkeypatch):
     monkeypatch.setattr(swiss_roll, "POINTS", 200)
     settings = config(*FAST, *axes, "spacing.steps=4")
     u, noise = draw(5, range(500), 3, (2,))
-    level = settings.build("draw")(assemble.denoiser(settings, channels=2).path, u[:, 0])
+    level = settings.build("draw")(assemble.denoiser(settings, in_channels=2).path, u[:, 0])
 
     def loss(denoiser):
         with torch.no_grad():
@@ -56,7 +56,7 @@ def test_any_axes_combine_and_learn(axes, monkeypatch):
             return (weight * denoiser.loss(swiss_roll.roll(u[:, 1:]), level, noise)).mean().item()
 
     torch.manual_seed(settings["seed"])
-    before, learned = loss(assemble.denoiser(settings, channels=2)), swiss_roll.learn(settings)
+    before, learned = loss(assemble.denoiser(settings, in_channels=2)), swiss_roll.learn(settings)
     assert loss(learned) < 0.8 * before
     for panel in swiss_roll.samples(learned, assemble.grid(settings, learned.path), 0):
         assert panel.points.isfinite().all()

@@ -1,0 +1,69 @@
+"""Encoding and decoding large images in parts: batches sliced, pictures tiled and blended.
+
+Slicing changes nothing. Tiling does: GroupNorm and the middle attention see a tile instead of the whole picture, so
+tiles of one picture get answers of different level and contrast. Blending turns the step between them into a slope; it
+does not undo the difference, which only larger tiles lessen. tests/models/test_tiling.py states how much it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.models.autoencoder import Autoencoder, check_map
+
+
+def sliced(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 1) -> Tensor:
+    """function(x), `size` samples at a time."""
+    return torch.cat([function(part) for part in x.split(size)])  # (B, ...)
+
+
+def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+    """`autoencoder.encode(x)` by tiles of `tile` latents a side that share at least `overlap` with their neighbours."""
+    check_map("x", x, autoencoder.in_channels, autoencoder.factor)
+    return tiled(autoencoder.encode, x, tile, overlap, unit=autoencoder.factor, unit_out=1)  # (B, Z, h, w)
+
+
+def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+    """`autoencoder.decode(z)` by tiles of `tile` latents a side that share at least `overlap` with their neighbours."""
+    check_map("z", z, autoencoder.latent_channels, 1)
+    return tiled(autoencoder.decode, z, tile, overlap, unit=1, unit_out=autoencoder.factor)  # (B, C, H, W)
+
+
+def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, unit: int, unit_out: int) -> Tensor:
+    """function(x) blended from tiles, where `unit` pixels of x along an axis become `unit_out` of the result."""
+    if not 0 <= overlap < tile:
+        expected = f"0 to {tile - 1}"
+        raise ValueError(f"overlap: must be less than a tile; got {overlap}; expected {expected}; try {tile // 4}")
+    height, width = (size // unit for size in x.shape[2:])
+    result = None
+    for top, down in parts(height, tile, overlap, unit_out):
+        for left, across in parts(width, tile, overlap, unit_out):
+            y = function(x[:, :, span(top, tile, unit), span(left, tile, unit)])  # (B, C, tile_h, tile_w)
+            window = down[:, None] * across  # (tile_h, tile_w)
+            if result is None:
+                dtype = torch.promote_types(y.dtype, window.dtype)
+                result = y.new_zeros((*y.shape[:2], height * unit_out, width * unit_out), dtype=dtype)  # (B, C, H, W)
+            result[:, :, span(top, tile, unit_out), span(left, tile, unit_out)] += y * window.to(y.device)
+    assert result is not None
+    return result.to(y.dtype)  # (B, C, H, W)
+
+
+def parts(size: int, tile: int, overlap: int, unit_out: int) -> list[tuple[int, Tensor]]:
+    """Where tiles begin along an axis, all of one length and evenly spread, and their weights, which sum to one."""
+    gaps = -(-max(size - tile, 0) // (tile - overlap))
+    length = min(tile, size)
+    begins = [i * (size - length) // max(gaps, 1) for i in range(gaps + 1)]
+    rise = (torch.arange(length * unit_out) + 0.5) / max(overlap * unit_out, 1)
+    window = torch.minimum(rise, rise.flip(0)).clamp(max=1)  # (L,)
+    total = torch.zeros(size * unit_out)
+    for begin in begins:
+        total[span(begin, tile, unit_out)] += window
+    return [(begin, window / total[span(begin, tile, unit_out)]) for begin in begins]
+
+
+def span(begin: int, tile: int, unit: int) -> slice:
+    """A tile's pixels along one axis; a slice that ends past the picture ends with it."""
+    return slice(begin * unit, (begin + tile) * unit)

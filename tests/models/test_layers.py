@@ -1,0 +1,164 @@
+"""The shared layers against formulas written out by hand and against diffusers."""
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from ldm.models.layers import (
+    Attention,
+    Downsample,
+    ResBlock,
+    TimestepEmbedding,
+    Upsample,
+    attention,
+    check_multiple,
+    group_norm,
+    timestep_embedding,
+    zero,
+)
+
+torch.manual_seed(0)
+Q, K, V = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+MASK = torch.tensor([[True, True, False, True, False], [True, True, True, True, True]])
+
+
+def by_hand(q, k, v, heads, allowed):
+    """softmax(q k^T / sqrt(d)) v, head by head; allowed (B, L, M)."""
+    outs = []
+    for a, b, c in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
+        scores = a @ b.transpose(1, 2) / a.shape[-1] ** 0.5
+        outs.append(scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ c)
+    return torch.cat(outs, -1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_attention_is_the_formula(mask, causal):
+    allowed = torch.ones(2, 5, 5, dtype=torch.bool)
+    allowed &= torch.ones(5, 5).tril().bool() if causal else True
+    allowed &= True if mask is None else mask[:, None]
+    torch.testing.assert_close(attention(Q, K, V, 2, mask, causal), by_hand(Q, K, V, 2, allowed))
+
+
+def rope(start: int):
+    angle = (start + torch.arange(5.0))[:, None] * torch.tensor([1.0, 0.1])
+    return angle.cos(), angle.sin()
+
+
+def test_rope_knows_only_relative_positions():
+    here, there = attention(Q, K, V, 2, rope=rope(0)), attention(Q, K, V, 2, rope=rope(7))
+    torch.testing.assert_close(here, there)
+    assert not torch.allclose(here, attention(Q, K, V, 2), atol=1e-3)
+
+
+def test_qk_norm_takes_the_length_out_of_queries_and_keys():
+    norms = [nn.LayerNorm(4, eps=1e-12, elementwise_affine=False) for _ in range(2)]
+    torch.testing.assert_close(
+        attention(Q * 100, K * 10, V, 2, qk_norm=norms), attention(Q, K, V, 2, qk_norm=norms), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_attention_reads_a_context_of_another_width():
+    layer = Attention(8, heads=2, context=6)
+    assert layer(Q, torch.randn(2, 3, 6)).shape == Q.shape
+    assert layer.q.bias is None
+    assert layer.out.bias is not None
+
+
+def test_resampling_without_weights_is_a_mean_and_a_repetition():
+    x = torch.randn(1, 32, 4, 4)
+    torch.testing.assert_close(Downsample(32, conv=False)(Upsample(32, conv=False)(x)), x)
+
+
+def test_asymmetric_downsampling_looks_right_and_down_only():
+    x = torch.randn(1, 32, 4, 4, requires_grad=True)
+    layer = Downsample(32, asymmetric=True)
+    (gradient,) = torch.autograd.grad(layer(x)[..., 1, 1].sum(), x)
+    assert gradient.abs().sum((0, 1)).nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+
+
+@pytest.mark.parametrize(("resample", "side"), [(None, 8), ("up", 16), ("down", 4)])
+def test_a_block_that_ends_in_zero_is_its_skip(resample, side):
+    x = torch.randn(2, 32, 8, 8)
+    block = ResBlock(32, 32, embed=16, scale_shift=True, resample=resample)
+    zero(block.conv2)
+    out = block(x, torch.randn(2, 16))
+    assert out.shape == (2, 32, side, side)
+    torch.testing.assert_close(out, block.resample(x))
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_timestep_embedding_is_that_of_ldm(width):
+    t = torch.tensor([0.0, 0.5, 37.0, 999.0])
+    theirs = get_timestep_embedding(t, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(timestep_embedding(t, width), theirs)
+
+
+def test_labels_and_pooled_vectors_are_added_to_the_time():
+    t = torch.tensor([3.0, 4.0])
+    labelled, pooled = TimestepEmbedding(8, 16, classes=3), TimestepEmbedding(8, 16, pooled=5)
+    labels, vectors = torch.tensor([2, 0]), torch.randn(2, 5)
+    time = labelled.time(timestep_embedding(t, 8))
+    torch.testing.assert_close(labelled(t, labels), time + labelled.label.weight[labels])
+    time = pooled.time(timestep_embedding(t, 8))
+    torch.testing.assert_close(pooled(t, vectors), time + pooled.pooled(vectors))
+
+
+@pytest.mark.parametrize(
+    ("build", "pooled", "message"),
+    [
+        (
+            {},
+            torch.ones(2, 5),
+            "pooled: does not fit this network; got float32 of shape (2, 5); expected None; "
+            "try classes or pooled at construction",
+        ),
+        (
+            {"classes": 3},
+            None,
+            "pooled: does not fit this network; got None; expected integer labels of shape (2,); "
+            "try one label per image",
+        ),
+        (
+            {"classes": 3},
+            torch.ones(2),
+            "pooled: does not fit this network; got float32 of shape (2,); expected integer labels of shape (2,); "
+            "try one label per image",
+        ),
+        (
+            {"pooled": 5},
+            torch.ones(2, 6),
+            "pooled: does not fit this network; got float32 of shape (2, 6); expected vectors of shape (2, 5); "
+            "try a pooled width of 5",
+        ),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(build, pooled, message):
+    with pytest.raises(ValueError, match="pooled") as error:
+        TimestepEmbedding(8, 16, **build)(torch.ones(2), pooled)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: group_norm(48, 1e-5),
+            "channels: cannot be split into 32 norm groups; got 48; expected a multiple of 32; try 64",
+        ),
+        (
+            lambda: Attention(30, heads=4),
+            "width: cannot be split into 4 heads; got 30; expected a multiple of 4; try 32",
+        ),
+        (
+            lambda: TimestepEmbedding(8, 16, classes=3, pooled=5),
+            "classes: cannot be joined with pooled; got 3 and 5; expected one; try None",
+        ),
+        (lambda: check_multiple("size", 0, 8, "too small"), "size: too small; got 0; expected a multiple of 8; try 8"),
+    ],
+)
+def test_impossible_numbers_name_the_nearest_possible_one(build, message):
+    with pytest.raises(ValueError, match=":") as error:
+        build()
+    assert str(error.value) == message
