@@ -28,6 +28,7 @@ class Sabotage(NamedTuple):
 
 
 D = "ldm/diffusion/"
+M = "ldm/models/"
 T = "tests/diffusion"
 SABOTAGES = [
     Sabotage("DDIM: alpha and sigma of the old level swapped", D + "posterior.py", "/ now.sigma\n", "/ now.alpha\n", T),
@@ -70,6 +71,20 @@ SABOTAGES = [
     Sabotage("configuration: given keys may be written", "ldm/config.py", "if name in owners:", "if False:", "tests/test_config.py"),
     Sabotage("configuration: a new type keeps the old arguments", "ldm/configfile.py", "        node.clear()", "        pass", "tests/test_config.py"),
     Sabotage("configuration: true is an integer", "ldm/config.py", "type(value) is variant:", "isinstance(value, variant):", "tests/test_config.py"),
+    Sabotage("attention: the mask is ignored", M + "layers.py", "F.scaled_dot_product_attention(q, k, v, mask,", "F.scaled_dot_product_attention(q, k, v, None,", "tests/models"),
+    Sabotage("timestep embedding: sines first", M + "layers.py", "torch.cat((angle.cos(), angle.sin()), -1)", "torch.cat((angle.sin(), angle.cos()), -1)", "tests/models"),
+    Sabotage("residual block: scale without its one", M + "layers.py", "self.norm2(h) * (1 + scale) + shift", "self.norm2(h) * scale + shift", "tests/models/test_unet.py"),
+    Sabotage("autoencoder: padded on the near side", M + "layers.py", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", "tests/models/test_autoencoder.py"),
+    Sabotage("U-Net: skips taken from the wrong end", M + "unet.py", "torch.cat((x, skips.pop()), 1)", "torch.cat((skips.pop(), x), 1)", "tests/models/test_unet.py"),
+    Sabotage("GEGLU: halves swapped", M + "transformer.py", "self.out(hidden * F.gelu(gate))", "self.out(gate * F.gelu(hidden))", "tests/models"),
+    Sabotage("DiT: gates of the two branches swapped", M + "dit.py", "shift1, scale1, gate1, shift2, scale2, gate2 =", "shift1, scale1, gate2, shift2, scale2, gate1 =", "tests/models/test_dit.py"),
+    Sabotage("DiT: rows and columns swapped", M + "dit.py", "torch.cat((column, row), 2)", "torch.cat((row, column), 2)", "tests/models/test_dit.py"),
+    Sabotage("KL: the sample at twice the deviation", M + "quantize.py", "(0.5 * logvar).exp() * noise", "logvar.exp() * noise", "tests/models"),
+    Sabotage("VQ: the commitment on the codebook", M + "quantize.py", "to_codes + self.commitment * to_encoder", "self.commitment * to_codes + to_encoder", "tests/models/test_quantize.py"),
+    Sabotage("VQ: gradients do not pass", M + "quantize.py", "return (z - z.detach()) + e.detach()", "return e.detach()", "tests/models"),
+    Sabotage("fingerprint: forgets the scale", M + "autoencoder.py", '{**tensors, "shift": self.shift, "scale": self.scale}', '{**tensors, "shift": self.shift}', "tests/models/test_autoencoder.py"),
+    Sabotage("latents: scale divides on the way in", M + "autoencoder.py", "(z - self.shift) * self.scale", "(z - self.shift) / self.scale", "tests/models/test_autoencoder.py"),
+    Sabotage("names: q and k swapped", "ldm/checkpoint/backbone_keys.py", '"q": "to_q", "k": "to_k"', '"q": "to_k", "k": "to_q"', "tests/checkpoint"),
 ]  # fmt: skip
 
 
