@@ -69,18 +69,18 @@ MARKS: dict[str, Layout] = {  # the name in each layout that gives a tower away,
 
 def text_keys(transformer: TextTransformer, layout: Layout) -> Pairs:
     """The parameters of a text encoder beside their names in another layout, with q, k, v apart everywhere."""
+    parameters = dict(transformer.named_parameters())
+    biased = "blocks.0.attention.q.bias" in parameters
+    if biased is (layout == "ldm"):
+        got, expected = ("with bias", "without") if biased else ("without bias", "with")
+        raise CheckpointError(f"no {layout} layout for this text encoder", got=f"queries {got}", expected=expected)
     modules = list(ENDS[layout].items())
     for number in range(len(transformer.blocks)):
         modules += [(f"blocks.{number}.{ours}", theirs) for ours, theirs in block_names(number, layout).items()]
-    parameters = dict(transformer.named_parameters())
     pairs = [(f"{a}.{leaf}", f"{b}.{leaf}") for a, b in modules for leaf in ("weight", "bias")]
     pairs = [("positions", POSITIONS[layout])] + [(ours, theirs) for ours, theirs in pairs if ours in parameters]
     if layout == "open_clip" and "projection.weight" in parameters:
         pairs.append(("projection.weight", "text_projection"))
-    if len(pairs) < len(parameters):
-        names = dict(pairs)
-        lost = next(name for name in parameters if name not in names)
-        raise CheckpointError(f"no {layout} layout for this text encoder", got=lost, expected="no such tensor")
     return pairs
 
 
