@@ -26,6 +26,7 @@ def extra_kind(given: Node, where: str) -> str:
 def open_conditioner(family: Family, state: State, kind: str, stored: Node | None) -> tuple[Node | None, State]:
     """The configuration of a family's conditioner, and its weights in our names."""
     found = text_node(stored)[0] if stored else None
+    node: Node | None
     if family.layout and family.conditioner:
         node, ours = open_text(state, family.layout, family.conditioner, found)
     elif family.conditioner:

@@ -12,8 +12,7 @@ OPEN_CLIP = f"{CONDITION}model."
 FIRST_STAGE = "first_stage_model."
 
 SD_NOISE = {"type": "scaled_linear", "start": 0.00085, "end": 0.012}
-LDM_NOISE = {"type": "scaled_linear", "start": 0.0015, "end": 0.0195}
-CHURCHES_NOISE = {"type": "scaled_linear", "start": 0.0015, "end": 0.0155}
+LDM_NOISE: dict[str, Any] = {"type": "scaled_linear", "start": 0.0015, "end": 0.0195}
 
 
 class Family(NamedTuple):
@@ -32,34 +31,30 @@ class Family(NamedTuple):
     tells_v: bool = False  # some of its models predict v
 
 
-SD1 = {
-    "conditioner": "clip",
-    "layout": "clip",
-    "prefix": TEXT,
-    "heads": {"heads": 8},
-    "path": SD_NOISE,
-    "cfg": 7.5,
-    "size": 512,
+SD1: dict[str, Any] = {
+    **{"conditioner": "clip", "layout": "clip", "prefix": TEXT, "heads": {"heads": 8}},
+    **{"path": SD_NOISE, "cfg": 7.5, "size": 512},
 }
 SD2 = SD1 | {"conditioner": "open_clip", "layout": "open_clip", "prefix": OPEN_CLIP, "heads": {"head_width": 64}}
-LDM = {"conditioner": None, "layout": None, "prefix": "", "cfg": 1.0, "size": 256, "averaged": True}
-BERT = {"conditioner": "joint_text", "layout": "ldm", "prefix": CONDITION, "cfg": 7.5}
-LABEL = {"conditioner": "label", "prefix": CONDITION, "cfg": 3.0}
+LDM: dict[str, Any] = {
+    **{"conditioner": None, "layout": None, "prefix": "", "heads": {"head_width": 32}},
+    **{"path": LDM_NOISE, "cfg": 1.0, "size": 256, "averaged": True},
+}
+BERT = LDM | {
+    **{"conditioner": "joint_text", "layout": "ldm", "prefix": CONDITION, "heads": {"heads": 8}},
+    **{"path": SD_NOISE, "cfg": 7.5},
+}
+LABEL = LDM | {"conditioner": "label", "prefix": CONDITION, "heads": {"heads": 1}, "cfg": 3.0}
+CHURCHES = LDM | {"heads": {"heads": 8}, "path": LDM_NOISE | {"end": 0.0155}}  # the only published one with KL
 
 FAMILIES = (  # of a file, the first row whose mark is in it
     Family("Stable Diffusion 1", f"{TEXT}text_model.final_layer_norm.bias", **SD1),
     Family("Stable Diffusion 1", f"{TEXT}final_layer_norm.bias", **SD1),
     Family("Stable Diffusion 2", f"{OPEN_CLIP}ln_final.bias", **SD2, tells_v=True),
-    Family("LDM text-to-image", f"{TEXT}token_emb.weight", **LDM | BERT, heads={"heads": 8}, path=SD_NOISE),
-    Family("LDM class-conditional", f"{CONDITION}embedding.weight", **LDM | LABEL, heads={"heads": 1}, path=LDM_NOISE),
-    Family(
-        "LDM unconditional, VQ",
-        f"{FIRST_STAGE}quantize.embedding.weight",
-        **LDM,
-        heads={"head_width": 32},
-        path=LDM_NOISE,
-    ),
-    Family("LDM unconditional, KL", f"{UNET}out.2.bias", **LDM, heads={"heads": 8}, path=CHURCHES_NOISE),
+    Family("LDM text-to-image", f"{TEXT}token_emb.weight", **BERT),
+    Family("LDM class-conditional", f"{CONDITION}embedding.weight", **LABEL),
+    Family("LDM unconditional, VQ", f"{FIRST_STAGE}quantize.embedding.weight", **LDM),
+    Family("LDM unconditional, KL", f"{UNET}out.2.bias", **CHURCHES),
 )
 
 IGNORED = {  # what files carry beside weights, by the beginnings of names, and what to tell of it

@@ -165,9 +165,9 @@ def check_digest(path: str | Path) -> str:
     return stored
 
 
-def raw(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> Any:
     """A tensor's bytes in order, without a copy where it is contiguous."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -198,8 +198,11 @@ def flush_folder(folder: Path) -> None:
 
 def file_hash(path: str | Path) -> str:
     """A file's sha256, by which other programs know it too."""
+    digest = hashlib.sha256()
     with readable(Path(path)) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_numbers(state: Mapping[str, Tensor], where: str) -> None:

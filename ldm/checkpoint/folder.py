@@ -36,7 +36,7 @@ ONLY = {  # what else would need another network than ours
     "time_embedding_type": ("positional",),
     "addition_embed_type": (None,),
     "encoder_hid_dim": (None,),
-    "norm_type": ("ada_norm_zero",),
+    "norm_type": ("ada_norm_zero", "group"),
     "hidden_act": ("quick_gelu", "gelu"),
 }
 
@@ -62,11 +62,14 @@ def read_pipeline(folder: Path, backbone: str, parts: list[str], notes: list[str
     heads = dit_heads(settings) if backbone == "transformer" else unet_heads(settings)
     ignored = ("pos_embed.pos_embed",)
     weights = {name: x for name, x in weights.items() if name not in ignored}
-    node, given, state = open_backbone(weights, "diffusers", **heads)
-    conditioner, condition, family = None, {}, "LDM unconditional"
+    node, given, state = open_backbone(weights, "diffusers", heads)
+    conditioner: Node | None = None
+    condition: State = {}
+    family = "LDM unconditional"
     if "text_encoder" in parts:
-        conditioner, condition = open_encoder(folder / "text_encoder")
-        family = {"clip": "Stable Diffusion 1", "open_clip": "Stable Diffusion 2"}[conditioner["type"]]
+        encoder, condition = open_encoder(folder / "text_encoder")
+        family = {"clip": "Stable Diffusion 1", "open_clip": "Stable Diffusion 2"}[encoder["type"]]
+        conditioner = encoder
     elif given["classes"]:
         conditioner = {"type": "label", "classes": given["classes"], "null": given["classes"] - 1}
         family = "DiT" if backbone == "transformer" else "LDM class-conditional"

@@ -24,7 +24,7 @@ from ldm.checkpoint.schedules import write_scheduler
 from ldm.checkpoint.writing import backbone_of, stage_of, write_tower
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.dit import DiT
+from ldm.models.dit import DiT, DiTBlock
 from ldm.models.unet import UNet
 
 PIPELINES = {  # (conditioner, what extra channels are for) -> their class, and the name of its first stage's folder
@@ -146,7 +146,9 @@ def adm_settings(unet: UNet, attend: list[bool]) -> Node:
 
 def dit_settings(dit: DiT, size: int) -> Node:
     """The configuration of DiTTransformer2DModel."""
-    heads = dit.blocks[0].attention.heads
+    block = dit.blocks[0]
+    assert isinstance(block, DiTBlock)
+    heads = block.attention.heads
     return {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": heads,

@@ -43,19 +43,23 @@ def numbers_of(function: Any, state: Mapping[str, Tensor], layout: str, what: st
         raise CheckpointError(f"not a {what} that is known here", layout, got, hint=hint) from error
 
 
-def open_backbone(state: State, layout: str, stored: Node | None = None, **heads: Any) -> tuple[Node, Node, State]:
+def open_backbone(
+    state: Mapping[str, Tensor], layout: str, heads: Mapping[str, int], stored: Node | None = None
+) -> tuple[Node, Node, State]:
     """A backbone's configuration, what the assembly gives it, and its weights in our names."""
     dit = layout == "dit" or DITS["diffusers"]["first"] in state
     numbers = numbers_of(dit_numbers if dit else unet_numbers, state, layout, "DiT" if dit else "U-Net")
     given = numbers.pop("given")
     node = stored or {"type": "dit" if dit else "unet", **numbers, **heads}
     network = build_backbone(node, given)
-    ours = read_backbone(state, network, layout)  # type: ignore[arg-type]
+    ours = read_backbone(dict(state), network, layout)  # type: ignore[arg-type]
     fit(ours, network, "backbone")
     return node, given, above(ours, "backbone.")
 
 
-def open_autoencoder(state: State, scale: Tensor, shift: Tensor, stored: Node | None = None) -> tuple[Node, State]:
+def open_autoencoder(
+    state: Mapping[str, Tensor], scale: Tensor, shift: Tensor, stored: Node | None = None
+) -> tuple[Node, State]:
     """A first stage's configuration and its weights in our names, whichever of three layouts it came in."""
     layout = "compvis" if any(name.startswith("encoder.down.") for name in state) else "diffusers"
     node = stored or numbers_of(autoencoder_numbers, state, layout, "first stage")
@@ -67,7 +71,9 @@ def open_autoencoder(state: State, scale: Tensor, shift: Tensor, stored: Node | 
     return node, above(ours, "autoencoder.")
 
 
-def open_text(state: State, layout: str, kind: str, stored: Node | None = None, **others: Any) -> tuple[Node, State]:
+def open_text(
+    state: Mapping[str, Tensor], layout: str, kind: str, stored: Node | None = None, **others: Any
+) -> tuple[Node, State]:
     """A text conditioner's configuration and its weights in our names; `others` is what no shape tells."""
     node = stored or {"type": kind, **numbers_of(text_numbers, state, layout, "text encoder"), **others}
     network = build_text(node)

@@ -79,7 +79,7 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     if scheduler.get("use_karras_sigmas"):
         return {"type": "karras", "steps": 50}
     node: Node = {"type": scheduler.get("timestep_spacing", default), "steps": 50}
-    if node["type"] == "leading":
+    if node["type"] == "leading" and scheduler.get("steps_offset", 0) != 1:  # ours is Stable Diffusion's
         node["offset"] = scheduler.get("steps_offset", 0)
     if scheduler.get("set_alpha_to_one") is False or scheduler.get("final_sigmas_type") == "sigma_min":
         node["end"] = "table"

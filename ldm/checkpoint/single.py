@@ -55,7 +55,7 @@ def read_model(tensors: Tensors) -> Opened:
     stored, where = stored_config(tensors), str(tensors.path)
     notes = pass_over(tensors, (UNET, FIRST_STAGE, *([family.prefix] if family.prefix else [])))
     weights = averaged(tensors, notes) if family.averaged else under(tensors, UNET)
-    backbone, given, state = open_backbone(weights, "compvis", stored.get("backbone"), **family.heads)
+    backbone, given, state = open_backbone(weights, "compvis", family.heads, stored.get("backbone"))
     if (given["context"] is None) != (family.conditioner is None):
         got, hint = f"a context of {given['context']}", "the file of the whole model"
         raise CheckpointError("a U-Net without the encoder of its condition", where, got, hint=hint)
@@ -115,7 +115,7 @@ def says_v(tensors: Tensors, state: State, notes: list[str]) -> bool:
 
 
 def open_stage(tensors: Tensors, prefix: str, stored: Node | None, notes: list[str]) -> tuple[Node | None, State]:
-    """The first stage under a prefix, if there is one, with the latents' scale that the file has or its kind implies."""
+    """The first stage under a prefix, if there is one, with the latents' scale that it has or its kind implies."""
     state = {name: x for name, x in under(tensors, prefix).items() if not name.startswith(tuple(IGNORED))}
     state.pop(SCALE, None)
     if not state:
@@ -142,9 +142,8 @@ def read_first_stage(tensors: Tensors, prefix: str) -> Opened:
 def read_dit(tensors: Tensors) -> Opened:
     """A class-conditional DiT, which comes without a first stage."""
     stored = stored_config(tensors)
-    backbone, given, state = open_backbone(
-        {name: x for name, x in tensors.items() if name != POSITIONS}, "dit", stored.get("backbone")
-    )
+    weights = {name: x for name, x in tensors.items() if name != POSITIONS}
+    backbone, given, state = open_backbone(weights, "dit", {}, stored.get("backbone"))
     where, patch = str(tensors.path), backbone["patch"]
     side = check_positions(tensors[POSITIONS], where) if POSITIONS in tensors else 16
     config = stored or dit_config(backbone, given, 8 * patch * side)

@@ -27,19 +27,18 @@ from ldm.models.unet import UNet
 def write_compvis(
     path: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Write a single file that CompVis's readers know, or, of a DiT, DiT's own; returns what it could not take along."""
-    config, state, notes = dict(config), dict(state), []
+    """Write a single file as CompVis's readers know it, or DiT's; returns what it could not take along."""
+    config, notes = dict(config), list[str]()
     file: State = {}
     if config.get("backbone"):
         backbone, weights = backbone_of(config["backbone"], state)
-        dit = isinstance(backbone, DiT)
-        theirs = write_backbone(weights, backbone, "dit" if dit else "compvis")
-        file |= theirs if dit else above(theirs, UNET)
-        if dit:
-            file[POSITIONS] = positions(backbone, config)
+        if isinstance(backbone, DiT):
+            file |= write_backbone(weights, backbone, "dit") | {POSITIONS: positions(backbone, config)}
             notes += ["a DiT file has no first stage: open it with --vae"] if config.get("autoencoder") else []
             config["autoencoder"] = None
-        elif config.get("conditioner"):
+        else:
+            file |= above(write_backbone(weights, backbone, "compvis"), UNET)
+        if config.get("conditioner") and isinstance(backbone, UNet):
             file |= above(write_conditioner(config["conditioner"], state), CONDITION)
     if config.get("autoencoder"):
         config["autoencoder"], stage, scale = stage_of(config["autoencoder"], state, notes)
@@ -65,7 +64,7 @@ def backbone_of(node: Node, state: Mapping[str, Tensor]) -> tuple[UNet | DiT, St
 
 
 def stage_of(node: Node, state: Mapping[str, Tensor], notes: list[str]) -> tuple[Node, State, Tensor]:
-    """A first stage as others can express it: its configuration, its weights, and the one number that scales latents."""
+    """A first stage as others can express it: configuration, weights, and the one number that scales latents."""
     weights = under(state, "autoencoder.")
     fit(weights, build_autoencoder(node), "first stage")
     if weights["scale"].ndim or weights["shift"].count_nonzero():
