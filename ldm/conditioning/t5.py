@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.checkpoint.rename import refuse
 from ldm.conditioning import weights as stored
 from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import Tokenizer, from_folder
@@ -66,20 +67,26 @@ def t5(
 
 
 def load(weights: str, numbers: dict[str, Any]) -> Any:
-    """transformers' T5 from a folder or a hub, if it has the numbers that were asked for."""
+    """transformers' T5 from a folder or a hub, if it has the numbers that were asked for, and every weight."""
     from transformers import AutoConfig, T5EncoderModel
 
-    here = Path(weights).is_dir()
-    if not here and not stored.HUB_ID.fullmatch(weights):
+    if not Path(weights).is_dir() and not stored.HUB_ID.fullmatch(weights):
         raise ValueError(f"weights: no such folder; got {weights}; expected a folder, a hub's id or random; try random")
+    config = pretrained(AutoConfig, weights)
+    for name, value in numbers.items():
+        if getattr(config, name, None) != value:
+            got, expected = getattr(config, name, None), f"{value}, as configured"
+            raise ValueError(f"weights: another T5; got {name} = {got} in {weights}; expected {expected}")
+    model, report = pretrained(T5EncoderModel, weights, output_loading_info=True)
+    refuse("tensors are missing", sorted(report["missing_keys"]))
+    return model
+
+
+def pretrained(kind: Any, weights: str, **options: Any) -> Any:
+    """Something of transformers from a folder, or from a hub where there is no such folder."""
     try:
-        config = AutoConfig.from_pretrained(weights, local_files_only=here)
-        for name, value in numbers.items():
-            if getattr(config, name, None) != value:
-                got, expected = getattr(config, name, None), f"{value}, as configured"
-                raise ValueError(f"weights: another T5; got {name} = {got} in {weights}; expected {expected}")
-        return T5EncoderModel.from_pretrained(weights, local_files_only=here)
-    except OSError as error:
+        return kind.from_pretrained(weights, local_files_only=Path(weights).is_dir(), **options)
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"weights: cannot be read; got {weights}: {reason}; expected a T5; try a folder") from error
 
