@@ -1,1 +1,52 @@
 """Checkpoint files: our own format, and the names that others gave the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm.checkpoint.files import Tensors, check_numbers, open_file
+from ldm.checkpoint.folder import read_folder
+from ldm.checkpoint.folder_writing import write_diffusers
+from ldm.checkpoint.native import MARK, read_native, save
+from ldm.checkpoint.networks import load_weights, supplied
+from ldm.checkpoint.opened import Opened
+from ldm.checkpoint.parts import under
+from ldm.checkpoint.single import read_single
+from ldm.checkpoint.writing import write_compvis
+from ldm.errors import CheckpointError
+
+__all__ = ["Opened", "load_weights", "open", "recognise", "save", "write_compvis", "write_diffusers"]
+
+
+def open(path: str | Path, *, vae: str | Path | None = None) -> Opened:
+    """Any checkpoint, its kind found out by looking; `vae` is another whose first stage takes its own's place."""
+    path = Path(path)
+    opened = read_folder(path) if path.is_dir() else recognise(open_file(path))
+    check_numbers(opened.state, str(path))
+    return opened if vae is None else with_stage(opened, open(vae))
+
+
+def recognise(tensors: Tensors) -> Opened:
+    """What the tensors of one file are."""
+    return read_native(tensors) if MARK in tensors.metadata else read_single(tensors)
+
+
+def with_stage(opened: Opened, other: Opened) -> Opened:
+    """A checkpoint with another's first stage, which must give latents of as many channels."""
+    node, own = other.config.get("autoencoder"), opened.config.get("autoencoder")
+    if not node:
+        raise CheckpointError("no first stage inside", str(other.files[0]), other.family, hint="a KL or VQ first stage")
+    latent = own["latent"] if own else latents(opened)
+    if node["latent"] != latent:
+        where, got = str(other.files[0]), f"{node['latent']} latent channels"
+        raise CheckpointError("another model's first stage", where, got, str(latent))
+    state = {name: x for name, x in opened.state.items() if not name.startswith("autoencoder.")}
+    state |= {name: x for name, x in other.state.items() if name.startswith("autoencoder.")}
+    config, notes = {**opened.config, "autoencoder": node}, [note for note in opened.notes if "--vae" not in note]
+    return Opened(config, state, opened.family, opened.files + other.files, opened.tokenizer, notes + other.notes)
+
+
+def latents(opened: Opened) -> int:
+    """The latent channels that a backbone reads and writes."""
+    weights = under(opened.state, "backbone.")
+    return supplied(opened.config["backbone"], weights)["in_channels"] if weights else 0

@@ -14,7 +14,7 @@ from ldm.models.dit import DiT
 from ldm.models.transformer import AttentionPool
 from ldm.models.unet import Row, UNet
 
-Layout = Literal["compvis", "diffusers"]
+Layout = Literal["compvis", "diffusers", "dit"]  # dit: the names of DiT's own repository
 Pairs = list[tuple[str, str]]
 
 RESIDUAL_BLOCK = {
@@ -67,8 +67,25 @@ UNET_ENDS = {
         "out": "conv_out",
     },
 }
-DIT_ENDS = {"embed": "pos_embed.proj", "modulation": "proj_out_1", "out": "proj_out_2"}
-DIT_BLOCK = {"modulation": "norm1.linear", "fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
+DIT_ENDS = {
+    "dit": {
+        "embed": "x_embedder.proj",
+        "time.time.0": "t_embedder.mlp.0",
+        "time.time.2": "t_embedder.mlp.2",
+        "time.label": "y_embedder.embedding_table",
+        "modulation": "final_layer.adaLN_modulation.1",
+        "out": "final_layer.linear",
+    },
+    "diffusers": {"embed": "pos_embed.proj", "modulation": "proj_out_1", "out": "proj_out_2"},
+}
+DIT_BLOCK = {
+    "dit": {"modulation": "adaLN_modulation.1", "fc1": "mlp.fc1", "fc2": "mlp.fc2"},
+    "diffusers": {"modulation": "norm1.linear", "fc1": "ff.net.0.proj", "fc2": "ff.net.2"},
+}
+DIT_ATTENTION = {  # DiT's q, k, v are one matrix in its files: `split_dit`
+    "dit": {"q": "attn.q", "k": "attn.k", "v": "attn.v", "out": "attn.proj"},
+    "diffusers": {name: f"attn1.{theirs}" for name, theirs in ATTENTION.items()},
+}
 DIT_EMBEDDER = {  # one of ours, one per block of theirs
     "time.time.0": "timestep_embedder.linear_1",
     "time.time.2": "timestep_embedder.linear_2",
@@ -79,23 +96,30 @@ DIT_EMBEDDER = {  # one of ours, one per block of theirs
 def write_backbone(state: dict[str, Tensor], backbone: UNet | DiT, layout: Layout) -> dict[str, Tensor]:
     """Our weights under the names, and in the shapes, of another layout."""
     renamed = rename(state, backbone_keys(backbone, layout))
-    return join_qkv(renamed, backbone) if layout == "compvis" and isinstance(backbone, UNet) else renamed
+    if isinstance(backbone, DiT):
+        return join_dit(renamed, backbone) if layout == "dit" else renamed
+    return join_qkv(renamed, backbone) if layout == "compvis" else renamed
 
 
 def read_backbone(state: dict[str, Tensor], backbone: UNet | DiT, layout: Layout) -> dict[str, Tensor]:
     """Weights of another layout under our names; every key must have its place."""
-    separate = split_qkv(state, backbone) if layout == "compvis" and isinstance(backbone, UNet) else state
-    return rename(separate, swap(backbone_keys(backbone, layout)))
+    if isinstance(backbone, DiT):
+        state = split_dit(state, backbone) if layout == "dit" else state
+    elif layout == "compvis":
+        state = split_qkv(state, backbone)
+    return rename(state, swap(backbone_keys(backbone, layout)))
 
 
 def backbone_keys(backbone: UNet | DiT, layout: Layout) -> Pairs:
     """The parameters of a backbone beside their names in another layout."""
     half = isinstance(backbone, UNet) and not len(backbone.decoder)
-    if (layout == "diffusers" and half) or (layout == "compvis" and isinstance(backbone, DiT)):
-        kind = "noisy classifier" if half else "DiT"
-        other = "compvis" if half else "diffusers"
-        raise CheckpointError(f"no {layout} layout for a {kind}", got=layout, expected=other, hint=other)
-    return dit_keys(backbone) if isinstance(backbone, DiT) else unet_keys(backbone, layout)
+    kind = "DiT" if isinstance(backbone, DiT) else "noisy classifier" if half else "U-Net"
+    legal = {"DiT": ("diffusers", "dit"), "noisy classifier": ("compvis",), "U-Net": ("compvis", "diffusers")}[kind]
+    if layout not in legal:
+        raise CheckpointError(
+            f"no {layout} layout for a {kind}", got=layout, expected=" or ".join(legal), hint=legal[0]
+        )
+    return dit_keys(backbone, layout) if isinstance(backbone, DiT) else unet_keys(backbone, layout)
 
 
 def unet_keys(unet: UNet, layout: Layout) -> Pairs:
@@ -109,14 +133,15 @@ def unet_keys(unet: UNet, layout: Layout) -> Pairs:
     return expand(unet, modules + [(f"out.{a}", f"out.2.{b}") for a, b in ATTENTION.items()]) + pool
 
 
-def dit_keys(dit: DiT) -> Pairs:
-    """The parameters of a class-conditional DiT beside their names in diffusers, which holds an embedder per block."""
-    modules = list(DIT_ENDS.items())
+def dit_keys(dit: DiT, layout: Layout) -> Pairs:
+    """The parameters of a class-conditional DiT beside their names elsewhere; diffusers holds an embedder per block."""
+    modules = list(DIT_ENDS[layout].items())
     for number in range(len(dit.blocks)):
-        ours, theirs = f"blocks.{number}", f"transformer_blocks.{number}"
-        modules += [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in DIT_BLOCK.items()]
-        modules += [(f"{ours}.attention.{a}", f"{theirs}.attn1.{b}") for a, b in ATTENTION.items()]
-        modules += [(a, f"{theirs}.norm1.emb.{b}") for a, b in DIT_EMBEDDER.items()]
+        ours, theirs = f"blocks.{number}", f"{'transformer_' * (layout == 'diffusers')}blocks.{number}"
+        modules += [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in DIT_BLOCK[layout].items()]
+        modules += [(f"{ours}.attention.{a}", f"{theirs}.{b}") for a, b in DIT_ATTENTION[layout].items()]
+        embedder = DIT_EMBEDDER if layout == "diffusers" else {}
+        modules += [(a, f"{theirs}.norm1.emb.{b}") for a, b in embedder.items()]
     return expand(dit, modules)
 
 
@@ -228,4 +253,24 @@ def join_qkv(state: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
         state[f"{name}.{out}.bias"] = state.pop(f"{name}.to_out.0.bias")
     if isinstance(unet.out, AttentionPool):
         state["out.2.positional_embedding"] = state.pop("out.2.positions").T
+    return state
+
+
+def split_dit(state: dict[str, Tensor], dit: DiT) -> dict[str, Tensor]:
+    """A DiT state with separate q, k, v, which its files keep in one matrix, one after the other."""
+    state = dict(state)
+    for name in (f"blocks.{number}.attn" for number in range(len(dit.blocks))):
+        for leaf in ("weight", "bias"):
+            refuse("tensors are missing", [key for key in [f"{name}.qkv.{leaf}"] if key not in state])
+            parts = state.pop(f"{name}.qkv.{leaf}").chunk(3)
+            state |= {f"{name}.{letter}.{leaf}": part for letter, part in zip("qkv", parts)}
+    return state
+
+
+def join_dit(state: dict[str, Tensor], dit: DiT) -> dict[str, Tensor]:
+    """The inverse of `split_dit`."""
+    state = dict(state)
+    for name in (f"blocks.{number}.attn" for number in range(len(dit.blocks))):
+        for leaf in ("weight", "bias"):
+            state[f"{name}.qkv.{leaf}"] = torch.cat([state.pop(f"{name}.{letter}.{leaf}") for letter in "qkv"])
     return state

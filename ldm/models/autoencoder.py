@@ -239,3 +239,54 @@ def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse noise that would broadcast."""
     if tuple(noise.shape) != shape:
         raise ValueError(f"noise: wrong shape; got {tuple(noise.shape)}; expected {shape}; try that shape")
+
+
+def kl(
+    *,
+    latent: int = 4,
+    channels: int = 128,
+    multipliers: Sequence[int] = (1, 2, 4, 4),
+    blocks: int = 2,
+    attend: Sequence[int] = (),
+    mid_attention: bool = True,
+    stem: Literal[1, 2] = 1,
+    per_channel: bool = False,
+    checkpointing: bool = False,
+) -> Autoencoder:
+    """An autoencoder with a Gaussian posterior of so many latent channels; the defaults are Stable Diffusion's."""
+    return Autoencoder(
+        bottleneck=Gaussian(channels=latent),
+        channels=channels,
+        multipliers=multipliers,
+        blocks=blocks,
+        attend=attend,
+        mid_attention=mid_attention,
+        stem=stem,
+        per_channel=per_channel,
+        checkpointing=checkpointing,
+    )
+
+
+def vq(
+    *,
+    latent: int = 4,
+    codes: int = 8192,
+    channels: int = 128,
+    multipliers: Sequence[int] = (1, 2, 4, 4),
+    blocks: int = 2,
+    attend: Sequence[int] = (),
+    mid_attention: bool = True,
+    stem: Literal[1, 2] = 1,
+    checkpointing: bool = False,
+) -> Autoencoder:
+    """An autoencoder with a codebook of so many vectors of so many channels."""
+    return Autoencoder(
+        bottleneck=VectorQuantizer(codes=codes, channels=latent),
+        channels=channels,
+        multipliers=multipliers,
+        blocks=blocks,
+        attend=attend,
+        mid_attention=mid_attention,
+        stem=stem,
+        checkpointing=checkpointing,
+    )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import Attention, attention, check_multiple, check_width, group_norm
+from ldm.models.layers import Attention, attention, check_multiple, check_positive, check_width, group_norm
 
 
 class GEGLU(nn.Module):
@@ -111,13 +111,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class TextBlock(nn.Module):
-    """CLIP's pre-norm transformer block (Radford et al., 2021)."""
+    """CLIP's pre-norm transformer block (Radford et al., 2021); `inner` is the attention's width, if it has its own."""
 
-    def __init__(self, width: int, heads: int, activation: Literal["quick_gelu", "gelu"]):
+    def __init__(self, width: int, heads: int, activation: Literal["quick_gelu", "gelu"], inner: int, bias: bool):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, bias=True)
+        self.attention = Attention(width, heads, inner=inner, bias=bias)
         self.norm2 = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
@@ -130,6 +130,7 @@ class TextBlock(nn.Module):
 class TextTransformer(nn.Module):
     """CLIP-L, OpenCLIP-H and the jointly trained text encoder alike: token ids to states and one pooled vector.
 
+    LDM's encoder has heads of a width of their own, `head_width`, and queries, keys and values without `bias`.
     The pooled vector is read at each row's highest id, which must be the end token's, as it is in CLIP's vocabulary.
     """
 
@@ -141,6 +142,8 @@ class TextTransformer(nn.Module):
         width: int = 768,
         layers: int = 12,
         heads: int = 12,
+        head_width: int | None = None,
+        bias: bool = True,
         activation: Literal["quick_gelu", "gelu"] = "gelu",
         layer: Literal["last", "penultimate"] = "last",
         causal: bool = True,
@@ -154,11 +157,16 @@ class TextTransformer(nn.Module):
         least = 2 if layer == "penultimate" else 1
         if layers < least:
             raise ValueError(f"layers: too few for layer={layer}; got {layers}; expected {least} or more; try {least}")
-        check_multiple("width", width, heads, f"cannot be split into {heads} heads")
+        check_positive(vocabulary=vocabulary, length=length, width=width, heads=heads)
+        if head_width is None:
+            check_multiple("width", width, heads, f"cannot be split into {heads} heads")
+        else:
+            check_positive(head_width=head_width)
+        inner = heads * head_width if head_width else width
         self.length, self.layer, self.causal = length, layer, causal
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.ModuleList(TextBlock(width, heads, activation) for _ in range(layers))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, activation, inner, bias) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, projection, bias=False) if projection else nn.Identity()
         self.initialise()

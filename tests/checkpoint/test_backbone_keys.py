@@ -59,6 +59,18 @@ def test_the_real_names_at_the_ends_of_stable_diffusion():
     assert {name: tuple(theirs[name].shape) for name in expected} == expected
 
 
+def test_dit_files_keep_q_k_v_in_one_matrix():
+    dit = fill(DiT(**DIT))
+    theirs = write_backbone(dit.state_dict(), dit, "dit")
+    q, k, v = theirs["blocks.1.attn.qkv.weight"].view(3, 48, 48)
+    attention = dit.blocks[1].attention
+    assert all(torch.equal(a, b.weight) for a, b in zip((q, k, v), (attention.q, attention.k, attention.v)))
+    assert {name.split(".")[0] for name in theirs} == {
+        *("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
+    }
+    assert same(read_backbone(theirs, dit, "dit"), dit.state_dict())
+
+
 @torch.no_grad()
 def test_adm_interleaves_its_heads():
     unet = fill(UNet(**ADM))
@@ -101,7 +113,11 @@ def test_missing_and_unknown_tensors_are_counted_and_named():
             "diffusers",
             "no diffusers layout for a noisy classifier; got diffusers; expected compvis; try compvis",
         ),
-        (lambda: DiT(**DIT), "compvis", "no compvis layout for a DiT; got compvis; expected diffusers; try diffusers"),
+        (
+            lambda: DiT(**DIT),
+            "compvis",
+            "no compvis layout for a DiT; got compvis; expected diffusers or dit; try diffusers",
+        ),
     ],
 )
 def test_layouts_that_do_not_exist_are_refused(network, layout, message):

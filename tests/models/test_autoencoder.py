@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.models.autoencoder import Autoencoder
+from ldm.models.autoencoder import Autoencoder, kl, vq
 from ldm.models.quantize import Gaussian, VectorQuantizer
 from tests.models.first_stages import KL, VQ, diffusers_autoencoder, fill, small
 
@@ -281,3 +281,16 @@ def test_impossible_calls(call, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the whole message follows
         call(small(**KL))
     assert str(error.value) == message
+
+
+def test_short_names_build_the_published_sizes():
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in ae.parameters()) for ae in (kl(), vq(latent=3, multipliers=(1, 2, 4)))]
+    assert sizes == [83_653_863, 55_322_782]
+    named = kl(latent=8, channels=32, multipliers=[1, 2], blocks=1, attend=[2], mid_attention=False, stem=2)
+    assert (named.latent_channels, named.factor, named.stem) == (8, 4, 2)
+    assert [row.name for row in named.encoder.plan if row.kind == "attention"] == ["level0_attention0"]
+    small = vq(latent=4, codes=16, channels=32, multipliers=[1], blocks=1, checkpointing=True)
+    assert small.bottleneck.codebook.shape == (16, 4)
+    assert small.encoder.checkpointing
+    assert kl(channels=32, multipliers=[1], blocks=1, per_channel=True).scale.shape == (4, 1, 1)

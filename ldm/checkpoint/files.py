@@ -1,0 +1,222 @@
+"""The one place that opens and writes files of tensors: safetensors, memory-mapped; pickles for `ldm convert` alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ldm.errors import CheckpointError
+
+DTYPES = {  # safetensors' names of what weights may be stored in
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()} | {torch.bool: "BOOL"}
+FORMAT = "a .safetensors file"
+AGAIN = "copy or download it again"
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+DIGEST = "sha256"  # the metadata's key of the digest of the file with this one blank
+BLANK = "0" * 64
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of one file by name, each mapped into memory when it is asked for; shapes cost nothing."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], get: Callable[[str], Tensor], **metadata: str):
+        self.path, self.shapes, self.get_tensor, self.metadata = path, shapes, get, metadata
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_file(path: str | Path) -> Tensors:
+    """A safetensors file, its header checked first, so that what is wrong with it is said in one line."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    with readable(path) as file:
+        header = read_header(file, path)
+    try:
+        get = safe_open(path, framework="pt").get_tensor
+    except SafetensorError as error:  # what else there may be
+        raise CheckpointError("the header is damaged", str(path), str(error), FORMAT, AGAIN) from error
+    metadata = header.pop("__metadata__", {})
+    return Tensors(path, {name: tuple(entry["shape"]) for name, entry in header.items()}, get, **metadata)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[BinaryIO]:
+    """The open file, or an error for people."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError("no such file", str(path)) from error
+    except OSError as error:
+        raise CheckpointError("cannot be read", str(path), error.strerror or str(error), FORMAT) from error
+
+
+def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """The JSON that begins a safetensors file: for each tensor its type, shape and place."""
+    where, size, start = str(path), os.fstat(file.fileno()).st_size, file.read(40)
+    if size == 0:
+        raise CheckpointError("the file is empty", where, "0 bytes", FORMAT, AGAIN)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError("a Git LFS pointer, not the file itself", where, f"{size} bytes", FORMAT, "git lfs pull")
+    if start.startswith(PICKLES):
+        hint = "`ldm convert SRC DST.safetensors`, which reads weights and runs nothing"
+        raise CheckpointError("a pickle, which is not opened here", where, expected=FORMAT, hint=hint)
+    length = int.from_bytes(start[:8], "little")
+    if size < 10 or start[8:9] != b"{" or length > 100_000_000:
+        raise CheckpointError("not a safetensors file", where, f"it begins with {start[:8]!r}", FORMAT)
+    if length > size - 8:
+        truncated(where, size, f"a header of {length} bytes")
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError("the header is damaged", where, str(error), FORMAT, AGAIN) from error
+    if 8 + length + end > size:
+        truncated(where, size, f"{8 + length + end} bytes")
+    return header
+
+
+def truncated(where: str, size: int, expected: str) -> None:
+    """Refuse a file that ends too early."""
+    raise CheckpointError("the file is truncated", where, f"{size} bytes", expected, AGAIN)
+
+
+def open_pickle(path: str | Path) -> Tensors:
+    """The tensors of a .ckpt or .pt, memory-mapped where its format allows; nothing but weights is unpickled."""
+    path = Path(path)
+    with readable(path) as file:
+        zipped = file.read(4) == PICKLES[0]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except Exception as error:
+        got = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError("not a pickle of plain weights", str(path), got, "tensors in dictionaries") from error
+    for key in ("state_dict", "ema"):  # CompVis; DiT's training script
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise CheckpointError("holds no state dict", str(path), type(content).__name__, "a dictionary of tensors")
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return Tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+
+
+def write_file(
+    path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> str:
+    """Write all or nothing, one tensor at a time, floating-point ones in `dtype`; returns the digest that it stores."""
+    dtypes = {name: dtype if dtype and x.is_floating_point() and x.ndim else x.dtype for name, x in state.items()}
+    names = sorted(state, key=lambda name: (-dtypes[name].itemsize, name))  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, DIGEST: BLANK}}
+    end = 0
+    for name in names:
+        shape, begin, end = list(state[name].shape), end, end + state[name].numel() * dtypes[name].itemsize
+        header[name] = {"dtype": NAMES[dtypes[name]], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(text)
+    with replacing(Path(path)) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            data = raw(state[name].to(dtypes[name]))
+            digest.update(data)
+            file.write(data)
+        file.seek(8 + text.index(BLANK.encode()))
+        file.write(digest.hexdigest().encode())
+    return digest.hexdigest()
+
+
+def check_digest(path: str | Path) -> str:
+    """The digest that one of our files stores, or an error if its bytes have another."""
+    path = Path(path)
+    with readable(path) as file:
+        stored = read_header(file, path)["__metadata__"][DIGEST]
+        file.seek(0)
+        text = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.sha256(text.replace(stored.encode(), BLANK.encode()))
+        while block := file.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != stored:
+        got, hint = f"sha256 {digest.hexdigest()[:10]}", AGAIN
+        raise CheckpointError("the file is damaged", str(path), got, f"{stored[:10]}, as when it was saved", hint)
+    return stored
+
+
+def raw(tensor: Tensor) -> Any:
+    """A tensor's bytes in order, without a copy where it is contiguous."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when all is written and on the disk, and leaves it alone otherwise."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError("cannot be written", str(path), error.strerror or str(error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk remember what a folder now holds."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: str | Path) -> str:
+    """A file's sha256, by which other programs know it too."""
+    digest = hashlib.sha256()
+    with readable(Path(path)) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors that are not floating point, or hold NaN or infinity."""
+    integers = [name for name, x in state.items() if x.dtype not in DTYPES.values()]
+    refuse_tensors(state, integers, "weights must be floating point", where, lambda x: NAMES.get(x.dtype, str(x.dtype)))
+    broken = [name for name, x in state.items() if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all()]
+    refuse_tensors(state, broken, "weights hold NaN or infinity", where, lambda x: f"{int((~x.isfinite()).sum())}")
+
+
+def refuse_tensors(
+    state: Mapping[str, Tensor], names: list[str], what: str, where: str, detail: Callable[[Tensor], str]
+) -> None:
+    """Raise if there are names, with their count, the first five, and a detail of each."""
+    if names:
+        shown = ", ".join(f"{name} ({detail(state[name])})" for name in names[:5]) + ", ..." * (len(names) > 5)
+        raise CheckpointError(what, where, f"{len(names)}: {shown}", "finite numbers in F32, F16 or BF16")

@@ -1,0 +1,44 @@
+"""Our own format: one safetensors file with the weights, the configuration, the tokenizer and a digest of it all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ldm
+from ldm.checkpoint.files import Tensors, check_digest, write_file
+from ldm.checkpoint.opened import Opened
+from ldm.errors import CheckpointError
+
+MARK, FORMAT = "ldm", 1  # the metadata's key that tells our files, and the newest format that it may name
+
+
+def save(
+    path: str | Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write a checkpoint, all or nothing, and return its digest; `dtype` stores the weights in another type."""
+    metadata = {MARK: str(FORMAT), "config": json.dumps(config), "version": getattr(ldm, "__version__", "0")}
+    if tokenizer is not None:
+        metadata["tokenizer"] = tokenizer
+    return write_file(path, state, metadata, dtype)
+
+
+def read_native(tensors: Tensors) -> Opened:
+    """One of our files, each of its bytes compared with the digest."""
+    where, number = str(tensors.path), tensors.metadata[MARK]
+    digest = check_digest(tensors.path)
+    if not number.isdecimal() or int(number) > FORMAT:
+        raise CheckpointError("written by a newer version", where, f"format {number}", str(FORMAT), "a newer ldm")
+    config = json.loads(tensors.metadata["config"])
+    opened = Opened(config, dict(tensors), "ldm", [tensors.path], tensors.metadata.get("tokenizer"))
+    opened.hash = digest  # the file's own sha256 would be another reading of it all
+    return opened

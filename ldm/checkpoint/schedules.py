@@ -1,0 +1,121 @@
+"""Noise schedules of others: tables of betas in files, and diffusers' schedulers, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import CheckpointError
+
+Node = dict[str, Any]
+BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SOLVERS = {  # their classes that are a solver of ours, and the spacing that each has unless it says otherwise
+    "DDIMScheduler": ("ddim", "leading"),
+    "DDPMScheduler": ("ddpm", "leading"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
+    "HeunDiscreteScheduler": ("heun", "linspace"),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
+    "UniPCMultistepScheduler": ("unipc", "linspace"),
+}
+VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
+
+
+def path_of_betas(betas: Tensor) -> Node:
+    """The path of a table of betas: a named one where it is that."""
+    betas = betas.double()
+    start, end = (float(f"{betas[place].item():.6g}") for place in (0, -1))  # as before it was stored in float32
+    roots = torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64)
+    known = {"linear": torch.linspace(start, end, len(betas), dtype=torch.float64), "scaled_linear": roots.square()}
+    for kind, table in known.items():
+        if torch.allclose(table, betas, rtol=1e-4, atol=1e-7):
+            return {"type": kind, "start": start, "end": end} | ({} if len(betas) == 1000 else {"steps": len(betas)})
+    return {"type": "table", "betas": betas.tolist()}
+
+
+def read_scheduler(scheduler: Mapping[str, Any], notes: list[str]) -> dict[str, Node]:
+    """Path, prediction, spacing and solver that a scheduler's configuration stands for."""
+    kind = scheduler.get("_class_name", "DDIMScheduler")
+    if kind not in SOLVERS:
+        notes.append(f"{kind} is not here: DPM-Solver++ 2M takes its place")
+    solver, spacing = SOLVERS.get(kind, ("dpmpp_2m", "leading"))
+    prediction: Node = {"type": known("prediction_type", scheduler.get("prediction_type", "epsilon"), PREDICTIONS)}
+    variance = VARIANCES.get(scheduler.get("variance_type") or "", "small")
+    if variance == "learned":
+        prediction = {"type": "learned_range", "of": prediction}
+    return {
+        "path": read_path(scheduler),
+        "prediction": prediction,
+        "spacing": read_spacing(scheduler, spacing),
+        "solver": {"type": solver} | ({"noise_var": variance} if solver == "ddpm" else {}),
+    }
+
+
+def known(name: str, value: Any, table: Mapping[str, str]) -> str:
+    """Our word for a value of theirs, or an error that lists what is understood."""
+    if value not in table:
+        raise CheckpointError(f"no such {name} here", "scheduler_config.json", str(value), ", ".join(table))
+    return table[value]
+
+
+def read_path(scheduler: Mapping[str, Any]) -> Node:
+    """The path of a scheduler's betas."""
+    if scheduler.get("trained_betas") is not None:
+        return path_of_betas(torch.tensor(scheduler["trained_betas"], dtype=torch.float64))
+    node: Node = {"type": known("beta_schedule", scheduler.get("beta_schedule", "linear"), BETA_SCHEDULES)}
+    if node["type"] != "cosine":
+        node |= {"start": scheduler.get("beta_start", 1e-4), "end": scheduler.get("beta_end", 0.02)}
+        node |= {"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") else {}
+    steps = scheduler.get("num_train_timesteps", 1000)
+    return node | ({} if steps == 1000 else {"steps": steps})
+
+
+def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
+    """The spacing of a scheduler; their pipelines take 50 steps unless told otherwise."""
+    if scheduler.get("use_karras_sigmas"):
+        return {"type": "karras", "steps": 50}
+    node: Node = {"type": scheduler.get("timestep_spacing", default), "steps": 50}
+    if node["type"] == "leading" and scheduler.get("steps_offset", 0) != 1:  # ours is Stable Diffusion's
+        node["offset"] = scheduler.get("steps_offset", 0)
+    if scheduler.get("set_alpha_to_one") is False or scheduler.get("final_sigmas_type") == "sigma_min":
+        node["end"] = "table"
+    return node
+
+
+def write_scheduler(config: Mapping[str, Any]) -> Node:
+    """The configuration of the scheduler that walks our path, as diffusers stores it."""
+    path, spacing, solver = config["path"], config["spacing"], config["solver"]
+    prediction = config["prediction"]
+    learned = prediction["type"] == "learned_range"
+    kind = prediction["of"]["type"] if learned else prediction["type"]
+    kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    classes = {ours: theirs for theirs, (ours, _) in SOLVERS.items()}
+    paths = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()} | {"table": "linear"}
+    if kind not in kinds or path["type"] not in paths:
+        got = f"{path['type']} with {kind}"
+        raise CheckpointError(
+            "no scheduler of diffusers for this", "path, prediction", got, ", ".join(paths), "our format"
+        )
+    defaults = {"scaled_linear": (0.00085, 0.012)}.get(path["type"], (1e-4, 0.02))
+    node = {
+        "_class_name": classes.get(solver["type"], "DDIMScheduler"),
+        "num_train_timesteps": len(path["betas"]) if "betas" in path else path.get("steps", 1000),
+        "beta_schedule": paths[path["type"]],
+        "beta_start": path.get("start", defaults[0]),
+        "beta_end": path.get("end", defaults[1]),
+        "trained_betas": path.get("betas"),
+        "prediction_type": kinds[kind],
+        "timestep_spacing": spacing["type"] if spacing["type"] in ("leading", "linspace", "trailing") else "leading",
+        "steps_offset": spacing.get("offset", 1),
+        "rescale_betas_zero_snr": path.get("zero_terminal_snr", False),
+        "use_karras_sigmas": spacing["type"] == "karras",
+    }
+    node |= {"clip_sample": False, "set_alpha_to_one": spacing.get("end") != "table"}
+    variances = {"learned": "learned_range", "large": "fixed_large", "small": "fixed_small"}
+    if solver["type"] == "ddpm" or learned:
+        node["variance_type"] = "learned_range" if learned else variances[solver.get("noise_var", "large")]
+    return node

@@ -1,0 +1,85 @@
+"""Convert a checkpoint between formats and types: ours, CompVis single files, diffusers folders; .ckpt and .pt in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import Opened
+
+FORMATS = ("ldm", "compvis", "diffusers")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("source", metavar="SRC", help="any checkpoint: a file, or a folder of diffusers")
+    parser.add_argument("target", metavar="DST", help="a .safetensors file, or a new folder for diffusers")
+    parser.add_argument("--to", choices=FORMATS, help="the format; without it, ours for a file, diffusers for a folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as they are without it")
+    parser.add_argument("--vae", metavar="PATH", help="another checkpoint, whose first stage is taken")
+    parser.add_argument("--prediction", choices=("eps", "v"), help="overrules what was recognised")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Open, say what it is, write."""
+    target = Path(arguments.target)
+    layout = check(target, arguments.to)
+    import torch
+
+    from ldm import checkpoint
+
+    opened = checkpoint.open(arguments.source, vae=arguments.vae, pickles=True)
+    if arguments.prediction:
+        opened.config["prediction"] = {"type": arguments.prediction}
+    count = sum(x.numel() for x in opened.state.values())
+    print(f"{arguments.source}: {opened.family}, {len(opened.state)} tensors, {count / 1e6:.1f} M numbers")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    for note in opened.notes + write(opened, target, layout, dtype):
+        print(f"note: {note}")
+    print(f"wrote {target} ({layout}{', ' + arguments.dtype if arguments.dtype else ''})")
+    return 0
+
+
+def check(target: Path, layout: str | None) -> str:
+    """The format to write, once it is clear that it can be written there."""
+    layout = layout or ("ldm" if target.suffix else "diffusers")
+    if layout != "diffusers" and target.suffix != ".safetensors":
+        raise InputError("not a name for a file of weights", "DST", str(target), "NAME.safetensors")
+    if not target.absolute().parent.is_dir():
+        raise InputError("no such folder", "DST", str(target.parent), "a folder that exists")
+    if layout == "diffusers" and target.exists():
+        raise InputError("exists already", "DST", str(target), "a new folder")
+    return layout
+
+
+def write(opened: Opened, target: Path, layout: str, dtype: Any) -> list[str]:
+    """Write in a format; returns what its user should know."""
+    from ldm import checkpoint
+
+    if layout == "compvis":
+        return checkpoint.write_compvis(target, opened.config, opened.state, dtype)
+    tokenizer = tokenizer_of(opened)
+    if layout == "diffusers":
+        return checkpoint.write_diffusers(target, opened.config, opened.state, tokenizer, dtype)
+    carried = tokenizer.to_json() if tokenizer is not None else None
+    checkpoint.save(target, opened.config, opened.state, carried, dtype)
+    return []
+
+
+def tokenizer_of(opened: Opened) -> Any:
+    """The tokenizer that came along, or CLIP's, where the model's vocabulary is that; None where there is none."""
+    from ldm.conditioning.tokenizer import clip_tokenizer, from_folder, from_json
+
+    if opened.tokenizer is not None:
+        folder = Path(opened.tokenizer) if len(opened.tokenizer) < 1000 else None
+        return from_folder(folder) if folder and folder.is_dir() else from_json(opened.tokenizer)
+    conditioner = opened.config.get("conditioner") or {}
+    node = conditioner.get("parts", [conditioner])[0]
+    if node.get("type") in ("clip", "open_clip") and node["vocabulary"] == 49408:
+        return clip_tokenizer(0 if node["type"] == "open_clip" else 49407)
+    return None

@@ -1,0 +1,123 @@
+"""Fetch weights that others published and that measures need, into torch's own cache: VGG16, Inception."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ldm.errors import DataError, InputError
+
+BLOCK = 2**20
+
+
+class Weights(NamedTuple):
+    """A file of weights: what reads it, its name, where it is published, and its sha256."""
+
+    purpose: str
+    file: str
+    url: str
+    sha256: str
+
+
+KNOWN = {
+    "vgg16": Weights(
+        "the perceptual loss and LPIPS",
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "inception": Weights(
+        "FID, KID and precision",
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(KNOWN)}; none lists them")
+    parser.add_argument("--file", metavar="PATH", help="take the weights from this file rather than from the network")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List what is known, or put it in its place."""
+    for name in arguments.names:
+        if name not in KNOWN:
+            raise InputError("no such weights", "NAME", name, ", ".join(KNOWN))
+    if arguments.file and len(arguments.names) != 1:
+        raise InputError("a file is of one name", "--file", f"{len(arguments.names)} names", "one")
+    for name in arguments.names:
+        print(f"{name}: {fetch(KNOWN[name], arguments.file)}")
+    for name, weights in {} if arguments.names else KNOWN.items():
+        state = "here" if place(weights).is_file() else "not here"
+        print(f"{name}: for {weights.purpose}; {state}: {place(weights)}; sha256 {weights.sha256}; {weights.url}")
+    return 0
+
+
+def place(weights: Weights) -> Path:
+    """Where torch, torchvision and torchmetrics look for a file."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", f"{cache}/torch")
+    return Path(home).expanduser() / "hub" / "checkpoints" / weights.file
+
+
+def fetch(weights: Weights, file: str | None = None) -> Path:
+    """Put a file in its place, unless it is there; one with another sha256 never gets there."""
+    target = place(weights)
+    if target.is_file():
+        check(weights, sha256(target), target)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with opened(weights, file) as source, open(unfinished, "wb") as copy:
+            for block in blocks(source):
+                digest.update(block)
+                copy.write(block)
+            copy.flush()
+            os.fsync(copy.fileno())
+        check(weights, digest.hexdigest(), file or weights.url)
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise DataError(
+            "cannot be fetched", file or weights.url, str(error), hint="ldm fetch NAME --file PATH"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return target
+
+
+def sha256(path: Path) -> str:
+    """A file's sha256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as source:
+        for block in blocks(source):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def opened(weights: Weights, file: str | None) -> BinaryIO:
+    """The file at hand, or the published one."""
+    from urllib.request import urlopen
+
+    return open(file, "rb") if file else urlopen(weights.url, timeout=60)
+
+
+def blocks(source: BinaryIO) -> Iterator[bytes]:
+    """A file's bytes, a block at a time."""
+    while block := source.read(BLOCK):
+        yield block
+
+
+def check(weights: Weights, digest: str, where: object) -> None:
+    """Refuse any other file."""
+    if digest != weights.sha256:
+        got, expected = f"sha256 {digest[:10]}", f"{weights.sha256[:10]}"
+        raise DataError("other weights than the published ones", str(where), got, expected, "remove it and fetch again")

@@ -1,0 +1,98 @@
+"""What every conditioner is: it reads a batch, knows what "nothing" is, and drops its condition sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+
+
+class Conditioner(nn.Module):
+    """From a batch to a Condition; a frozen one stays in eval mode and without gradients, whoever holds it.
+
+    `parts` are the names under which `drop` may take it away, with the rates at which training does so.
+    """
+
+    reads: tuple[str, ...] = ()  # keys of a batch
+    context: int | None = None  # the tokens' width
+    pooled: int | None = None  # the pooled vector's width
+    classes: int | None = None  # the rows of the backbone's own label table
+    concat_channels: int = 0
+    frozen: bool = False
+    parts: dict[str, float]
+
+    def __init__(self, part: str, drop: float):
+        super().__init__()
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop: out of range; got {drop}; expected 0 <= drop < 1; try 0.1")
+        self.part, self.drop = part, drop
+        self.parts = {part: drop}
+
+    def read(self, batch: Mapping[str, Any]) -> Condition:
+        """The condition of a batch, nothing dropped."""
+        raise NotImplementedError
+
+    def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
+        """What "nothing" is, for so many samples; `size` is the latents', and shapes what is concatenated."""
+        raise NotImplementedError
+
+    def forward(self, batch: Mapping[str, Any], drop: Mapping[str, Tensor] | None = None) -> Condition:
+        """The condition of a batch, with nothing in its place where `drop[part]` (B,) is True."""
+        for key in self.reads:
+            if key not in batch:
+                got, expected = ", ".join(batch) or "nothing", ", ".join(self.reads)
+                raise ValueError(f"batch: no {key!r} in it; got {got}; expected {expected}; try adding {key!r}")
+        condition = self.read(batch)
+        self.check_drop(drop or {}, batch_size(condition))
+        return self.without(condition, drop or {})
+
+    def without(self, condition: Condition, drop: Mapping[str, Tensor]) -> Condition:
+        """A condition, fresh or from a cache, with nothing in its place where `drop` says so."""
+        if self.part not in drop:
+            return condition
+        return choose(drop[self.part], self.null(batch_size(condition)), condition)
+
+    def check_drop(self, drop: Mapping[str, Tensor], count: int) -> None:
+        """Refuse to drop what is not here, or not sample by sample."""
+        for part, flags in drop.items():
+            if part not in self.parts:
+                names = ", ".join(self.parts)
+                raise ValueError(f"drop: no such part; got {part}; expected {names}; try {next(iter(self.parts))}")
+            if flags.shape != (count,) or flags.dtype != torch.bool:
+                got = f"{str(flags.dtype).removeprefix('torch.')} of shape {tuple(flags.shape)}"
+                raise ValueError(f"drop.{part}: not a flag per sample; got {got}; expected bool of shape ({count},)")
+
+    def train(self, mode: bool = True) -> Conditioner:
+        """Training mode for what trains; what is frozen stays as it is."""
+        return super().train(mode and not self.frozen)
+
+    def freeze(self) -> None:
+        """Fix all weights, for good."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+
+def batch_size(condition: Condition) -> int:
+    """The number of samples that a condition is about."""
+    values = (getattr(condition, field.name) for field in fields(condition))
+    return next(len(value) for value in values if value is not None)
+
+
+def choose(flags: Tensor, yes: Condition, no: Condition) -> Condition:
+    """Sample by sample one condition or the other; both have the same fields."""
+    chosen = {}
+    for field in fields(Condition):
+        a, b = getattr(yes, field.name), getattr(no, field.name)
+        if b is not None:
+            chosen[field.name] = torch.where(flags.to(b.device).reshape(-1, *[1] * (b.ndim - 1)), a.to(b), b)
+    return Condition(**chosen)
+
+
+def repeat(condition: Condition, count: int) -> Condition:
+    """One sample's condition for so many."""
+    return condition.map(lambda value: value.expand(count, *value.shape[1:]))

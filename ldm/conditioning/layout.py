@@ -1,0 +1,84 @@
+"""Boxes with classes as tokens (GLIGEN, Li et al., 2023, section 4.1), in no order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.conditioning.conditioner import Conditioner, repeat
+from ldm.errors import InputError
+from ldm.models.layers import check_positive
+
+FREQUENCIES = 8  # of the sines and cosines of each coordinate
+
+
+class Layout(Conditioner):
+    """A token per box: the class's embedding and the corners' sines and cosines through an MLP.
+
+    batch["boxes"] (B, N, 4) are left, top, right, bottom in [0, 1]; batch["box_labels"] (B, N) are classes, -1 where
+    there is no box. A first token that is always there stands for the picture: alone, it is nothing.
+    """
+
+    reads = ("boxes", "box_labels")
+
+    def __init__(self, *, classes: int, width: int = 256, boxes: int = 16, drop: float = 0.1):
+        super().__init__("boxes", drop)
+        check_positive(classes=classes, width=width, boxes=boxes)
+        self.rows, self.boxes, self.context = classes, boxes, width
+        self.names = nn.Embedding(classes, width)
+        self.first = nn.Parameter(torch.empty(1, 1, width))
+        corners = 4 * 2 * FREQUENCIES
+        self.mlp = nn.Sequential(nn.Linear(width + corners, width), nn.SiLU(), nn.Linear(width, width))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Torch's own draws, and embeddings as small as CLIP's."""
+        nn.init.normal_(self.names.weight, std=0.02)
+        nn.init.normal_(self.first, std=0.02)
+
+    def encode(self, boxes: Tensor, labels: Tensor) -> Condition:
+        """The tokens of `boxes` places, the empty ones masked."""
+        boxes, labels = boxes.to(self.first), labels.to(self.first.device)
+        angles = boxes[..., None] * (math.pi * 2.0 ** torch.arange(FREQUENCIES, device=boxes.device))  # (B, N, 4, F)
+        corners = torch.cat((angles.sin(), angles.cos()), -1).flatten(2).to(boxes.dtype)  # (B, N, 8F)
+        names = self.names(labels.clamp(min=0))  # (B, N, C)
+        tokens = self.mlp(torch.cat((names, corners), -1))  # (B, N, C)
+        tokens = torch.cat((self.first.expand(len(tokens), 1, -1), tokens), 1)  # (B, 1 + N, C)
+        there = torch.cat((torch.ones_like(labels[:, :1], dtype=torch.bool), labels >= 0), 1)  # (B, 1 + N)
+        empty = self.boxes + 1 - tokens.shape[1]
+        return Condition(nn.functional.pad(tokens, (0, 0, 0, empty)), nn.functional.pad(there, (0, empty)))
+
+    def read(self, batch: Mapping[str, Any]) -> Condition:
+        boxes, labels = torch.as_tensor(batch["boxes"]), torch.as_tensor(batch["box_labels"])
+        self.check(boxes, labels)
+        return self.encode(boxes, labels)
+
+    def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
+        nowhere = torch.zeros(1, self.boxes, 4, device=self.first.device)
+        return repeat(self.encode(nowhere, -torch.ones_like(nowhere[..., 0]).long()), count)
+
+    def check(self, boxes: Tensor, labels: Tensor) -> None:
+        """Refuse what are no boxes with classes."""
+        if boxes.ndim != 3 or boxes.shape[2] != 4 or labels.shape != boxes.shape[:2]:
+            got = f"boxes of shape {tuple(boxes.shape)} with labels of shape {tuple(labels.shape)}"
+            raise ValueError(
+                f"boxes: wrong shape; got {got}; expected (B, N, 4) with (B, N); try padding with label -1"
+            )
+        if boxes.shape[1] > self.boxes:
+            count = boxes.shape[1]
+            raise ValueError(f"boxes: too many; got {count}; expected at most {self.boxes}; try boxes={count}")
+        if boxes.device.type != "cpu":  # a look would wait for the device
+            return
+        inside = boxes[labels >= 0]
+        if not ((inside >= 0) & (inside <= 1)).all() or (inside[:, :2] >= inside[:, 2:]).any():
+            wrong = next(b for b in inside.tolist() if not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1))
+            expected = "left < right and top < bottom, in [0, 1]"
+            raise InputError("boxes: not a box", got=str([round(x, 4) for x in wrong]), expected=expected)
+        if (labels >= self.rows).any():
+            got, expected = str(int(labels.max())), f"0 to {self.rows - 1}, or -1 for no box"
+            raise InputError("box_labels: no such class", got=got, expected=expected, hint=str(self.rows - 1))

@@ -1,0 +1,98 @@
+"""T5's encoder (Raffel et al., 2020) as a condition; the encoder is transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.checkpoint.rename import refuse
+from ldm.conditioning import weights as stored
+from ldm.conditioning.text import Text
+from ldm.conditioning.tokenizer import Tokenizer, from_folder
+from ldm.models.layers import check_positive
+
+
+class T5Tower(nn.Module):
+    """transformers' T5 encoder with the face of a TextTransformer."""
+
+    projection = None
+
+    def __init__(self, encoder: nn.Module, length: int):
+        super().__init__()
+        self.encoder, self.length = encoder, length
+
+    @property
+    def tokens(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        return self.encoder.embed_tokens  # type: ignore[return-value]
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        states = self.encoder(ids, attention_mask=mask).last_hidden_state  # (B, L, C)
+        return states, states[:, 0]  # (B, L, C), (B, C): T5 has no pooled vector, and nobody asks for it
+
+
+def t5(
+    *,
+    width: int = 4096,
+    layers: int = 24,
+    heads: int = 64,
+    head_width: int = 64,
+    hidden: int = 10240,
+    gated: bool = True,
+    vocabulary: int = 32128,
+    length: int = 120,
+    drop: float = 0.1,
+    weights: str | None = None,
+) -> Text:
+    """Captions through a frozen T5 encoder, masked after the end; the defaults are T5 v1.1 XXL's, `gated` v1.1's kind.
+
+    With `weights` (a folder or a hub's id) the tokenizer comes from there, and the numbers must be that model's.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    check_positive(width=width, layers=layers, heads=heads, head_width=head_width, hidden=hidden, length=length)
+    numbers: dict[str, Any] = {"d_model": width, "num_layers": layers, "num_heads": heads, "d_kv": head_width}
+    numbers |= {"d_ff": hidden, "vocab_size": vocabulary, "feed_forward_proj": "gated-gelu" if gated else "relu"}
+    tokenizer = None
+    if stored.given(weights):
+        model = load(str(weights), numbers)
+        tokenizer = from_folder(str(weights)) if Path(str(weights)).is_dir() else from_hub(str(weights))
+    else:
+        model = T5EncoderModel(T5Config(**numbers))
+    text = Text(T5Tower(model.encoder, length), tokenizer, masked=True, drop=drop)
+    text.freeze()
+    return text
+
+
+def load(weights: str, numbers: dict[str, Any]) -> Any:
+    """transformers' T5 from a folder or a hub, if it has the numbers that were asked for, and every weight."""
+    from transformers import AutoConfig, T5EncoderModel
+
+    if not Path(weights).is_dir() and not stored.HUB_ID.fullmatch(weights):
+        raise ValueError(f"weights: no such folder; got {weights}; expected a folder, a hub's id or random; try random")
+    config = pretrained(AutoConfig, weights)
+    for name, value in numbers.items():
+        if getattr(config, name, None) != value:
+            got, expected = getattr(config, name, None), f"{value}, as configured"
+            raise ValueError(f"weights: another T5; got {name} = {got} in {weights}; expected {expected}")
+    model, report = pretrained(T5EncoderModel, weights, output_loading_info=True)
+    refuse("tensors are missing", sorted(report["missing_keys"]))
+    return model
+
+
+def pretrained(kind: Any, weights: str, **options: Any) -> Any:
+    """Something of transformers from a folder, or from a hub where there is no such folder."""
+    try:
+        return kind.from_pretrained(weights, local_files_only=Path(weights).is_dir(), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"weights: cannot be read; got {weights}: {reason}; expected a T5; try a folder") from error
+
+
+def from_hub(identity: str) -> Tokenizer:
+    """The tokenizer of a model on a hub."""
+    from huggingface_hub import snapshot_download
+
+    return from_folder(snapshot_download(identity, allow_patterns=["tokenizer*", "spiece.model", "special_tokens*"]))

@@ -1,0 +1,208 @@
+"""Captions as a condition: CLIP as Stable Diffusion 1 reads it, OpenCLIP as 2 does, and an encoder trained along."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.conditioning import weights as stored
+from ldm.conditioning.conditioner import Conditioner, repeat
+from ldm.conditioning.tokenizer import BPE, Tokenizer, clip_tokenizer, from_folder
+from ldm.errors import InputError
+from ldm.models.layers import check_positive
+from ldm.models.transformer import TextTransformer
+
+if TYPE_CHECKING:
+    from ldm.conditioning.t5 import T5Tower
+
+
+class Text(Conditioner):
+    """Captions through a tokenizer and a text encoder, in one or more chunks of the encoder's length.
+
+    `masked`: tokens after the end are not read, neither by the encoder nor by the backbone. Nothing is the empty text.
+    """
+
+    reads = ("caption",)
+
+    def __init__(
+        self,
+        transformer: TextTransformer | T5Tower,
+        tokenizer: Tokenizer | None,
+        *,
+        chunks: int = 1,
+        masked: bool = False,
+        drop: float = 0.1,
+    ):
+        super().__init__("caption", drop)
+        check_positive(chunks=chunks)
+        self.transformer, self.chunks, self.masked = transformer, chunks, masked
+        self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
+        self.context = transformer.tokens.embedding_dim
+        self.tokenizer: Tokenizer | None = None
+        if isinstance(transformer.projection, nn.Linear):
+            self.pooled = transformer.projection.out_features
+        if tokenizer is not None:
+            self.use(tokenizer)
+
+    def use(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer, such as the one that came in a checkpoint."""
+        if tokenizer.size > self.vocabulary:
+            got, limit = f"{tokenizer.size} ids", self.vocabulary
+            raise ValueError(f"vocabulary: too small for the tokenizer; got {got}; expected at most {limit}; try more")
+        self.tokenizer = tokenizer
+
+    def learn(self, captions: Iterable[str]) -> None:
+        """Train a tokenizer of the vocabulary's size on captions."""
+        self.use(BPE.train(captions, self.vocabulary))
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """The ids (B, chunks * length) of texts, on the CPU; what does not fit is cut off, with a warning."""
+        return torch.tensor(tokenize(self.known(), texts, self.length, self.chunks))
+
+    def known(self) -> Tokenizer:
+        """The tokenizer, which must be there by now."""
+        if self.tokenizer is None:
+            raise InputError("caption: no tokenizer yet", hint="one learned from captions, or the folder of one")
+        return self.tokenizer
+
+    def encode(self, ids: Tensor) -> Condition:
+        """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
+        chunks = ids.to(self.transformer.tokens.weight.device).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
+        mask = self.counts(chunks) if self.masked else None  # (B*K, L)
+        states, pooled = self.transformer(chunks, mask)  # (B*K, L, C), (B*K, P)
+        tokens = states.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L, C)
+        mask = None if mask is None else mask.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L)
+        first = pooled.unflatten(0, (len(ids), -1))[:, 0] if self.pooled else None  # (B, P)
+        return Condition(tokens=tokens, mask=mask, pooled=first)
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """True up to each row's first end token."""
+        ends = (ids == self.known().end).int()  # (B, L)
+        return ends.cumsum(1) - ends == 0  # (B, L)
+
+    def read(self, batch: Mapping[str, Any]) -> Condition:
+        return self.encode(self.tokenize(batch["caption"]))
+
+    def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
+        return repeat(self.encode(self.tokenize([""])), count)
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:
+    """Rows of ids: per chunk the start, its share of the text, the end, and what fills it up."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"caption: not a list of texts; got {texts!r}; expected a list of str; try [caption]")
+    start = [] if tokenizer.start is None else [tokenizer.start]
+    room = length - len(start) - 1
+    rows = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if len(ids) > room * chunks:
+            lost = tokenizer.decode(ids[room * chunks :])
+            limit = f"{room * chunks} tokens are read of {len(ids)}"
+            warnings.warn(f"the end of a text is cut off: {limit}; lost: {lost!r}", stacklevel=2)
+        row = []
+        for number in range(chunks):
+            chunk = [*start, *ids[number * room : (number + 1) * room], tokenizer.end]
+            row += chunk + [tokenizer.pad] * (length - len(chunk))
+        rows.append(row)
+    return rows
+
+
+def clip(
+    *,
+    width: int = 768,
+    layers: int = 12,
+    heads: int = 12,
+    length: int = 77,
+    vocabulary: int = 49408,
+    projection: int | None = None,
+    chunks: int = 1,
+    drop: float = 0.1,
+    weights: str | None = None,
+) -> Text:
+    """CLIP's text encoder as Stable Diffusion 1 reads it: the last layer's states, unmasked, filled up with ends.
+
+    `weights` is a folder, a file, a hub's id or random; 75 tokens fit into a chunk; `projection` adds a pooled vector.
+    """
+    transformer = TextTransformer(
+        vocabulary=vocabulary,
+        length=length,
+        width=width,
+        layers=layers,
+        heads=heads,
+        activation="quick_gelu",
+        projection=projection,
+    )
+    return frozen(transformer, weights, pad_with_end=True, chunks=chunks, drop=drop)
+
+
+def open_clip(
+    *,
+    width: int = 1024,
+    layers: int = 24,
+    heads: int = 16,
+    length: int = 77,
+    vocabulary: int = 49408,
+    chunks: int = 1,
+    drop: float = 0.1,
+    weights: str | None = None,
+) -> Text:
+    """OpenCLIP's text encoder as Stable Diffusion 2 reads it: the last layer but one, normalised; filled up with 0.
+
+    `layers` counts the published ones; the last, which nobody reads, is not built.
+    """
+    if layers < 2:
+        raise ValueError(f"layers: the last one is not read; got {layers}; expected 2 or more; try 24")
+    transformer = TextTransformer(
+        vocabulary=vocabulary, length=length, width=width, layers=layers - 1, heads=heads, activation="gelu"
+    )
+    return frozen(transformer, weights, pad_with_end=False, chunks=chunks, drop=drop)
+
+
+def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool, chunks: int, drop: float) -> Text:
+    """A published encoder that stays as it is."""
+    if stored.given(weights):
+        stored.load_text(transformer, str(weights))
+    published = transformer.tokens.num_embeddings >= 49408  # else a small one, whose tokenizer comes with it
+    tokenizer = clip_tokenizer(None if pad_with_end else 0) if published else None
+    text = Text(transformer, tokenizer, chunks=chunks, drop=drop)
+    text.freeze()
+    return text
+
+
+def joint_text(
+    *,
+    width: int = 256,
+    layers: int = 6,
+    heads: int = 4,
+    head_width: int | None = None,
+    length: int = 77,
+    vocabulary: int = 2048,
+    masked: bool = True,
+    drop: float = 0.1,
+    tokenizer: str | None = None,
+    weights: str | None = None,
+) -> Text:
+    """LDM's text encoder, trained along with the backbone: not causal, its queries, keys and values without bias.
+
+    Its tokenizer is learned from captions, or read from the folder of another. LDM's published text-to-image model is
+    width 1280, 32 layers, 8 heads of 64, 30522 ids of bert-base-uncased, not masked.
+    """
+    transformer = TextTransformer(
+        vocabulary=vocabulary,
+        length=length,
+        width=width,
+        layers=layers,
+        heads=heads,
+        head_width=head_width,
+        bias=False,
+        causal=False,
+    )
+    if stored.given(weights):
+        stored.load_text(transformer, str(weights))
+    return Text(transformer, None if tokenizer is None else from_folder(tokenizer), masked=masked, drop=drop)

@@ -1,0 +1,293 @@
+"""Text to token ids and back: CLIP's byte-level BPE, a small one trained on captions, and tokenizers of others."""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import html
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from ldm.errors import InputError
+
+Merge = tuple[str, str]
+LONGEST = 8192  # characters of one text; a caption has hundreds
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's, without its special tokens: text is text
+SPECIALS = {  # the names that others give to where a text starts, ends, and is filled up
+    "start": ("<|startoftext|>", "[CLS]"),
+    "end": ("<|endoftext|>", "[SEP]", "</s>"),
+    "pad": ("[PAD]", "<pad>", "<|endoftext|>"),
+}
+
+
+class Tokenizer(Protocol):
+    """What a text conditioner asks of a tokenizer; `start` is None where texts start without a token."""
+
+    start: int | None
+    end: int
+    pad: int
+    size: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without start and end."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+
+    def to_json(self) -> str:
+        """Everything that `from_json` needs."""
+
+
+@cache
+def byte_letters() -> dict[int, str]:
+    """GPT-2's letter for each byte: itself where it can be seen, else one from 256 on; in the vocabulary's order."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
+
+
+def clean(text: str) -> str:
+    """CLIP's normal form: mended encoding, plain characters for HTML's, single spaces, lower case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def check_length(text: str) -> None:
+    """Refuse what is no caption, before it costs anything."""
+    if len(text) > LONGEST:
+        got, expected = f"{len(text)} characters: {text[:40]!r}...", f"at most {LONGEST} characters"
+        raise InputError("prompt: too long", got=got, expected=expected, hint="a shorter one")
+
+
+def words(text: str) -> list[str]:
+    """The pieces of a cleaned text that tokens never cross, each as byte letters."""
+    import regex
+
+    check_length(text)
+    letters = byte_letters()
+    found = regex.findall(WORDS, clean(text), regex.IGNORECASE)
+    return ["".join(letters[byte] for byte in word.encode("utf-8", "replace")) for word in found]
+
+
+class BPE:
+    """Byte-pair encoding (Sennrich et al., 2016) over the bytes of words, as CLIP has it: no character is unknown.
+
+    The ids are 256 byte letters, the same at the end of a word, one per merge, start and end.
+    """
+
+    def __init__(self, merges: Sequence[Merge], vocabulary: dict[str, int] | None = None, pad: int | None = None):
+        self.merges = [(first, second) for first, second in merges]
+        self.ranks = {merge: rank for rank, merge in enumerate(self.merges)}
+        self.given = vocabulary
+        if vocabulary is None:
+            letters = list(byte_letters().values())
+            tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in self.merges)]
+            tokens += [SPECIALS["start"][0], SPECIALS["end"][0]]
+            vocabulary = {token: number for number, token in enumerate(tokens)}
+        self.ids, self.tokens = vocabulary, {number: token for token, number in vocabulary.items()}
+        self.start: int | None = vocabulary[SPECIALS["start"][0]]
+        self.end = vocabulary[SPECIALS["end"][0]]
+        self.pad = self.end if pad is None else pad
+        self.size = max(self.tokens) + 1
+        self.known: dict[str, list[int]] = {}
+
+    @staticmethod
+    def train(captions: Iterable[str], size: int) -> BPE:
+        """Learned from captions: the most frequent pair is merged, until there are `size` ids or no pair twice."""
+        least = 2 * len(byte_letters()) + 2
+        if size < least:
+            raise ValueError(f"vocabulary: too small; got {size}; expected {least} or more; try 2048")
+        return BPE(learn_merges(Counter(word for caption in captions for word in words(caption)), size - least))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without start and end."""
+        return [number for word in words(text) for number in self.word(word)]
+
+    def word(self, word: str) -> list[int]:
+        """The ids of one word in byte letters: the earliest merge first."""
+        if word not in self.known:
+            parts = split(word)
+            while len(parts) > 1:
+                best = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+                if best not in self.ranks:
+                    break
+                parts = merge(parts, best)
+            self.known[word] = [self.ids.get(part, self.end) for part in parts]
+        return self.known[word]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, its words set apart by spaces; start, end and what follows it are left out."""
+        ids = [number for number in ids if number != self.start]
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+        text = "".join(self.tokens[number] for number in ids).replace("</w>", " ")
+        return bytes(b for c in text for b in ([bytes_of[c]] if c != " " else b" ")).decode("utf-8", "replace").strip()
+
+    def to_json(self) -> str:
+        """Merges, and ids where they are not in the usual order; CLIP's own by name, for they are in open_clip."""
+        if self.given is None and self.merges == clip_merges():
+            return json.dumps({"type": "clip", "pad": self.pad})
+        return json.dumps({"type": "bpe", "merges": self.merges, "vocabulary": self.given, "pad": self.pad})
+
+
+def split(word: str) -> tuple[str, ...]:
+    """A word's byte letters, the last one marked as an end."""
+    return (*word[:-1], f"{word[-1]}</w>")
+
+
+def merge(parts: tuple[str, ...], pair: Merge) -> tuple[str, ...]:
+    """The parts of a word with each occurrence of a pair, from the left, joined."""
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
+def learn_merges(counts: Mapping[str, int], most: int) -> list[Merge]:
+    """Up to so many merges, each of the pair that is then the most frequent, or of these the first in the alphabet."""
+    pieces = {word: split(word) for word in counts}
+    pairs: Counter[Merge] = Counter()
+    holders: dict[Merge, set[str]] = defaultdict(set)
+
+    def count(word: str, times: int) -> set[Merge]:
+        """Add a word's pairs to the counts, or take them out."""
+        found = list(pairwise(pieces[word]))
+        for pair in found:
+            pairs[pair] += times
+            holders[pair].add(word)
+        return set(found)
+
+    changed = {pair for word in counts for pair in count(word, counts[word])}
+    heap = [(-pairs[pair], pair) for pair in changed]
+    heapq.heapify(heap)
+    merges: list[Merge] = []
+    while heap and len(merges) < most:
+        times, best = heapq.heappop(heap)
+        if -times != pairs[best]:  # counted anew since
+            continue
+        if -times < 2:
+            break
+        merges.append(best)
+        changed = set()
+        for word in holders.pop(best):
+            changed |= count(word, -counts[word])
+            pieces[word] = merge(pieces[word], best)
+            changed |= count(word, counts[word])
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+    return merges
+
+
+@cache
+def clip_merges() -> list[Merge]:
+    """CLIP's 48,894 merges, from the file in open_clip's wheel; open_clip itself, which is slow, is not imported."""
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise InputError("CLIP's vocabulary is not here", got="no open_clip", hint="pip install open_clip_torch")
+    lines = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    first, last = 1, 49152 - 256 - 2 + 1  # a header before, and merges that CLIP was not trained with behind
+    return [(a, b) for a, b in (line.split() for line in lines.split("\n")[first:last])]
+
+
+@cache
+def clip_tokenizer(pad: int | None = None) -> BPE:
+    """CLIP's tokenizer, filled up with `pad`: its end token (SD 1) or 0 (open_clip, SD 2)."""
+    return BPE(clip_merges(), pad=pad)
+
+
+class Foreign:
+    """A tokenizer in the format of the `tokenizers` package, such as BERT's WordPiece or T5's Unigram."""
+
+    def __init__(self, text: str):
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_str(text)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        ids = {role: [self.backend.token_to_id(name) for name in names] for role, names in SPECIALS.items()}
+        found = {role: [number for number in numbers if number is not None] for role, numbers in ids.items()}
+        if not found["end"]:
+            expected = f"one of {', '.join(SPECIALS['end'])}"
+            raise InputError("tokenizer: no end token", got="none of its names", expected=expected)
+        self.start: int | None = found["start"][0] if found["start"] else None
+        self.end: int = found["end"][0]
+        self.pad: int = found["pad"][0] if found["pad"] else self.end
+        self.size: int = self.backend.get_vocab_size()
+        added = self.backend.get_added_tokens_decoder().values()
+        self.specials = {token.content for token in added if token.special} | {
+            n for names in SPECIALS.values() for n in names
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without start and end."""
+        check_length(text)
+        for name in self.specials:  # in a prompt they are text, also where the vocabulary itself has them, as T5's
+            text = text.replace(name, f"{name[:1]} {name[1:]}")
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return self.backend.decode(list(ids))
+
+    def to_json(self) -> str:
+        """The package's own JSON inside ours."""
+        return json.dumps({"type": "foreign", "tokenizer": self.backend.to_str()})
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer that a checkpoint carries."""
+    node = json.loads(text)
+    if node["type"] == "clip":
+        return clip_tokenizer(node["pad"])
+    if node["type"] == "foreign":
+        return Foreign(node["tokenizer"])
+    return BPE([(a, b) for a, b in node["merges"]], node["vocabulary"], node["pad"])
+
+
+def from_folder(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a folder that transformers has written: CLIP's kind becomes our own, others stay theirs."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            "tokenizer: no such folder", got=str(folder), expected="a folder with vocab.json or tokenizer.json"
+        )
+    if (folder / "tokenizer.json").is_file():
+        whole = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        model = json.loads(whole)["model"]
+        if model.get("end_of_word_suffix") != "</w>":
+            return Foreign(whole)
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        return BPE([(a, b) for a, b in pairs], model["vocab"], folder_pad(folder, model["vocab"]))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = (line.split() for line in lines if line.strip() and not line.startswith("#version"))
+        return BPE([(a, b) for a, b in pairs], vocabulary, folder_pad(folder, vocabulary))
+    from transformers import AutoTokenizer
+
+    try:
+        return Foreign(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError("tokenizer: cannot be read", str(folder), str(error).splitlines()[0], "its files") from error
+
+
+def folder_pad(folder: Path, vocabulary: dict[str, int]) -> int | None:
+    """The id that fills up, which is in the folder's notes: CLIP's end in SD 1, "!" in SD 2."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            notes: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            pad = notes.get("pad_token")
+            pad = pad["content"] if isinstance(pad, dict) else pad
+            if pad in vocabulary:
+                return vocabulary[pad]
+    return None

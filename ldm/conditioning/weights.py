@@ -1,0 +1,78 @@
+"""Weights of text encoders: from a folder, a file, or a hub where its id was written out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.checkpoint.text_keys import find_text, read_text
+from ldm.errors import CheckpointError
+from ldm.models.transformer import TextTransformer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FILES = ("model.safetensors", "open_clip_model.safetensors", "text_encoder/model.safetensors")
+
+
+def given(weights: str | None) -> bool:
+    """Whether there is anything to read."""
+    return weights not in (None, "random")
+
+
+def load_text(transformer: TextTransformer, weights: str) -> None:
+    """Fill a text encoder with the weights in a folder, in a file of any known layout, or on a hub."""
+    layout, state = find_text(read(find(weights)))
+    state = read_text(state, transformer, layout)
+    for name, parameter in transformer.state_dict().items():
+        if state[name].shape != parameter.shape:
+            got, expected = f"{name} of shape {tuple(state[name].shape)}", str(tuple(parameter.shape))
+            raise CheckpointError("another encoder's weights", weights, got, expected, "its width, length, vocabulary")
+    transformer.load_state_dict(state)
+
+
+def find(weights: str) -> Path:
+    """The file with the weights; a hub is asked only for what looks like its id and is not here."""
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in FILES:
+            if (path / name).is_file():
+                return path / name
+        raise ValueError(f"weights: nothing in the folder; got {weights}; expected {FILES[0]}; try another folder")
+    if HUB_ID.fullmatch(weights):
+        return fetch(weights)
+    raise ValueError(
+        f"weights: no such folder or file; got {weights}; expected a folder, a file, a hub's id or random; try random"
+    )
+
+
+def fetch(identity: str) -> Path:
+    """The file of a model on a hub, through its cache: transformers' kind of file, or open_clip's."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    for name in FILES:
+        try:
+            return Path(hf_hub_download(identity, name))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+            continue
+    raise ValueError(
+        f"weights: neither here nor to be had from a hub; got {identity}; expected a folder, a file or a hub's id; "
+        "try a folder that has the weights"
+    )
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        hint = "ldm convert" if path.suffix in (".ckpt", ".pt", ".bin", ".pth") else "another file"
+        raise CheckpointError("not a safetensors file", str(path), str(error), hint=hint) from error

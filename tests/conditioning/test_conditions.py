@@ -1,0 +1,377 @@
+"""Every kind of condition: it matters, it is dropped by sample and by part, and what is frozen stays so."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from ldm.condition import Condition
+from ldm.conditioning.compose import Compose
+from ldm.conditioning.label import Label
+from ldm.conditioning.layout import Layout
+from ldm.conditioning.spatial import Edit, LowResolution, MaskedImage, Segmentation
+from ldm.conditioning.text import clip
+from ldm.errors import InputError
+from tests.conditioning.conditions import (
+    BOXES,
+    KINDS,
+    MASKED,
+    SEGMENTS,
+    TEXTS,
+    backbone,
+    first_stage,
+    images,
+    output,
+    small_joint,
+    small_t5,
+)
+from tests.models.first_stages import fill
+
+ALL, NONE, FIRST = torch.tensor([True, True]), torch.tensor([False, False]), torch.tensor([True, False])
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def same(a: Condition, b: Condition, rows=slice(None)) -> bool:
+    """Whether two conditions have the same fields with the same numbers, in these rows."""
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Condition)]
+    assert any(x is not None for x, _ in pairs)
+    return all((x is None) == (y is None) and (x is None or torch.equal(x[rows], y[rows])) for x, y in pairs)
+
+
+def everything(conditioner, flags) -> dict[str, torch.Tensor]:
+    return dict.fromkeys(conditioner.parts, flags)
+
+
+def test_it_changes_what_the_network_says(kind):
+    conditioner = kind.make()
+    unet = backbone(conditioner)
+    here, there = (output(unet, conditioner(batch)) for batch in (kind.batch, kind.other))
+    assert torch.equal(here, output(unet, conditioner(kind.batch)))
+    assert (here - there).abs().flatten(1).amax(1).min() > 1e-4
+
+
+def test_what_is_dropped_is_its_null(kind):
+    conditioner = kind.make()
+    dropped = conditioner(kind.batch, everything(conditioner, ALL))
+    assert same(dropped, conditioner.null(2, (4, 4)))
+    assert same(conditioner(kind.batch, everything(conditioner, NONE)), conditioner(kind.batch))
+    unet = backbone(conditioner)
+    nothing = output(unet, conditioner.null(2, (4, 4)))
+    assert torch.equal(output(unet, dropped), nothing)
+    assert torch.equal(output(unet, conditioner(kind.other, everything(conditioner, ALL))), nothing)
+    assert (output(unet, conditioner(kind.batch)) - nothing).abs().max() > 1e-4
+
+
+def test_samples_are_dropped_one_by_one(kind):
+    conditioner = kind.make()
+    mixed = conditioner(kind.batch, everything(conditioner, FIRST))
+    assert same(mixed, conditioner.null(2, (4, 4)), rows=slice(0, 1))
+    assert same(mixed, conditioner(kind.batch), rows=slice(1, 2))
+    assert not same(mixed, conditioner(kind.batch), rows=slice(0, 1))
+
+
+def test_it_says_what_it_gives(kind):
+    conditioner = kind.make()
+    condition = conditioner(kind.batch)
+    assert conditioner.context == (None if condition.tokens is None else condition.tokens.shape[-1])
+    vectors = condition.pooled is not None and condition.pooled.is_floating_point()
+    assert conditioner.pooled == (condition.pooled.shape[-1] if vectors else None)
+    assert (conditioner.classes is not None) == (condition.pooled is not None and not vectors)
+    assert conditioner.concat_channels == (0 if condition.concat is None else condition.concat.shape[1])
+    assert set(conditioner.reads) <= set(kind.batch)
+    back = kind.make()
+    back.load_state_dict(conditioner.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- composition
+
+
+def composed() -> Compose:
+    """Text, labels and a masked image."""
+    kind = KINDS["compose_tokens"]
+    return kind.make()
+
+
+def test_each_part_is_dropped_by_itself():
+    both, batch = composed(), KINDS["compose_tokens"].batch
+    assert list(both.parts) == ["caption", "label", "masked_image"]
+    text, label, image = both.members
+    drop = {"caption": FIRST, "label": torch.tensor([False, True])}
+    condition = both(batch, drop)
+    expected = torch.cat((text(batch, {"caption": FIRST}).tokens, label(batch, {"label": drop["label"]}).tokens), 1)
+    assert torch.equal(condition.tokens, expected)
+    assert torch.equal(condition.tokens[0, :16], text.null(1).tokens[0])
+    assert torch.equal(condition.tokens[1, 16:], label.null(1).tokens[0])
+    assert not torch.equal(condition.tokens[0, 16:], label.null(1).tokens[0])
+    assert torch.equal(condition.concat, image(batch).concat)
+    unet, seen = backbone(both), set()
+    for flags in ({}, drop, {"caption": ALL}, {"label": ALL}, {"masked_image": ALL}, everything(both, ALL)):
+        seen.add(output(unet, both(batch, flags)).sum().item())
+    assert len(seen) == 6
+
+
+def test_masks_are_completed_where_a_part_has_none():
+    condition = composed()(KINDS["compose_tokens"].batch)
+    assert condition.mask.shape == (2, 17)
+    assert condition.mask[:, 16].all()
+    assert not condition.mask.all()
+    assert KINDS["compose_channels"].make()(TEXTS).mask is None
+
+
+def test_side_by_side_is_sdxl_s_order():
+    both = KINDS["compose_channels"].make()
+    first, second = (member(TEXTS) for member in both.members)
+    condition = both(TEXTS)
+    assert torch.equal(condition.tokens, torch.cat((first.tokens, second.tokens), 2))
+    assert torch.equal(condition.pooled, torch.cat((first.pooled, second.pooled), 1))
+    assert list(both.parts) == ["caption", "caption_2"]
+    dropped = both(TEXTS, {"caption_2": ALL})
+    assert torch.equal(dropped.tokens[..., :8], first.tokens)
+    assert torch.equal(dropped.tokens[..., 8:], both.members[1].null(2).tokens)
+
+
+# ---------------------------------------------------------------------------------------------- masks and orders
+
+
+@pytest.mark.parametrize("make", [small_joint, small_t5])
+def test_masked_tokens_are_not_read(make):
+    text = make()
+    unet, ids = backbone(text), text.tokenize(TEXTS["caption"])
+    condition = text.encode(ids)
+    assert condition.mask.sum(1).tolist() == [(row == text.tokenizer.end).nonzero()[0].item() + 1 for row in ids]
+    assert not condition.mask.all()
+    changed = torch.where(condition.mask, ids, 5)
+    assert not torch.equal(changed, ids)
+    after = text.encode(changed)
+    assert torch.equal(after.mask, condition.mask)
+    assert torch.equal(after.tokens[condition.mask], condition.tokens[condition.mask])
+    noisy = Condition(torch.where(condition.mask[..., None], condition.tokens, 7.0), condition.mask)
+    assert torch.equal(output(unet, noisy), output(unet, condition))
+    assert not torch.equal(output(unet, Condition(noisy.tokens)), output(unet, condition))
+
+
+def test_the_order_of_boxes_says_nothing():
+    layout = KINDS["layout"].make()
+    unet = backbone(layout)
+    shuffled = {key: value[:, [2, 1, 0]] for key, value in BOXES.items()}
+    here, there = layout(BOXES), layout(shuffled)
+    assert not torch.equal(here.tokens, there.tokens)
+    torch.testing.assert_close(output(unet, here), output(unet, there), atol=2e-6, rtol=1e-5)
+    swapped = BOXES | {"box_labels": BOXES["box_labels"][:, [1, 0, 2]]}
+    assert (output(unet, layout(swapped)) - output(unet, here)).abs().max() > 1e-4
+
+
+def test_places_without_a_box_are_not_read():
+    layout = KINDS["layout"].make()
+    unet, moved = backbone(layout), {**BOXES, "boxes": BOXES["boxes"].clone()}
+    moved["boxes"][:, 2] = torch.tensor([0.2, 0.2, 0.9, 0.9])
+    fewer = {key: value[:, :2] for key, value in BOXES.items()}
+    expected = output(unet, layout(BOXES))
+    assert torch.equal(output(unet, layout(moved)), expected)
+    torch.testing.assert_close(output(unet, layout(fewer)), expected, atol=2e-6, rtol=1e-5)  # an MLP on fewer rows
+
+
+# ------------------------------------------------------------------------------------------------ closed forms
+
+
+def test_inpainting_concatenates_the_mask_and_the_normalised_latents_of_what_is_left():
+    autoencoder = first_stage()
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[:, :, 4:12, 8:16] = 1
+    concat = MaskedImage(encode=autoencoder.encode, latent_channels=4)({**MASKED, "mask": mask}).concat
+    hidden = MASKED["image"].clone()
+    hidden[:, :, 4:12, 8:16] = 0
+    assert torch.equal(concat[:, 1:], autoencoder.encode(hidden))
+    assert torch.equal(concat[:, :1], mask[:, :, ::4, ::4])
+
+
+def test_edits_take_latents_before_they_are_normalised():
+    autoencoder = first_stage()
+    source = images(0, 2, 3, 16, 16)
+    concat = Edit(posterior=autoencoder.posterior, latent_channels=4)({"source": source}).concat
+    torch.testing.assert_close((concat - 0.25) * 0.7, autoencoder.encode(source))
+    assert not torch.allclose(concat, autoencoder.encode(source))
+
+
+def test_noise_of_a_level_is_that_of_the_upscaler_s_scheduler():
+    condition = LowResolution()(KINDS["low_resolution"].batch)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02)
+    batch = KINDS["low_resolution"].batch
+    image, level, noise = (batch[key] for key in ("low_resolution", "noise_level", "low_resolution_noise"))
+    torch.testing.assert_close(condition.concat, scheduler.add_noise(image, noise, level))
+    assert torch.equal(condition.pooled, level)
+
+
+def test_a_segmentation_is_the_share_of_each_class_under_a_latent():
+    concat = Segmentation(factor=4, classes=3)(SEGMENTS).concat
+    labels = SEGMENTS["segmentation"]
+    for b, k, y, x in [(0, 0, 0, 0), (1, 2, 3, 1), (0, 1, 2, 2)]:
+        window = labels[b, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        assert concat[b, k, y, x] == (window == k).float().mean()
+    assert (concat.sum(1) < 1).any()  # -1 is no class
+
+
+def test_labels_are_integers_or_rows():
+    assert Label()({"label": torch.tensor([3, 1000])}).pooled.tolist() == [3, 1000]
+    assert Label().null(2).pooled.tolist() == [1000, 1000]
+    label = fill(Label(classes=7, null=6, width=12))
+    assert torch.equal(label({"label": torch.tensor([3])}).tokens[0, 0], label.table.weight[3])
+    assert Label(classes=10, null=None).drop == 0
+
+
+# ------------------------------------------------------------------------------------------------------- frozen
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip", "t5"])
+def test_frozen_encoders_stay_frozen(name):
+    conditioner = KINDS[name].make()
+    model = nn.ModuleDict({"conditioner": conditioner, "backbone": backbone(conditioner)})
+    for _ in range(2):
+        assert conditioner.frozen
+        assert not any(module.training for module in conditioner.modules())
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {f"backbone.{key}" for key, _ in model["backbone"].named_parameters()}
+        assert not conditioner(TEXTS).tokens.requires_grad
+        model.train()
+    assert model["backbone"].training
+
+
+def test_what_trains_is_trained_also_beside_a_frozen_part():
+    both = Compose(parts=[clip(width=12, layers=2, heads=2), small_joint()])
+    both.train()
+    assert not both.frozen
+    assert [member.training for member in both.members] == [False, True]
+    condition = both(TEXTS, {"caption": FIRST})
+    condition.tokens.sum().backward()
+    assert all(p.grad is None for p in both.members[0].parameters())
+    grads = {k for k, p in both.members[1].named_parameters() if p.grad is not None}
+    assert grads == {k for k, _ in both.members[1].named_parameters()}
+    assert Compose(parts=[clip(width=12, layers=2, heads=2)]).frozen
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def refusal(call) -> str:
+    with pytest.raises((ValueError, InputError)) as error:
+        call()
+    return str(error.value)
+
+
+def layout_with(**changes):
+    return lambda: Layout(classes=3, width=12, boxes=5)({**BOXES, **changes})
+
+
+BOX = torch.tensor([[[0.5, 0.1, 0.4, 0.5]]])
+REFUSALS = [
+    (lambda: Label(classes=7, null=7), "null: no such row; got 7; expected 0 to 6 or null; try 6"),
+    (
+        lambda: Label(classes=7, null=None, drop=0.1),
+        "drop: there is no null row to drop to; got 0.1; expected 0; try null=7",
+    ),
+    (lambda: Label(drop=1.5), "drop: out of range; got 1.5; expected 0 <= drop < 1; try 0.1"),
+    (lambda: Label(drop=float("nan")), "drop: out of range; got nan; expected 0 <= drop < 1; try 0.1"),
+    (
+        lambda: Label()({"label": torch.tensor([5, 1001])}),
+        "label: no such class; got 1001; expected 0 to 1000; try 1000",
+    ),
+    (lambda: Label()({"label": torch.tensor([-1])}), "label: no such class; got -1; expected 0 to 1000; try 0"),
+    (
+        lambda: Label()({"label": torch.tensor([1.5])}),
+        "label: not one integer per sample; got float32 of shape (1,); expected integers of shape (B,)",
+    ),
+    (
+        lambda: Label(classes=10, null=None).null(1),
+        "label: nothing to guide away from; got no null row; expected a null row; try cfg=1",
+    ),
+    (lambda: Label()({"caption": ["x"]}), "batch: no 'label' in it; got caption; expected label; try adding 'label'"),
+    (
+        lambda: Label()({"label": torch.tensor([1])}, {"caption": FIRST}),
+        "drop: no such part; got caption; expected label; try label",
+    ),
+    (
+        lambda: Label()({"label": torch.tensor([1])}, {"label": FIRST}),
+        "drop.label: not a flag per sample; got bool of shape (2,); expected bool of shape (1,)",
+    ),
+    (
+        lambda: composed()(KINDS["compose_tokens"].batch, {"captions": FIRST}),
+        "drop: no such part; got captions; expected caption, label, masked_image; try caption",
+    ),
+    (
+        lambda: KINDS["masked_image"].make()({**MASKED, "mask": torch.ones(2, 1, 8, 8)}),
+        "mask: not of the image's size; got shape (2, 1, 8, 8); expected (2, 1, 16, 16)",
+    ),
+    (
+        lambda: KINDS["masked_image"].make()({"image": MASKED["image"]}),
+        "batch: no 'mask' in it; got image; expected image, mask; try adding 'mask'",
+    ),
+    (
+        lambda: Segmentation(factor=4, classes=2)(SEGMENTS),
+        "segmentation: no such class; got -1 to 2; expected 0 to 1, or -1 for none",
+    ),
+    (
+        lambda: Segmentation(factor=4, classes=3)({"segmentation": torch.zeros(1, 15, 18).long()}),
+        "segmentation: size not divisible; got 15x18; expected multiples of 4; try 16x16",
+    ),
+    (
+        lambda: Segmentation(factor=4, classes=3)({"segmentation": torch.zeros(1, 3, 16, 16)}),
+        "segmentation: not a map of classes; got float32 of shape (1, 3, 16, 16); expected integers of shape (B, H, W)",
+    ),
+    (
+        lambda: LowResolution()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20, 1000])}),
+        "noise_level: no such level; got 20 to 1000; expected 0 to 999; try 20",
+    ),
+    (
+        lambda: LowResolution()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20])}),
+        "noise_level: not one integer per image; got int64 of shape (1,); expected shape (2,)",
+    ),
+    (
+        lambda: LowResolution()(KINDS["low_resolution"].batch | {"low_resolution_noise": torch.zeros(2, 3, 8, 8)}),
+        "low_resolution_noise: not of the image's size; got (2, 3, 8, 8); expected (2, 3, 4, 4)",
+    ),
+    (
+        layout_with(box_labels=torch.tensor([[2, 3, -1]] * 2)),
+        "box_labels: no such class; got 3; expected 0 to 2, or -1 for no box; try 2",
+    ),
+    (
+        layout_with(boxes=BOX, box_labels=torch.tensor([[1]])),
+        "boxes: not a box; got [0.5, 0.1, 0.4, 0.5]; expected left < right and top < bottom, in [0, 1]",
+    ),
+    (
+        layout_with(boxes=torch.zeros(2, 3, 5)),
+        "boxes: wrong shape; got boxes of shape (2, 3, 5) with labels of shape (2, 3); expected (B, N, 4) with (B, N); "
+        "try padding with label -1",
+    ),
+    (
+        layout_with(boxes=torch.zeros(1, 6, 4), box_labels=-torch.ones(1, 6).long()),
+        "boxes: too many; got 6; expected at most 5; try boxes=6",
+    ),
+    (lambda: Compose(parts=[]), "parts: nothing to join; got an empty list; expected conditioners; try one or more"),
+    (
+        lambda: Compose(parts=[Label(width=8), Label(width=12)]),
+        "parts: tokens of several widths cannot follow one another; got [8, 12]; expected one width; try by: channels",
+    ),
+    (
+        lambda: Compose(parts=[Label(), Label()]),
+        "parts: one label or some vectors can be told; got 2 with labels, 0 with vectors; expected one kind; "
+        "try a width",
+    ),
+    (
+        lambda: Compose(parts=[clip(width=12, layers=1, heads=2), Label(width=8)], by="channels")(
+            TEXTS | {"label": torch.tensor([1, 2])}
+        ),
+        "parts: tokens side by side must be as many; got 77 and 1; expected one length; try by: tokens",
+    ),
+    (lambda: Compose(parts=[Label()], by="rows"), "by: unknown; got rows; expected tokens or channels; try tokens"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSALS, ids=[message.split(";")[0] for _, message in REFUSALS])
+def test_what_makes_no_sense_is_refused(call, message):
+    assert refusal(call) == message
