@@ -2,21 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from ldm.config import Config
+from ldm import configfile
+from ldm.checkpoint import Opened, load_weights
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.text import Text
+from ldm.conditioning.tokenizer import from_folder, from_json
+from ldm.config import Config, Part
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
+from ldm.models.autoencoder import Autoencoder
+
+
+@dataclass(kw_only=True)
+class Schema:
+    """What the configuration of a model says: stored in its checkpoint, and all that sampling needs."""
+
+    path: Part
+    prediction: Part
+    backbone: Part
+    conditioner: Part | None = None
+    autoencoder: Part | None = None
+    guidance: Part
+    spacing: Part
+    solver: Part
+    channels: int = 3  # of the pictures, where there is no autoencoder
+    size: int = 512  # of the pictures' sides, where nobody says otherwise
+
+
+class Model(NamedTuple):
+    """The networks of a text-to-image model, two of which it may lack."""
+
+    denoiser: Denoiser
+    conditioner: Conditioner | None
+    autoencoder: Autoencoder | None
+
+
+def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a checkpoint, checked, with overrides in the place of what it says."""
+    return Config(configfile.amend(configfile.Source(values, {"": origin}), overrides), Schema)
+
+
+def model(config: Config) -> Model:
+    """All networks of a configuration; under `torch.device("meta")`, without memory for their weights."""
+    autoencoder = config.build("autoencoder") if config["autoencoder"] else None
+    channels = config["channels"] if autoencoder is None else autoencoder.latent_channels
+    conditioner = config.build("conditioner", **first_stage(autoencoder, channels)) if config["conditioner"] else None
+    told = {name: getattr(conditioner, name, None) for name in ("context", "pooled", "classes")}
+    extra = 0 if conditioner is None else conditioner.concat_channels
+    return Model(denoiser(config, in_channels=channels, extra_channels=extra, **told), conditioner, autoencoder)
+
+
+def first_stage(autoencoder: Autoencoder | None, channels: int) -> dict[str, Any]:
+    """What conditions on images need of the first stage; without one, pictures are their own latents."""
+    if autoencoder is None:
+        return {"encode": lambda x: x, "posterior": lambda x: (x, None), "latent_channels": channels, "factor": 1}
+    names = ("encode", "posterior", "latent_channels", "factor")
+    return {name: getattr(autoencoder, name) for name in names}
+
+
+def fill(model: Model, opened: Opened) -> None:
+    """Give a model without memory the weights of an opened checkpoint."""
+    modules = {
+        "backbone": model.denoiser.backbone,
+        "conditioner": model.conditioner,
+        "autoencoder": model.autoencoder,
+    }
+    for prefix, module in modules.items():
+        if module is not None:
+            load_weights(module, opened.state, prefix)
+    text = (
+        next((part for part in model.conditioner.modules() if isinstance(part, Text)), None)
+        if model.conditioner
+        else None
+    )
+    if text is not None and opened.tokenizer is not None:
+        carried = opened.tokenizer  # JSON in a file of ours, a folder beside a diffusers model
+        text.use(from_json(carried) if carried.startswith("{") else from_folder(carried))
 
 
 def denoiser(config: Config, **shapes: Any) -> Denoiser:
-    """The backbone on its path with its prediction; `shapes` is what the data say of the backbone's ends."""
-    path = config.build("path")
+    """The backbone on its path with its prediction; `shapes` is what the data and the condition say of its ends."""
+    with torch.device("cpu"):  # a path's numbers are wanted also where the networks' weights are not yet
+        path = config.build("path")
     prediction = config.build("prediction", sigma_data=path.sigma_data)
-    backbone: nn.Module = config.build("backbone", **shapes)
-    with config.blame("prediction"):
+    backbone: nn.Module = config.build("backbone", learned_sigma=prediction.channels == 2, **shapes)
+    with config.blame("prediction"), torch.device("cpu"):
         return Denoiser(backbone, path, prediction)
 
 

@@ -31,6 +31,23 @@ TABLES: dict[str, dict[str, str] | str] = {
         "dit": "ldm.models.dit:DiT",
         "mlp": "ldm.models.mlp:MLP",
     },
+    "conditioner": {
+        "clip": "ldm.conditioning.text:clip",
+        "open_clip": "ldm.conditioning.text:open_clip",
+        "joint_text": "ldm.conditioning.text:joint_text",
+        "t5": "ldm.conditioning.t5:t5",
+        "label": "ldm.conditioning.label:Label",
+        "layout": "ldm.conditioning.layout:Layout",
+        "segmentation": "ldm.conditioning.spatial:Segmentation",
+        "masked_image": "ldm.conditioning.spatial:MaskedImage",
+        "low_resolution": "ldm.conditioning.spatial:LowResolution",
+        "edit": "ldm.conditioning.spatial:Edit",
+        "compose": "ldm.conditioning.compose:Compose",
+    },
+    "autoencoder": {
+        "kl": "ldm.models.autoencoder:kl",
+        "vq": "ldm.models.autoencoder:vq",
+    },
     "draw": {
         "uniform": "ldm.diffusion.times:Uniform",
         "logit_normal": "ldm.diffusion.times:LogitNormal",
@@ -78,6 +95,28 @@ GIVEN: dict[str, dict[str, str]] = {
         "classes": "the conditioner",
         "learned_sigma": "the prediction",
     },
+    "conditioner": {
+        "encode": "the autoencoder",
+        "posterior": "the autoencoder",
+        "latent_channels": "the autoencoder",
+        "factor": "the autoencoder",
+    },
+}
+
+
+# other programs' names of the solvers, in lower case with _ for blanks and hyphens
+SAMPLERS = {
+    "k_euler": "euler",
+    "euler_a": "euler_ancestral",
+    "k_euler_a": "euler_ancestral",
+    "k_heun": "heun",
+    "dpm++_2s": "dpm_2s",
+    "dpm++_3s": "dpm_3s",
+    "dpm++_2m": "dpmpp_2m",
+    "k_dpmpp_2m": "dpmpp_2m",
+    "dpm++_2m_sde": "dpmpp_2m_sde",
+    "dpm++_3m": "dpmpp_3m",
+    "unipc_2": "unipc",
 }
 
 

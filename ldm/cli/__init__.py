@@ -13,6 +13,10 @@ from ldm import __version__
 from ldm.errors import InputError, LdmError
 
 COMMANDS = {
+    "sample": "make pictures from prompts, with any checkpoint",
+    "replay": "make a picture again from what its PNG remembers",
+    "convert": "carry a checkpoint from one format to another",
+    "fetch": "say which weights files metrics need, and check or get them",
     "demo": "learn a swiss roll in a minute and draw what four solvers make of it",
 }
 

@@ -10,7 +10,15 @@ CLIP = {"type": "clip", "width": 64, "layers": 2, "heads": 1, "length": 12, "voc
 OPEN_CLIP = CLIP | {"type": "open_clip", "layers": 3}
 BERT = CLIP | {"type": "joint_text", "heads": 2, "head_width": 64, "masked": False}
 LABEL = {"type": "label", "classes": 11, "null": 10}
-KL = {"type": "kl", "latent": 4, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attend": [], "mid_attention": True}
+KL = {
+    "type": "kl",
+    "latent": 4,
+    "channels": 32,
+    "multipliers": [1, 2],
+    "blocks": 1,
+    "attend": [],
+    "mid_attention": True,
+}
 VQ = KL | {"type": "vq", "latent": 3, "codes": 16, "attend": [2], "mid_attention": False}
 DIT = {"type": "dit", "width": 128, "depth": 2, "heads": 2, "patch": 2}
 SD = {"type": "scaled_linear", "start": 0.00085, "end": 0.012}

@@ -1,0 +1,73 @@
+"""Pictures between PIL, tensors in [-1, 1] and PNG files that remember how they were made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from ldm.errors import InputError
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, C, H, W) in [-1, 1], of one or three channels, to pictures."""
+    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+    return [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array[..., :3]) for array in arrays]
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+    """A picture as (1, 3, H, W) in [-1, 1], resized to (height, width)."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, H, W)
+
+
+def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture as (1, 1, H, W): 1 where it is brighter than half, which is what is to be repainted."""
+    gray = image.convert("L").resize(size[::-1], Image.Resampling.NEAREST)
+    return (torch.from_numpy(np.array(gray))[None, None] >= 128).float()  # (1, 1, H, W)
+
+
+def to_classes(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture whose palette or gray value is a class, as a map (1, H, W) with 255 for unlabelled."""
+    classes = image if image.mode in ("P", "L") else image.convert("L")
+    classes = classes.resize(size[::-1], Image.Resampling.NEAREST)
+    labels = torch.from_numpy(np.array(classes)).long()[None]  # (1, H, W)
+    return torch.where(labels == 255, -1, labels)
+
+
+def read(file: str | Path) -> Image.Image:
+    """Open a picture, or say in one line why not."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise InputError("no such picture", str(file)) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError("cannot read the picture", str(file), got=str(error).splitlines()[0]) from None
+
+
+def write(image: Image.Image, file: Path, parameters: str, record: dict[str, Any]) -> None:
+    """A PNG with the A1111 `parameters` text and our own record, from which `ldm replay` makes it again."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", parameters)
+    info.add_itxt("ldm", json.dumps(record))
+    image.save(file, pnginfo=info)
+
+
+def grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures side by side on one sheet, as near to a square as they go."""
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet

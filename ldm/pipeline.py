@@ -1,0 +1,296 @@
+"""What a user holds: prompts and seeds in, pictures out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import assemble, checkpoint, pictures
+from ldm.condition import Condition
+from ldm.config import Config
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.inpaint import Inpainted
+from ldm.diffusion.path import Level
+from ldm.diffusion.solvers import Step
+from ldm.errors import CheckpointError, DivergedError, InputError
+
+OnStep = Callable[[int, Step], None]
+SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: what it shows and which noise it starts from."""
+
+    prompt: str = ""
+    negative: str = ""
+    label: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How all pictures of a call are made."""
+
+    guidance: Guidance
+    solver: Callable[..., Iterator[Step]]
+    grid: Level
+    height: int
+    width: int
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what a conditioner reads beside text, each (1, ...)
+    image: Tensor | None = None  # (1, 3, H, W) in [-1, 1] to begin from, noised to the grid's first level
+    mask: Tensor | None = None  # (1, 1, H, W), 1 where `image` is to be repainted
+
+
+class Pipeline:
+    """A model and its first stage; calling it makes pictures. Gradients are off here, and nowhere below."""
+
+    def __init__(
+        self,
+        model: assemble.Model,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        opened: checkpoint.Opened | None = None,
+        offload: bool = False,
+    ):
+        self.denoiser, self.conditioner, self.autoencoder = model
+        self.config, self.device, self.dtype, self.opened = config, device, dtype, opened
+        self.factor = 1 if self.autoencoder is None else self.autoencoder.factor
+        self.channels = config["channels"] if self.autoencoder is None else self.autoencoder.latent_channels
+        for module in filter(None, model):
+            place(module.eval().requires_grad_(False), device, offload)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        negative: str = "",
+        label: int | None = None,
+        seed: int = 0,
+        n: int = 1,
+        batch_size: int = 4,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """n pictures per prompt; `settings` are those of `recipe`, such as cfg=7.5, steps=30, solver="unipc"."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(n)]
+        requests = [Request(text, negative, label, seed + i) for i, text in enumerate(prompts)]
+        recipe = self.recipe(**settings)
+        batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
+        return [image for batch in batches for image in self.images(batch, recipe, on_step)]
+
+    def recipe(
+        self,
+        *,
+        cfg: float | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        overrides: Sequence[str] = (),
+        height: int | None = None,
+        width: int | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.8,
+        mask: Image.Image | None = None,
+        condition: Image.Image | None = None,
+    ) -> Recipe:
+        """The model's own settings, with what is given here in their place."""
+        wanted = {"guidance.cfg": cfg, "spacing.steps": steps, "solver.type": solver}
+        config = self.config.amended([*(f"{k}={v}" for k, v in wanted.items() if v is not None), *overrides])
+        size = self.size(height or config["size"], width or config["size"])
+        grid = assemble.grid(config, self.denoiser.path)
+        recipe = Recipe(config.build("guidance"), config.build("solver"), grid, *size)
+        if condition is not None:
+            recipe = replace(recipe, inputs=self.inputs(condition, size))
+        return recipe if image is None else self.from_image(recipe, image, strength, mask)
+
+    def inputs(self, condition: Image.Image, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A picture under the name by which this model's conditioner reads it."""
+        reads = () if self.conditioner is None else self.conditioner.reads
+        if "segmentation" in reads:
+            return {"segmentation": pictures.to_classes(condition, size)}
+        names = [name for name in ("source", "low_resolution") if name in reads]
+        if not names:
+            raise InputError("condition: this model reads no picture", expected=", ".join(reads) or "nothing")
+        return {names[0]: pictures.to_tensor(condition, size)}
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width, if the first stage and the backbone can divide them."""
+        unit = self.factor * getattr(self.denoiser.backbone, "factor", 1)
+        for name, value in (("height", height), ("width", width)):
+            if value < 1 or value % unit:
+                near = str(max(unit, round(value / unit) * unit))
+                raise InputError(f"{name}: not divisible by this model", "", str(value), f"a multiple of {unit}", near)
+        return height, width
+
+    def from_image(self, recipe: Recipe, image: Image.Image, strength: float, mask: Image.Image | None) -> Recipe:
+        """Begin from a picture, or repaint the masked part of it; a model that reads the two is told them."""
+        size = (recipe.height, recipe.width)
+        pixels = pictures.to_tensor(image, size)
+        region = None if mask is None else pictures.to_mask(mask, size)
+        reads = () if self.conditioner is None else self.conditioner.reads
+        inputs = {name: x for name, x in (("image", pixels), ("mask", region)) if name in reads and x is not None}
+        if inputs:
+            return replace(recipe, inputs=inputs, mask=region, image=None if region is None else pixels)
+        if not 0 < strength <= 1:
+            raise InputError("strength: out of range", got=str(strength), expected="above 0 and at most 1")
+        steps = len(recipe.grid.t) - 1
+        first = steps - min(int(steps * strength), steps)
+        if first == steps:
+            raise InputError("strength: leaves no step", got=f"{strength} of {steps} steps", hint="more steps")
+        return replace(recipe, image=pixels, mask=region, grid=recipe.grid.map(lambda column: column[first:]))
+
+    @torch.inference_mode()
+    def images(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> list[Image.Image]:
+        """The pictures of one batch of requests."""
+        images = self.decode(self.latents(requests, recipe, on_step))
+        if recipe.image is not None and recipe.mask is not None:  # what was not to change does not
+            images = torch.lerp(recipe.image.to(images), images, recipe.mask.to(images))
+        return pictures.to_pil(images)
+
+    @torch.inference_mode()
+    def latents(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> Tensor:
+        """Sampling alone: (B, C, h, w), from noise that depends on each request's seed and on nothing else."""
+        noise, finite = self.noise(requests, recipe), []
+        with self.autocast():
+            x, denoise = self.begin(noise(), requests, recipe)
+            for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
+                finite.append(step.x.isfinite().all())
+                if on_step is not None:
+                    on_step(number, step)
+        check_finite(torch.stack(finite), recipe.grid)
+        return step.x
+
+    def noise(self, requests: Sequence[Request], recipe: Recipe) -> Callable[[], Tensor]:
+        """A source of noise with one CPU generator per picture, so that a picture is the same in every batch."""
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        shape = (self.channels, recipe.height // self.factor, recipe.width // self.factor)
+        return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
+    def begin(self, z: Tensor, requests: Sequence[Request], recipe: Recipe) -> tuple[Tensor, Callable]:
+        """Where sampling starts, and the guided denoiser with its condition bound."""
+        condition, told = self.condition(requests, recipe), bool(recipe.inputs)
+        denoiser: Any = recipe.guidance(self.denoiser, self.negative(requests, recipe))
+        x = self.denoiser.path.prior(z)
+        if recipe.image is not None and not told:
+            known, first = self.encode(recipe.image).expand_as(z), recipe.grid.rows()[0]
+            x = first.alpha * known + first.sigma * z
+            if recipe.mask is not None:
+                mask = nn.functional.interpolate(recipe.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
+                denoiser = Inpainted(denoiser, known, z, mask)
+        return x, lambda x, level: denoiser(x, level, condition)
+
+    def condition(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
+        """What the requests ask for."""
+        if self.conditioner is None:
+            return None
+        return self.conditioner(self.batch(requests, recipe, [r.prompt for r in requests])).map(self.moved)
+
+    def negative(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
+        """What guidance moves away from: the negative prompts and no label, beside the same pictures."""
+        if self.conditioner is None or recipe.guidance.cfg == 1:
+            return None
+        batch = self.batch(requests, recipe, [r.negative for r in requests])
+        everyone = torch.ones(len(requests), dtype=torch.bool)
+        drop = {part: everyone for part in self.conditioner.parts if part == "label"}
+        return self.conditioner(batch, drop).map(self.moved)
+
+    def batch(self, requests: Sequence[Request], recipe: Recipe, captions: list[str]) -> dict[str, Any]:
+        """The requests as a conditioner reads them."""
+        batch: dict[str, Any] = {name: x.expand(len(requests), *x.shape[1:]) for name, x in recipe.inputs.items()}
+        batch["caption"] = captions
+        labels = [request.label for request in requests]
+        if None not in labels:
+            batch["label"] = torch.tensor(labels, device=self.device)
+        return batch
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures in [-1, 1] to what is sampled."""
+        return self.moved(images) if self.autoencoder is None else self.autoencoder.encode(self.moved(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """What was sampled to pictures in [-1, 1]; in float32 where half precision overflows."""
+        if self.autoencoder is None:
+            return latents
+        with self.autocast():
+            images = self.autoencoder.decode(latents)
+        return images if images.isfinite().all() else self.autoencoder.decode(latents)
+
+    def moved(self, x: Tensor) -> Tensor:
+        """On this pipeline's device."""
+        return x.to(self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision that the networks compute in; the sampler's own state stays in float32."""
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+
+def check_finite(finite: Tensor, grid: Level) -> None:
+    """Never a black picture: say at which step the numbers ran away."""
+    bad = (~finite).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        row = grid.rows()[step]
+        where = f"step {step + 1} of {len(finite)}, sigma {row.sigma:.4g}, t {row.t:.4g}"
+        raise DivergedError("sampling left the finite numbers", where, hint="--precision fp32, or a smaller cfg")
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    vae: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    precision: str = "auto",
+    offload: bool = False,
+) -> Pipeline:
+    """Open any checkpoint that `ldm.checkpoint` knows, or the shipped one, and make it ready to sample."""
+    if path is None and not SHIPPED.exists():
+        raise InputError("no checkpoint given, and no model ships with this version", hint="--ckpt PATH")
+    where, dtype = placement(device, precision)
+    path = SHIPPED if path is None else path
+    opened = checkpoint.open(path, vae=vae)
+    if opened.config["backbone"] is None:
+        raise CheckpointError("a first stage alone makes no pictures", str(path), opened.family, hint="it as --vae")
+    config = assemble.configure(opened.config, str(path), overrides)
+    with torch.device("meta"):
+        model = assemble.model(config)
+    assemble.fill(model, opened)
+    return Pipeline(model, config, where, dtype, opened, offload)
+
+
+def place(module: nn.Module, device: torch.device, offload: bool) -> None:
+    """On the device for good, or only while it computes."""
+    if not offload:
+        module.to(device)
+        return
+    if device.type == "cpu":
+        raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
+    from accelerate import cpu_offload
+
+    cpu_offload(module, device)
+
+
+def placement(device: str, precision: str) -> tuple[torch.device, torch.dtype | None]:
+    """A device and the precision that suits it, or why not."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device: cannot be used here", "", device, "auto, cpu, cuda or mps", "cpu") from error
+    if precision == "auto":
+        precision = "bf16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision not in DTYPES:
+        raise InputError("precision: unknown", "", precision, f"auto, {', '.join(DTYPES)}")
+    return where, DTYPES[precision]
