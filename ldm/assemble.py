@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ldm import configfile
 from ldm.checkpoint import Opened, load_weights
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import from_folder, from_json
-from ldm.config import Config, Part
+from ldm.config import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
 from ldm.models.autoencoder import Autoencoder
@@ -46,7 +45,7 @@ class Model(NamedTuple):
 
 def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a checkpoint, checked, with overrides in the place of what it says."""
-    return Config(configfile.amend(configfile.Source(values, {"": origin}), overrides), Schema)
+    return stored(values, origin, overrides, Schema)
 
 
 def model(config: Config) -> Model:

@@ -129,6 +129,11 @@ class Config:
         return {"type": name, **self._fields(arguments, parts.find(table, node.get("type", "")), key, table)}
 
 
+def stored(values: dict[str, Any], origin: str, overrides: Sequence[str], schema: type) -> Config:
+    """The same of values that a checkpoint carries."""
+    return Config(configfile.amend(configfile.Source(values, {"": origin}), overrides), schema)
+
+
 def load(file: str | Path, overrides: Sequence[str], schema: type) -> Config:
     """Read a file and its overrides and check them against a command's schema."""
     return Config(configfile.read(file, overrides), schema)

@@ -25,6 +25,7 @@ LEAVES = {  # what a leaf may import itself, and the lowest floor that may impor
     "plainyaml": ("errors", ""),
     "configfile": ("errors plainyaml", ""),
     "config": ("errors parts configfile", "assemble"),
+    "pictures": ("errors", "pipeline"),
 }
 OWNERS = {"omegaconf": "configfile", "yaml": "plainyaml", "lightning": "training", "pytorch_lightning": "nobody"}
 TORCH_ONLY = {"condition", "models", "diffusion"}
