@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ldm.conditioning.tokenizer import from_folder, from_json
 from ldm.config import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
+from ldm.diffusion.solvers import Step, check
 from ldm.models.autoencoder import Autoencoder
 
 
@@ -97,7 +98,12 @@ def denoiser(config: Config, **shapes: Any) -> Denoiser:
 
 
 def weight(config: Config, path: Path):
-    """The weight of the loss by level."""
+    """The weight of the loss by level; a learned variance brings its own, which another would distort."""
+    if config["prediction"]["type"] == "learned_range" and config["weight"]["type"] != "constant":
+        got = config["weight"]["type"]
+        raise config.source.error(
+            "weight.type: does not go with learned_range", "weight.type", got=got, hint="constant"
+        )
     return config.build("weight", sigma_data=path.sigma_data)
 
 
@@ -106,3 +112,12 @@ def grid(config: Config, path: Path) -> Level:
     spacing = config.build("spacing")
     with config.blame("spacing"):
         return spacing.grid(path)
+
+
+def solver(config: Config) -> Callable[..., Iterator[Step]]:
+    """The solver with its settings, their ranges checked before anything runs."""
+    chosen = config.build("solver")
+    with config.blame("solver"):
+        numbers = {name: chosen.keywords[name] for name in ("eta", "order", "noise_var") if name in chosen.keywords}
+        check(**numbers, noise=torch.Tensor)
+    return chosen

@@ -30,4 +30,7 @@ class Condition:
         for name, column in columns.items():
             if len({value is None for value in column}) > 1:
                 raise ValueError(f"condition.{name}: given for some of the batch and not for the rest")
+            if len({value.shape[1:] for value in column if value is not None}) > 1:
+                shapes = " and ".join(str(tuple(value.shape)) for value in column)
+                raise ValueError(f"condition.{name}: not alike; got {shapes}; expected the same but for the batch")
         return Condition(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})

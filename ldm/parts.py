@@ -73,8 +73,8 @@ TABLES: dict[str, dict[str, str] | str] = {
         "euler": "ldm.diffusion.solvers:euler",
         "euler_ancestral": "ldm.diffusion.solvers:euler_ancestral",
         "heun": "ldm.diffusion.solvers:heun",
-        "dpm_2s": "ldm.diffusion.solvers:dpm_2s",
-        "dpm_3s": "ldm.diffusion.solvers:dpm_3s",
+        "dpmpp_2s": "ldm.diffusion.solvers:dpmpp_2s",
+        "dpmpp_3s": "ldm.diffusion.solvers:dpmpp_3s",
         "dpmpp_2m": "ldm.diffusion.solvers:dpmpp_2m",
         "dpmpp_2m_sde": "ldm.diffusion.solvers:dpmpp_2m_sde",
         "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
@@ -110,8 +110,8 @@ SAMPLERS = {
     "euler_a": "euler_ancestral",
     "k_euler_a": "euler_ancestral",
     "k_heun": "heun",
-    "dpm++_2s": "dpm_2s",
-    "dpm++_3s": "dpm_3s",
+    "dpm++_2s": "dpmpp_2s",
+    "dpm++_3s": "dpmpp_3s",
     "dpm++_2m": "dpmpp_2m",
     "k_dpmpp_2m": "dpmpp_2m",
     "dpm++_2m_sde": "dpmpp_2m_sde",
@@ -135,8 +135,8 @@ def find(axis: str, name: str = ""):
 def plug(module: str) -> None:
     """Add the tables of a user's own module, PARTS = {axis: {name: "module:name"}}; only a command line names one."""
     try:
-        tables = importlib.import_module(module).PARTS
-    except (ImportError, AttributeError) as error:
+        tables = {axis: dict(table) for axis, table in importlib.import_module(module).PARTS.items()}
+    except Exception as error:  # whatever a user's module does on import
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
         known = TABLES.setdefault(axis, {})

@@ -20,6 +20,7 @@ from ldm.diffusion.inpaint import Inpainted
 from ldm.diffusion.path import Level
 from ldm.diffusion.solvers import Step
 from ldm.errors import CheckpointError, DivergedError, InputError
+from ldm.models.empty import empty
 
 OnStep = Callable[[int, Step], None]
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
@@ -108,7 +109,7 @@ class Pipeline:
         config = self.config.amended([*(f"{k}={v}" for k, v in wanted.items() if v is not None), *overrides])
         size = self.size(height or config["size"], width or config["size"])
         grid = assemble.grid(config, self.denoiser.path)
-        recipe = Recipe(config.build("guidance"), config.build("solver"), grid, *size)
+        recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size)
         if condition is not None:
             recipe = replace(recipe, inputs=self.inputs(condition, size))
         return recipe if image is None else self.from_image(recipe, image, strength, mask)
@@ -262,7 +263,7 @@ def load(
     if opened.config["backbone"] is None:
         raise CheckpointError("a first stage alone makes no pictures", str(path), opened.family, hint="it as --vae")
     config = assemble.configure(opened.config, str(path), overrides)
-    with torch.device("meta"):
+    with empty():
         model = assemble.model(config)
     assemble.fill(model, opened)
     return Pipeline(model, config, where, dtype, opened, offload)

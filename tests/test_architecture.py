@@ -32,7 +32,7 @@ TORCH_ONLY = {"condition", "models", "diffusion"}
 LATE = {"transformers", "open_clip", "diffusers", "torchmetrics"}  # imported inside the function that needs them
 LONGEST, LONGEST_STRAIGHT, LONGEST_FILE = 60, 80, 350
 PRIVATE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
-REGISTRY = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|npmjs\.org)\b")
+REGISTRY = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org/whl|anaconda\.org|npmjs\.org)\b")
 
 
 class Import(NamedTuple):

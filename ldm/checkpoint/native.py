@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ldm
+from ldm import __version__
 from ldm.checkpoint.files import Tensors, check_digest, write_file
 from ldm.checkpoint.opened import Opened
 from ldm.errors import CheckpointError
@@ -26,7 +26,7 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> str:
     """Write a checkpoint, all or nothing, and return its digest; `dtype` stores the weights in another type."""
-    metadata = {MARK: str(FORMAT), "config": json.dumps(config), "version": getattr(ldm, "__version__", "0")}
+    metadata = {MARK: str(FORMAT), "config": json.dumps(config), "version": __version__}
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer
     return write_file(path, state, metadata, dtype)

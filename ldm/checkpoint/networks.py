@@ -12,6 +12,7 @@ from ldm.checkpoint.numbers import given
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder, kl, vq
 from ldm.models.dit import DiT
+from ldm.models.empty import empty
 from ldm.models.transformer import TextTransformer
 from ldm.models.unet import UNet
 
@@ -30,7 +31,7 @@ TEXT_ARGUMENTS = ("width", "layers", "heads", "head_width", "length", "vocabular
 def build(function: Any, arguments: Mapping[str, Any], what: str) -> Any:
     """A network on the meta device, or an error for people if its numbers describe none."""
     try:
-        with torch.device("meta"):
+        with empty():
             return function(**arguments)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"no {what} has such numbers", got=str(error)) from error

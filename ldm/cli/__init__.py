@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import __version__
+from ldm import __version__, parts
 from ldm.errors import InputError, LdmError
 
 COMMANDS = {
@@ -75,6 +75,13 @@ def config_options(parser: argparse.ArgumentParser, default: str | None = None) 
     parser.add_argument("--print-config", action="store_true", help="print the checked configuration and stop")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with your own parts")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting: path.type=cosine")
+
+
+def own_parts(arguments: argparse.Namespace) -> None:
+    """Add the parts of installed packages and of --plugin modules."""
+    parts.plug_installed()
+    for module in arguments.plugin:
+        parts.plug(module)
 
 
 def config_file(name: str, folder: str) -> Path:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm import config as configuration
-from ldm import parts
-from ldm.cli import config_file, config_options
+from ldm.cli import config_file, config_options, own_parts
 from ldm.config import Part
 from ldm.errors import InputError
 
@@ -38,19 +37,18 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, sample, draw."""
-    for module in arguments.plugin:
-        parts.plug(module)
+    own_parts(arguments)
     config = configuration.load(config_file(arguments.config, "demo"), arguments.overrides, Schema)
-    if arguments.print_config:
-        print(json.dumps(config.values, indent=2))
-        return 0
     for name, least in {"seed": 0, "steps": 1, "batch_size": 1, "lr": 0}.items():
         if config[name] < least:
             raise config.source.error(f"{name}: must be at least {least}", name, got=str(config[name]))
     if config["seed"] >= 2**32:
         raise config.source.error("seed: must be below 2**32", "seed", got=str(config["seed"]))
+    if arguments.print_config:
+        print(json.dumps(config.values, indent=2))
+        return 0
     out = Path(arguments.out)
-    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+    if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
     from ldm.cli import swiss_roll  # torch is only paid for once all options are right
 

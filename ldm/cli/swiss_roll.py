@@ -91,7 +91,7 @@ def samples(denoiser: Denoiser, grid: Level, seed: int) -> list[Panel]:
 
         *_, last = parts.find("solver", name)(denoiser, denoiser.path.prior(noise()), grid, noise)
         distance = energy_distance(last.x, truth)
-        panels.append(Panel(f"{name}, {len(grid.t) - 1} steps, off by {distance:.4f}", last.x))
+        panels.append(Panel(f"{name}, {len(grid.t) - 1} steps, off by {distance:.5f}", last.x))
     return panels
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,12 +21,16 @@ def term(
     prediction: Prediction, x0: Tensor, path: Table, now: Level, noise_var: NoiseVar, bins: int | None = 256
 ) -> Tensor:
     """L_t in bits per dimension: KL(q(x_s | x_t, x0) || p(x_s | x_t)), and -log p(x0 | x_1) at step 0. (B,)"""
+    if noise_var not in get_args(NoiseVar):
+        raise ValueError(f"noise_var: unknown; got {noise_var}; expected {', '.join(get_args(NoiseVar))}")
     next = path.level(now.t / path.steps)  # now.t counts from 0, so this is the step before
     first = now.t == 0
     # the posterior of step 0 has no width: its logarithm is that of step 1, as published
     floor = small_variance(path.level(now.t * 0 + 2 / path.steps), path.level(now.t * 0 + 1 / path.steps))
     small = torch.where(first, floor, small_variance(now, next))
-    if noise_var == "learned" and prediction.frac is not None:
+    if noise_var == "learned":
+        if prediction.frac is None:
+            raise ValueError("noise_var: learned needs a model that predicts its variance; expected small or large")
         log_var = learned_log_variance(prediction.frac, small, large_variance(now, next))
     else:
         variance = small if noise_var == "small" else large_variance(now, next)

@@ -115,6 +115,6 @@ class ClassifierGuided:
 
     def _gradient(self, x: Tensor, level: Row) -> Tensor:
         through = torch.is_grad_enabled() and x.requires_grad  # somebody differentiates the sampler itself
-        with torch.enable_grad():
-            x = x if through else x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x if through else x.detach().clone().requires_grad_()
             return torch.autograd.grad(self.log_prob(x, level).sum(), x, create_graph=through)[0]

@@ -50,6 +50,11 @@ class Row(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The state of a sampler is not rounded to half precision, whatever the network computes in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def expand(value: Tensor, x: Tensor) -> Tensor:
     """(B,) beside x of any rank: (B, 1, ..., 1) of its type and device."""
     return value.to(x).reshape(-1, *[1] * (x.ndim - 1))
@@ -93,9 +98,13 @@ class Path:
         """The time nearest to t, and not above 1, at which the network is trained."""
         return t.clamp(self.t_min, 1.0)
 
+    def trained(self, level: Level) -> Level:
+        """The level nearest to this one at which the network is trained."""
+        return level
+
     def prior(self, z: Tensor) -> Tensor:
         """The start of sampling from z ~ N(0, I), never in half precision."""
-        return z.to(torch.promote_types(z.dtype, torch.float32))
+        return at_least_float32(z)
 
 
 class Table(Path):
@@ -117,13 +126,16 @@ class Table(Path):
 
     def level(self, t: Tensor) -> Level:
         """Exact at the integer steps; between two of them the log-SNR is interpolated."""
-        position = (t * self.steps).clamp(0, self.steps)
+        position = (t.double() * self.steps).clamp(0, self.steps)
         alphas, sigmas, log_snrs = (column.to(t.device) for column in (self.alpha, self.sigma, self.log_snr))
         nearest, low, high = (index.long() for index in (position.round(), position.floor(), position.ceil()))
-        exact = (position - nearest).abs() < 1e-6
-        log_snr = torch.lerp(log_snrs[low], log_snrs[high], (position - low).to(log_snrs))
-        alpha = torch.where(exact, alphas[nearest], _vp_alpha(log_snr))
-        sigma = torch.where(exact, sigmas[nearest], _vp_alpha(-log_snr))
+        exact = (position - nearest).abs() < 1e-3  # what float32 makes of a whole number
+        log_snr = torch.lerp(log_snrs[low], log_snrs[high], position - low)
+        beside_end = ~(log_snrs[low].isfinite() & log_snrs[high].isfinite())  # of a table that ends in infinity
+        straight = torch.lerp(alphas[low], alphas[high], position - low)
+        alpha = torch.where(exact, alphas[nearest], torch.where(beside_end, straight, _vp_alpha(log_snr)))
+        between = torch.where(beside_end, (1 - straight**2).sqrt(), _vp_alpha(-log_snr))
+        sigma = torch.where(exact, sigmas[nearest], between)
         clock = torch.where(exact, nearest, position) - 1
         return Level(alpha, sigma, torch.ones_like(alpha), clock.clamp(min=0).to(alpha))
 
@@ -144,6 +156,10 @@ class Table(Path):
         """Step k for all t in (k / T, (k + 1) / T]."""
         return (t * self.steps - 1e-9).ceil().clamp(1, self.steps) / self.steps
 
+    def trained(self, level: Level) -> Level:
+        """The step that is meant by a level between two."""
+        return self.level(self.time(level.t.round()))
+
 
 def _vp_alpha(log_snr: Tensor) -> Tensor:
     """alpha with alpha^2 + sigma^2 = 1; sigma is the same of -lambda."""
@@ -159,7 +175,7 @@ def scaled_linear(
     *, start: float = 0.00085, end: float = 0.012, steps: int = 1000, zero_terminal_snr: bool = False
 ) -> Table:
     """Latent diffusion's betas, equally spaced in their square roots."""
-    betas = _spaced(math.sqrt(start), math.sqrt(end), steps) ** 2 if start > 0 else _spaced(start, end, steps)
+    betas = _spaced(start, end, steps, power=0.5)
     return Table(betas=betas.tolist(), zero_terminal_snr=zero_terminal_snr)
 
 
@@ -171,17 +187,18 @@ def cosine(*, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999)
         raise ValueError(f"offset: must be at least 0, got {offset}")
     if not 0 < max_beta < 1:
         raise ValueError(f"max_beta: must lie between 0 and 1, got {max_beta}")
-    t = _spaced(0.0, 1.0, steps + 1)
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     abar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return Table(betas=(1 - abar[1:] / abar[:-1]).clamp(max=max_beta).tolist())
 
 
-def _spaced(start: float, end: float, steps: int) -> Tensor:
+def _spaced(start: float, end: float, steps: int, power: float = 1.0) -> Tensor:
+    """Numbers from start to end whose powers are equally spaced."""
     if steps < 2:
         raise ValueError(f"steps: must be at least 2, got {steps}")
-    if not 0 <= start < end <= 1:
+    if not 0 < start < end < 1:
         raise ValueError(f"start: must lie below end, both between 0 and 1, got {start} and {end}")
-    return torch.linspace(start, end, steps, dtype=torch.float64)
+    return torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
 
 
 class VPSDE(Path):
@@ -245,18 +262,16 @@ class VE(Path):
 class Flow(Path):
     """Rectified flow: a straight line from data to noise, alpha = 1 - t and sigma = t; the network is told 1000 t."""
 
-    t_min, t_max = 1e-3, 1 - 1e-3
-
     def __init__(self, *, last: float = 1.0):
-        if not self.t_min < last <= 1:
-            raise ValueError(f"last: must lie between {self.t_min} and 1, got {last}")
-        self.last = last  # the noisiest time used; below 1, an eps-prediction can be inverted there
-        self.t_max = min(last, self.t_max)
+        if not 1e-3 < last <= 1:
+            raise ValueError(f"last: must lie between 0.001 and 1, got {last}")
+        self.last = last  # sigma at t = 1; below 1, an eps-prediction can be inverted there
+        self.t_min, self.t_max = 1e-3 / last, min(1.0, 0.999 / last)
 
     def level(self, t: Tensor) -> Level:
-        """(1 - t, t)."""
-        t = t.clamp(0, self.last)
-        return Level(1 - t, t, torch.ones_like(t), 1000 * t)
+        """(1 - t, t), with t counted to `last`."""
+        sigma = self.last * t
+        return Level(1 - sigma, sigma, torch.ones_like(sigma), 1000 * sigma)
 
     def at(self, log_snr: Tensor) -> Level:
         """alpha / sigma = exp(lambda)."""
@@ -265,4 +280,4 @@ class Flow(Path):
 
     def time(self, clock: Tensor) -> Tensor:
         """t from a thousandth."""
-        return clock / 1000
+        return clock / 1000 / self.last

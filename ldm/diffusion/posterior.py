@@ -30,6 +30,8 @@ def mean_weights(now: Level | Row, next: Level | Row, variance):
 def noise_variance(kind: NoiseVar, now: Row, next: Row, frac: Tensor | None) -> Tensor | float:
     """The variance of an ancestral step: small, large, or learned between the two on a log scale."""
     small, large = small_variance(now, next), large_variance(now, next)
+    if kind == "learned" and next.sigma == 0:
+        return 0.0  # the range has no lower end there
     if kind == "learned":
         if frac is None:
             raise ValueError("noise_var: learned needs a model that predicts its variance; expected small or large")

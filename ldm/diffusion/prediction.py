@@ -16,7 +16,7 @@ class Prediction(NamedTuple):
 
     x0: Tensor
     eps: Tensor
-    frac: Tensor | None = None  # learned log-variance, 0 = small and 1 = large (Improved DDPM eq. 15)
+    frac: Tensor | None = None  # where a learned log-variance lies, 0 = small and 1 = large (Improved DDPM eq. 15)
     shift: Tensor | None = None  # to be added to a stochastic step's mean, times its variance
 
 

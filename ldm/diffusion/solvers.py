@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.path import Level, Row, mix
+from ldm.diffusion.path import Level, Row, at_least_float32, mix
 from ldm.diffusion.posterior import NoiseVar, mean_weights, noise_variance, small_variance
 from ldm.diffusion.prediction import Prediction
 
@@ -56,6 +56,18 @@ def ddim_step(
     return Step(mean if noise is None else mean + std * noise(), mean, std, prediction)
 
 
+def check(order: int = 1, eta: float = 0.0, noise_var: NoiseVar = "small", noise: Noise = None) -> None:
+    """Refuse a solver's numbers that mean nothing."""
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: unknown; got {order}; expected 1, 2 or 3")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: out of range; got {eta}; expected 0 to 1")
+    if noise_var not in get_args(NoiseVar):
+        raise ValueError(f"noise_var: unknown; got {noise_var}; expected {', '.join(get_args(NoiseVar))}")
+    if eta > 0 and noise is None:
+        raise ValueError("noise: a stochastic solver needs a source of it; expected a function; try eta=0")
+
+
 def _shift(shift: Tensor, variance, eta: float) -> Tensor:
     if eta == 0:
         raise ValueError("eta: guidance of the mean needs a stochastic solver; try ddpm, or the form 'score'")
@@ -66,6 +78,8 @@ def ddim(
     denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, eta: float = 0.0, noise_var: NoiseVar = "small"
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021); on rectified flow with eta = 0, Euler's method."""
+    check(eta=eta, noise_var=noise_var, noise=noise)
+    x = at_least_float32(x)
     for now, next in pairwise(grid.rows()):
         step = ddim_step(x, denoise(x, now), now, next, eta, noise, noise_var)
         x = step.x
@@ -84,6 +98,7 @@ def _at_edge(now: Row, next: Row) -> bool:
 
 def heun(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None) -> Iterator[Step]:
     """Heun's method on d(x / alpha) = eps d(sigma / alpha) (EDM algorithm 1): two evaluations per step."""
+    x = at_least_float32(x)
     for now, next in pairwise(grid.rows()):
         first = denoise(x, now)
         step = ddim_step(x, first, now, next)
@@ -96,6 +111,8 @@ def heun(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None) -> Itera
 
 def singlestep(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int) -> Iterator[Step]:
     """DPM-Solver++ 2S and 3S (Lu et al. 2022): `order` steps of the grid are one Runge-Kutta step from their start."""
+    check(order=order)
+    x = at_least_float32(x)
     for group in _groups(grid.rows(), order):
         start, start_x, x0 = group[0], x, None
         for stage, (now, next) in enumerate(pairwise(group)):
@@ -111,8 +128,8 @@ def singlestep(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *,
             yield step
 
 
-dpm_2s = partial(singlestep, order=2)
-dpm_3s = partial(singlestep, order=3)
+dpmpp_2s = partial(singlestep, order=2)
+dpmpp_3s = partial(singlestep, order=3)
 
 
 def _groups(rows: list[Row], order: int) -> Iterator[list[Row]]:
@@ -140,6 +157,8 @@ def multistep(
     denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int, eta: float = 0.0
 ) -> Iterator[Step]:
     """DPM-Solver++ 2M and 3M (Lu et al. 2022): x0 extrapolated from the last steps; eta = 1 is the SDE's solver."""
+    check(order=order, eta=eta, noise=noise)
+    x = at_least_float32(x)
     past: list[tuple[float, Tensor]] = []  # (log-SNR, x0), newest first
     for now, next in pairwise(grid.rows()):
         prediction = denoise(x, now)
@@ -177,8 +196,9 @@ def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float) -> Tensor:
 
 def unipc(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int = 2) -> Iterator[Step]:
     """UniPC with B2 (Zhao et al. 2023): each prediction first corrects the step that led to it, at no evaluation."""
+    check(order=order)
+    x, rows = at_least_float32(x), grid.rows()
     past: list[tuple[float, Tensor]] = []  # (log-SNR, x0), newest first
-    rows = grid.rows()
     last, last_x = rows[0], x  # where the step to here began
     for now, next in pairwise(rows):
         prediction = denoise(x, now)

@@ -43,7 +43,7 @@ class LogNormal:
 
     def __call__(self, path: Path, u: Tensor) -> Level:
         """The levels (B,) for uniform numbers (B,)."""
-        return path.at(-(self.mean + self.std * normal_quantile(u)))
+        return path.trained(path.at(-(self.mean + self.std * normal_quantile(u))))
 
 
 def normal_quantile(u: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class MinSNR:
         self.gamma = positive("gamma", gamma)
 
     def __call__(self, prediction: Target, level: Level) -> Tensor:
-        """(B,), finite at both ends: min(alpha^2, gamma * sigma^2) / det^2."""
+        """(B,), finite wherever the output can be inverted: min(alpha^2, gamma * sigma^2) / det^2."""
         return torch.minimum(level.alpha**2, self.gamma * level.sigma**2) / det(prediction, level) ** 2
 
 

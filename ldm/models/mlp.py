@@ -8,9 +8,9 @@ from ldm.models.layers import check_multiple, check_positive, timestep_embedding
 
 
 class MLP(nn.Module):
-    """x (B, C) and t (B,) -> (B, C), by `layers` residual blocks that are told the time."""
+    """x (B, C), t (B,) -> (B, C), or (B, 2C) with `learned_sigma`, by residual blocks that are told the time."""
 
-    def __init__(self, *, in_channels: int, width: int = 128, layers: int = 3):
+    def __init__(self, *, in_channels: int, learned_sigma: bool = False, width: int = 128, layers: int = 3):
         super().__init__()
         check_multiple("width", width, 2, "needs a cosine for each sine")
         check_positive(layers=layers)
@@ -21,11 +21,11 @@ class MLP(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
             for _ in range(layers)
         )
-        self.outward = nn.Linear(width, in_channels)
+        self.outward = nn.Linear(width, in_channels * (2 if learned_sigma else 1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         told = self.time(timestep_embedding(t, self.width))  # (B, W)
         x = self.inward(x)  # (B, W)
         for block in self.blocks:
             x = x + block(x + told)  # (B, W)
-        return self.outward(x)  # (B, C)
+        return self.outward(x)  # (B, C or 2C)

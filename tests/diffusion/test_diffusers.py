@@ -88,8 +88,8 @@ MULTI = {
 }
 UNIPC_3 = {"unipc_3": Case(partial(solvers.unipc, order=3), "UniPCMultistep", {"solver_order": 3})}
 SINGLE = {
-    "2s": Case(solvers.dpm_2s, "DPMSolverSinglestep", {"solver_order": 2, "lower_order_final": True}),
-    "3s": Case(solvers.dpm_3s, "DPMSolverSinglestep", {"solver_order": 3, "lower_order_final": True}),
+    "2s": Case(solvers.dpmpp_2s, "DPMSolverSinglestep", {"solver_order": 2, "lower_order_final": True}),
+    "3s": Case(solvers.dpmpp_3s, "DPMSolverSinglestep", {"solver_order": 3, "lower_order_final": True}),
 }
 ALL = DDPM | DDIM | EULER | MULTI | UNIPC_3 | SINGLE
 FLOW_EULER = Case(solvers.euler, "FlowMatchEulerDiscrete")

@@ -20,7 +20,7 @@ SOLVERS = {
     "ancestral": solvers.euler_ancestral,
     "heun": solvers.heun,
     "2m": solvers.dpmpp_2m,
-    "3s": solvers.dpm_3s,
+    "3s": solvers.dpmpp_3s,
     "unipc": solvers.unipc,
 }
 

@@ -19,8 +19,8 @@ EQUIVARIANT = {
     "ddim eta 0.6": partial(solvers.ddim, eta=0.6),
     "ancestral": solvers.euler_ancestral,
     "heun": solvers.heun,
-    "2s": solvers.dpm_2s,
-    "3s": solvers.dpm_3s,
+    "2s": solvers.dpmpp_2s,
+    "3s": solvers.dpmpp_3s,
     "2m": solvers.dpmpp_2m,
     "2m sde": solvers.dpmpp_2m_sde,
     "3m": solvers.dpmpp_3m,
@@ -125,7 +125,7 @@ def test_a_solver_that_sees_one_step_is_first_order_at_both_ends():
     grid = spacing.Trailing(steps=3).grid(path.Flow())
     x = start()
     expected = list(solvers.ddim(Exact(MIXTURE), x, grid))
-    for name in ("dpmpp_2m", "dpmpp_3m", "unipc", "dpm_2s", "dpm_3s", "heun"):
+    for name in ("dpmpp_2m", "dpmpp_3m", "unipc", "dpmpp_2s", "dpmpp_3s", "heun"):
         steps = list(ALL[name](Exact(MIXTURE), x, grid))
         torch.testing.assert_close(steps[0].x, expected[0].x, rtol=1e-12, atol=1e-12)
         if name in ("dpmpp_2m", "dpmpp_3m", "unipc"):  # their second step has one point of history: first order

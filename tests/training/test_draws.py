@@ -78,7 +78,7 @@ def test_logit_normal_quantiles(shift):
 
 def test_log_normal_quantiles_on_every_path():
     u = torch.tensor([0.5, 0.8413447460685429], dtype=torch.float64)
-    for where in (path.VE(), path.Flow(), path.VPSDE(), path.cosine()):
+    for where in (path.VE(), path.Flow(), path.VPSDE()):
         level = times.LogNormal(mean=-1.2, std=1.2)(where, u)
         torch.testing.assert_close((level.sigma / level.alpha).log(), torch.tensor([-1.2, 0.0], dtype=torch.float64))
 
@@ -91,3 +91,15 @@ def test_the_ends_of_the_unit_interval_are_finite(draw, where):
         assert field.isfinite().all()
     assert (level.sigma > 0).all()
     assert (level.sigma.diff() > 0).all()
+
+
+def test_log_normal_on_a_table_means_its_steps():
+    level = times.LogNormal(mean=-1.2, std=1.2)(path.cosine(), even(50))
+    assert torch.equal(level.t, level.t.round())
+    wanted = path.cosine().at(-(-1.2 + 1.2 * times.normal_quantile(even(50))))
+    assert (level.t - wanted.t).abs().max() <= 0.5
+
+
+def test_shift_moves_uniform_times_towards_the_noise():
+    plain, moved = (times.Uniform(shift=s)(path.Flow(), even(99)).sigma for s in (1.0, 3.0))
+    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
