@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +54,19 @@ def read(file: str | Path) -> Image.Image:
         raise InputError("cannot read the picture", str(file), got=str(error).splitlines()[0]) from None
 
 
-def write(image: Image.Image, file: Path, parameters: str, record: dict[str, Any]) -> None:
-    """A PNG with the A1111 `parameters` text and our own record, from which `ldm replay` makes it again."""
+def write(image: Image.Image, file: Path, **texts: str) -> None:
+    """A PNG with texts in it, all or nothing."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", parameters)
-    info.add_itxt("ldm", json.dumps(record))
-    image.save(file, pnginfo=info)
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        image.save(unfinished, "PNG", pnginfo=info)
+        unfinished.replace(file)
+    except OSError as error:
+        raise InputError("cannot write the picture", str(file), got=error.strerror or str(error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:

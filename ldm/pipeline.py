@@ -24,6 +24,12 @@ from ldm.models.empty import empty
 
 OnStep = Callable[[int, Step], None]
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
+OPTIONS = {
+    "label": "--label N",
+    "image": "--init-image FILE",
+    "mask": "--mask FILE",
+    **dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE"),
+}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,7 +74,7 @@ class Pipeline:
         self.factor = 1 if self.autoencoder is None else self.autoencoder.factor
         self.channels = config["channels"] if self.autoencoder is None else self.autoencoder.latent_channels
         for module in filter(None, model):
-            place(module.eval().requires_grad_(False), device, offload)
+            place(module.eval().requires_grad_(False).float(), device, offload)
 
     def __call__(
         self,
@@ -107,7 +113,7 @@ class Pipeline:
         """The model's own settings, with what is given here in their place."""
         wanted = {"guidance.cfg": cfg, "spacing.steps": steps, "solver.type": solver}
         config = self.config.amended([*(f"{k}={v}" for k, v in wanted.items() if v is not None), *overrides])
-        size = self.size(height or config["size"], width or config["size"])
+        size = self.size(*(config["size"] if side is None else side for side in (height, width)))
         grid = assemble.grid(config, self.denoiser.path)
         recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size)
         if condition is not None:
@@ -154,6 +160,8 @@ class Pipeline:
     def images(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> list[Image.Image]:
         """The pictures of one batch of requests."""
         images = self.decode(self.latents(requests, recipe, on_step))
+        if not images.isfinite().all():
+            raise DivergedError("decoding left the finite numbers", hint="--precision fp32, or a smaller cfg")
         if recipe.image is not None and recipe.mask is not None:  # what was not to change does not
             images = torch.lerp(recipe.image.to(images), images, recipe.mask.to(images))
         return pictures.to_pil(images)
@@ -212,6 +220,9 @@ class Pipeline:
         labels = [request.label for request in requests]
         if None not in labels:
             batch["label"] = torch.tensor(labels, device=self.device)
+        for name in self.conditioner.reads:
+            if name not in batch:
+                raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
         return batch
 
     def encode(self, images: Tensor) -> Tensor:
@@ -258,6 +269,8 @@ def load(
     if path is None and not SHIPPED.exists():
         raise InputError("no checkpoint given, and no model ships with this version", hint="--ckpt PATH")
     where, dtype = placement(device, precision)
+    if offload and where.type == "cpu":
+        raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     path = SHIPPED if path is None else path
     opened = checkpoint.open(path, vae=vae)
     if opened.config["backbone"] is None:
@@ -274,8 +287,6 @@ def place(module: nn.Module, device: torch.device, offload: bool) -> None:
     if not offload:
         module.to(device)
         return
-    if device.type == "cpu":
-        raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     from accelerate import cpu_offload
 
     cpu_offload(module, device)

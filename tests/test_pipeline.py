@@ -78,7 +78,9 @@ def distance(a: Image.Image, b: Image.Image) -> int:
 def picture() -> Image.Image:
     rows, columns = np.mgrid[: SIZE["height"], : SIZE["width"]]
     noise = np.random.default_rng(0).integers(-40, 40, (*rows.shape, 3))
-    return Image.fromarray((np.stack((rows * 14, columns * 9, 240 - rows * 10), 2) + noise).clip(5, 250).astype("uint8"))
+    return Image.fromarray(
+        (np.stack((rows * 14, columns * 9, 240 - rows * 10), 2) + noise).clip(5, 250).astype("uint8")
+    )
 
 
 def mask() -> Image.Image:

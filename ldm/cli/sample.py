@@ -12,11 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, parts
 from ldm.cli import own_parts
+from ldm.conditioning.tokenizer import check_length
 from ldm.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Order:
     strength: float = 0.8
     mask: str | None = None
     condition: str | None = None
+    precision: str = "auto"
     overrides: list[str] = field(default_factory=list)
 
 
@@ -93,7 +96,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that costs nothing, then load, sample and write."""
-    order = read_order(arguments)
+    order, main_process = read_order(arguments), rank() == 0
     out = writable(Path(arguments.out))
     own_parts(arguments)
     from ldm import pictures, pipeline  # torch is only paid for once all options are right
@@ -103,19 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
         vae=order.vae,
         overrides=order.overrides,
         device=arguments.device,
-        precision=arguments.precision,
+        precision=order.precision,
         offload=arguments.offload,
     )
-    for note in pipe.opened.notes if pipe.opened else ():
+    for note in pipe.opened.notes if pipe.opened and main_process else ():
         print(f"note: {note}", file=sys.stderr)
-    look = preview(pipe, out) if arguments.preview else None
+    look = preview(pipe, out) if arguments.preview and main_process else None
     images = []
     for picture in make(pipe, order, arguments.batch_size, look, silent=arguments.json):
         file = picture.save(out)
         print(json.dumps({"file": str(file), **picture.record}) if arguments.json else file, flush=True)
         images.append(picture.image)
-    if arguments.grid and images:
-        pictures.grid(images).save(out / "grid.png")
+    if arguments.grid and (images := gathered(images)):
+        pictures.write(pictures.grid(images), out / "grid.png")
     return 0
 
 
@@ -131,7 +134,10 @@ def writable(out: Path) -> Path:
 
 def read_order(arguments: argparse.Namespace) -> Order:
     """The options as an order, or the first thing that is wrong with them."""
-    check_numbers(arguments)
+    prompts = read_prompts(arguments)
+    check_numbers(arguments, len(prompts))
+    for prompt in [*prompts, arguments.negative]:
+        check_length(prompt)
     solver = None if arguments.sampler is None else solver_name(arguments.sampler)
     wanted = {"guidance.cfg": arguments.cfg, "spacing.steps": arguments.steps, "solver.type": solver}
     overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in wanted.items() if value is not None)]
@@ -144,7 +150,7 @@ def read_order(arguments: argparse.Namespace) -> Order:
     return Order(
         checkpoint=arguments.ckpt,
         vae=arguments.vae,
-        prompts=read_prompts(arguments),
+        prompts=prompts,
         negative=arguments.negative,
         label=arguments.label,
         seed=arguments.seed,
@@ -155,17 +161,20 @@ def read_order(arguments: argparse.Namespace) -> Order:
         strength=arguments.strength,
         mask=arguments.mask,
         condition=arguments.condition,
+        precision=arguments.precision,
         overrides=overrides,
     )
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
+def check_numbers(arguments: argparse.Namespace, prompts: int) -> None:
     """Ranges that need no model to be known."""
     ranges = {
         "cfg": (arguments.cfg is None or math.isfinite(arguments.cfg), "a finite number"),
         "steps": (arguments.steps is None or arguments.steps >= 1, "at least 1"),
-        "seed": (0 <= arguments.seed < 2**32 - arguments.n, "from 0 to below 2**32"),
         "n": (arguments.n >= 1, "at least 1"),
+        "seed": (0 <= arguments.seed <= 2**32 - prompts * arguments.n, "at least 0, and below 2**32 for all pictures"),
+        "height": (arguments.height is None or arguments.height >= 1, "at least 1"),
+        "width": (arguments.width is None or arguments.width >= 1, "at least 1"),
         "batch-size": (arguments.batch_size >= 1, "at least 1"),
         "strength": (0 < arguments.strength <= 1, "above 0 and at most 1"),
     }
@@ -195,9 +204,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts_file is not None:
         try:
-            lines = Path(arguments.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(arguments.prompts_file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError("--prompts-file: cannot be read", arguments.prompts_file, got=str(error)) from None
+            got = getattr(error, "strerror", None) or str(error)
+            raise InputError("--prompts-file: cannot be read", arguments.prompts_file, got, "UTF-8 text") from None
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise InputError("--prompts-file: has no prompts", arguments.prompts_file, expected="one prompt a line")
@@ -206,11 +216,12 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and all that made it."""
+    """A picture and all that made it; `place` is which of how many it was in its batch, for the last bit's sake."""
 
     image: Image.Image
     request: Request
     record: dict[str, Any]
+    place: tuple[int, int]
 
     def save(self, out: Path) -> Path:
         """A PNG whose name says its prompt, its seed and, in eight hexadecimal digits, everything else."""
@@ -219,8 +230,13 @@ class Picture:
         slug = re.sub(r"[^a-z0-9]+", "-", self.request.prompt.lower()).strip("-")[:60] or "picture"
         digest = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:8]
         file = out / f"{slug}_{self.request.seed}_{digest}.png"
-        pictures.write(self.image, file, a1111(self.record), self.record)
+        pictures.write(self.image, file, parameters=a1111(self.record), ldm=json.dumps(self.remembered))
         return file
+
+    @property
+    def remembered(self) -> dict[str, Any]:
+        """What is written into the PNG."""
+        return {**self.record, "place": self.place}
 
 
 def make(
@@ -232,7 +248,7 @@ def make(
     recipe, requests = read_recipe(pipe, order), share(read_requests(order))
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     steps = len(recipe.grid.t) - 1
-    with tqdm(total=steps * len(batches), desc="sampling", disable=silent, leave=False) as bar:
+    with tqdm(total=steps * len(batches), desc="sampling", disable=silent or None, leave=False) as bar:
 
         def on_step(number: int, step: Step) -> None:
             bar.update()
@@ -240,8 +256,8 @@ def make(
                 look(number, step)
 
         for batch in batches:
-            for request, image in zip(batch, pipe.images(batch, recipe, on_step)):
-                yield Picture(image, request, record(pipe, order, request, recipe))
+            for i, image in enumerate(pipe.images(batch, recipe, on_step)):
+                yield Picture(image, batch[i], record(pipe, order, batch[i], recipe), (i, len(batch)))
 
 
 def read_requests(order: Order) -> list[Request]:
@@ -254,7 +270,26 @@ def read_requests(order: Order) -> list[Request]:
 
 def share(requests: list[Request]) -> list[Request]:
     """What is this process's to do, when torchrun has started several."""
-    return requests[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    return requests[rank() :: int(os.environ.get("WORLD_SIZE", 1))]
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is."""
+    return int(os.environ.get("RANK", 0))
+
+
+def gathered(images: list[Image.Image]) -> list[Image.Image]:
+    """The pictures of all of torchrun's processes, in order; the first process alone gets them."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return images
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    lists: list[Any] | None = [None] * count if rank() == 0 else None
+    distributed.gather_object(images, lists)
+    distributed.destroy_process_group()
+    return [image for row in zip_longest(*lists or []) for image in row if image is not None]
 
 
 def read_recipe(pipe: Pipeline, order: Order) -> Recipe:
@@ -310,6 +345,6 @@ def preview(pipe: Pipeline, out: Path) -> OnStep:
 
     def look(number: int, step: Step) -> None:
         if number % 5 == 4:
-            pictures.to_pil(pipe.decode(step.prediction.x0[:1]))[0].save(out / "preview.png")
+            pictures.write(pictures.to_pil(pipe.decode(step.prediction.x0[:1]))[0], out / "preview.png")
 
     return look

@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
         return self.prediction.recover(x, self.output(x, level, condition), level)
 
     def output(self, x: Tensor, level: Level | Row, condition: Condition | None = None) -> Tensor:
-        """The network's own output y, in x's type; the network sees x in the type of its weights."""
+        """The network's own output y in x's type, whatever autocast makes the network compute in."""
         if isinstance(level, Row):
             t = torch.full((len(x),), level.t, dtype=torch.float32, device=x.device)  # (B,)
             scaled = x if level.c_in == 1 else x * level.c_in
@@ -39,8 +39,7 @@ class Denoiser(nn.Module):
             keywords = {name: value for name, value in known.items() if value is not None}
             if condition.concat is not None:
                 scaled = torch.cat([scaled, condition.concat.to(scaled)], dim=1)  # (B, C + C', ...)
-        weights = next(self.backbone.parameters(), scaled)
-        y = self.backbone(scaled.to(weights.dtype), t, **keywords)
+        y = self.backbone(scaled, t, **keywords)
         expected = (len(x), x.shape[1] * self.prediction.channels, *x.shape[2:])
         if y.shape != expected:
             raise ValueError(f"backbone: its output does not fit; got shape {tuple(y.shape)}; expected {expected}")
