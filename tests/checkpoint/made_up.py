@@ -1,5 +1,7 @@
 """Made-up models of every family, small and random: configurations and states in our names."""
 
+from functools import cache
+
 import torch
 
 from ldm.checkpoint.networks import build_autoencoder, build_backbone, build_text
@@ -10,7 +12,15 @@ CLIP = {"type": "clip", "width": 64, "layers": 2, "heads": 1, "length": 12, "voc
 OPEN_CLIP = CLIP | {"type": "open_clip", "layers": 3}
 BERT = CLIP | {"type": "joint_text", "heads": 2, "head_width": 64, "masked": False}
 LABEL = {"type": "label", "classes": 11, "null": 10}
-KL = {"type": "kl", "latent": 4, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attend": [], "mid_attention": True}
+KL = {
+    "type": "kl",
+    "latent": 4,
+    "channels": 32,
+    "multipliers": [1, 2],
+    "blocks": 1,
+    "attend": [],
+    "mid_attention": True,
+}
 VQ = KL | {"type": "vq", "latent": 3, "codes": 16, "attend": [2], "mid_attention": False}
 DIT = {"type": "dit", "width": 128, "depth": 2, "heads": 2, "patch": 2}
 SD = {"type": "scaled_linear", "start": 0.00085, "end": 0.012}
@@ -94,6 +104,7 @@ def random(network, seed: int, prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: x for name, x in fill(network.to_empty(device="cpu"), seed).state_dict().items()}
 
 
+@cache
 def make(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """A family's configuration and state."""
     config = CONFIGS[name]
