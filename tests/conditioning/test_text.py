@@ -24,6 +24,7 @@ from ldm.conditioning.text import clip, joint_text, open_clip
 from ldm.conditioning.tokenizer import BPE, clip_tokenizer, from_json
 from ldm.errors import CheckpointError, InputError
 from tests.conditioning.conditions import CAPTIONS, T5_NUMBERS, TEXTS, small_joint, small_t5, unigram
+from tests.conditioning.x_transformer import x_transformer
 from tests.models.first_stages import fill
 
 CLIP = {"width": 12, "layers": 2, "heads": 2}
@@ -90,7 +91,8 @@ def test_t5_s_states_are_those_of_transformers():
     torch.testing.assert_close(condition.tokens[condition.mask], states[mask.bool()], atol=1e-5, rtol=1e-4)
 
 
-def test_ldm_s_encoder_takes_bert_s_ids(tmp_path):
+@torch.no_grad()
+def test_ldm_s_states_are_those_of_an_x_transformer_on_bert_s_ids(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube"]
     BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path)
     numbers = {"width": 12, "layers": 2, "heads": 2, "head_width": 8, "length": 6, "vocabulary": 8}
@@ -98,8 +100,11 @@ def test_ldm_s_encoder_takes_bert_s_ids(tmp_path):
     assert ours.tokenize(["a red cube", ""]).tolist() == [[2, 5, 6, 7, 3, 0], [2, 3, 0, 0, 0, 0]]
     condition = ours({"caption": ["a red cube", ""]})
     assert condition.mask is None
-    assert ours.transformer.blocks[0].attention.q.weight.shape == (16, 12)
     assert not ours.frozen
+    state = write_text(ours.transformer.state_dict(), ours.transformer, "ldm")
+    assert state["transformer.attn_layers.layers.0.1.to_q.weight"].shape == (16, 12)
+    states = x_transformer(state, ours.tokenize(["a red cube", ""]), depth=2, heads=2)
+    torch.testing.assert_close(condition.tokens, states, atol=1e-5, rtol=1e-4)
 
 
 def test_the_published_encoders_have_their_sizes(monkeypatch):
