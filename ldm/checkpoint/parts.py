@@ -52,7 +52,10 @@ def open_backbone(
     given = numbers.pop("given")
     node = stored or {"type": "dit" if dit else "unet", **numbers, **heads}
     network = build_backbone(node, given)
-    ours = read_backbone(dict(state), network, layout)  # type: ignore[arg-type]
+    try:
+        ours = read_backbone(dict(state), network, layout)  # type: ignore[arg-type]
+    except RuntimeError as error:  # a joint matrix of q, k, v that does not divide
+        raise CheckpointError("tensors of another shape in the backbone", layout, str(error)) from error
     fit(ours, network, "backbone")
     return node, given, above(ours, "backbone.")
 

@@ -220,16 +220,32 @@ def test_missing_extra_and_misshapen_tensors_are_counted_and_named(changes, mess
     assert str(error.value) == message
 
 
+def test_a_first_stage_with_something_else_beside_it_is_refused(tmp_path):
+    tensors = {f"first_stage_model.{key}": x for key, x in load_file(write(tmp_path, "kl")).items()}
+    others = {"loss.logvar": torch.ones(1), "first_stage_model.loss.discriminator.weight": torch.ones(1)}
+    save_file(tensors | others, tmp_path / "x.safetensors")
+    assert checkpoint.open(tmp_path / "x.safetensors").notes[0] == "left out: the first stage's losses"
+    save_file(tensors | {"backbone.weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.open(tmp_path / "x.safetensors")
+    assert str(error.value) == ("tensors without a place; got 1: backbone.weight; expected none; try another layout")
+
+
 def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
     save_file({"blocks.0.weight": torch.ones(2), "head": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(tmp_path / "x.safetensors")
     assert str(error.value) == (
-        f"another architecture's file ({tmp_path}/x.safetensors); got 2: blocks.0.weight, head; "
+        f"another architecture's file ({tmp_path}/x.safetensors); got 2 tensors: blocks.0.weight, head; "
         "expected our own format, DiT, a first stage, Stable Diffusion 1, Stable Diffusion 2, LDM text-to-image, "
         "LDM class-conditional, LDM unconditional, VQ, LDM unconditional, KL"
     )
     tensors = load_file(write(tmp_path, "sd1"))
+    save_file(tensors | {"conditioner.embedders.0.weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"another architecture's file \(.*\); got Stable Diffusion XL; expected "
+    ):
+        checkpoint.open(tmp_path / "x.safetensors")
     save_file({key: x for key, x in tensors.items() if key.startswith(MODEL)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(tmp_path / "x.safetensors")
@@ -237,6 +253,39 @@ def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
         f"a U-Net without the encoder of its condition ({tmp_path}/x.safetensors); got a context of 64; "
         "try the file of the whole model"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "sd1",
+            {f"{MODEL}input_blocks.1.0.emb_layers.1.weight": None},
+            "not a U-Net that is known here (compvis); got no 'input_blocks.1.0.emb_layers.1.weight' to tell its "
+            "shape; try a file of one of the families in the docs",
+        ),
+        (
+            "ldm_vq",
+            {f"{MODEL}middle_block.1.qkv.bias": torch.ones(7)},
+            "tensors of another shape in the backbone (compvis); got unflatten: ",
+        ),
+        (
+            "sd1",
+            {f"{MODEL}input_blocks.0.0.weight": torch.ones(64, 7, 3, 3)},
+            "nobody says what its input channels are ({}); got 7; expected 4, 8 (edit) or 9 (inpainting)",
+        ),
+        (
+            "sd1",
+            {f"{MODEL}input_blocks.0.0.weight": torch.ones(48, 4, 3, 3)},
+            "no U-Net has such numbers; got channels: cannot be split into 32 norm groups; got 48; ",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_built(name, changes, message, tmp_path):
+    path = write(tmp_path, name, **changes)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.open(path)
+    assert str(error.value).startswith(message.format(path))
 
 
 @torch.no_grad()
