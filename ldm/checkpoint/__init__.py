@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.checkpoint.files import Tensors, check_numbers, open_file
+from ldm.checkpoint.files import check_numbers, is_pickle, open_file, open_pickle
 from ldm.checkpoint.folder import read_folder
 from ldm.checkpoint.folder_writing import write_diffusers
 from ldm.checkpoint.native import MARK, read_native, save
@@ -15,20 +15,22 @@ from ldm.checkpoint.single import read_single
 from ldm.checkpoint.writing import write_compvis
 from ldm.errors import CheckpointError
 
-__all__ = ["Opened", "load_weights", "open", "recognise", "save", "write_compvis", "write_diffusers"]
+__all__ = ["Opened", "load_weights", "open", "save", "write_compvis", "write_diffusers"]
 
 
-def open(path: str | Path, *, vae: str | Path | None = None) -> Opened:
-    """Any checkpoint, its kind found out by looking; `vae` is another whose first stage takes its own's place."""
+def open(path: str | Path, *, vae: str | Path | None = None, pickles: bool = False) -> Opened:
+    """Any checkpoint, its kind found out by looking; `vae` is another whose first stage takes its own's place.
+
+    `pickles` is for `ldm convert` alone.
+    """
     path = Path(path)
-    opened = read_folder(path) if path.is_dir() else recognise(open_file(path))
+    if path.is_dir():
+        opened = read_folder(path)
+    else:
+        tensors = open_pickle(path) if pickles and is_pickle(path) else open_file(path)
+        opened = read_native(tensors) if MARK in tensors.metadata else read_single(tensors)
     check_numbers(opened.state, str(path))
-    return opened if vae is None else with_stage(opened, open(vae))
-
-
-def recognise(tensors: Tensors) -> Opened:
-    """What the tensors of one file are."""
-    return read_native(tensors) if MARK in tensors.metadata else read_single(tensors)
+    return opened if vae is None else with_stage(opened, open(vae, pickles=pickles))
 
 
 def with_stage(opened: Opened, other: Opened) -> Opened:

@@ -69,4 +69,11 @@ IGNORED = {  # what files carry beside weights, by the beginnings of names, and 
     "log_one_minus_": "tables of the noise",
     "betas": "tables of the noise",
 }
+STRANGERS = {  # what people may take for one of these, by the beginnings of names
+    "conditioner.embedders.": "Stable Diffusion XL",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "control_model.": "a ControlNet",
+    "lora_": "a LoRA",
+}
 V_DEVIATION = 0.09  # a norm's bias in the last block: above it in SD 2's v-models, below in its eps-models

@@ -106,6 +106,12 @@ def truncated(where: str, size: int, expected: str) -> None:
     raise CheckpointError("the file is truncated", where, f"{size} bytes", expected, AGAIN)
 
 
+def is_pickle(path: str | Path) -> bool:
+    """Whether a file is a pickle, whatever its name says."""
+    with readable(Path(path)) as file:
+        return file.read(4).startswith(PICKLES)
+
+
 def open_pickle(path: str | Path) -> Tensors:
     """The tensors of a .ckpt or .pt, memory-mapped where its format allows; nothing but weights is unpickled."""
     path = Path(path)

@@ -22,6 +22,8 @@ INDEX = "model_index.json"
 READ = ("unet", "transformer", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 STEMS = ("diffusion_pytorch_model", "model")
+FIXED_POSITIONS = "pos_embed.pos_embed"
+CFG = {"Stable Diffusion 1": 7.5, "Stable Diffusion 2": 7.5, "DiT": 4.0, "LDM unconditional": 1.0}
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
 ONLY = {  # what else would need another network than ours
     "act_fn": ("silu", "gelu-approximate"),
@@ -60,32 +62,34 @@ def read_pipeline(folder: Path, backbone: str, parts: list[str], notes: list[str
     """A whole pipeline: each part from its own folder."""
     settings, weights = read_part(folder / backbone)
     heads = dit_heads(settings) if backbone == "transformer" else unet_heads(settings)
-    ignored = ("pos_embed.pos_embed",)
-    weights = {name: x for name, x in weights.items() if name not in ignored}
+    weights = {name: x for name, x in weights.items() if name != FIXED_POSITIONS}
     node, given, state = open_backbone(weights, "diffusers", heads)
-    conditioner: Node | None = None
-    condition: State = {}
-    family = "LDM unconditional"
-    if "text_encoder" in parts:
-        encoder, condition = open_encoder(folder / "text_encoder")
-        family = {"clip": "Stable Diffusion 1", "open_clip": "Stable Diffusion 2"}[encoder["type"]]
-        conditioner = encoder
-    elif given["classes"]:
-        conditioner = {"type": "label", "classes": given["classes"], "null": given["classes"] - 1}
-        family = "DiT" if backbone == "transformer" else "LDM class-conditional"
+    family, conditioner, condition = open_condition(folder, parts, given)
     kind = extra_kind(given, str(folder))
     conditioner, condition = compose(conditioner, condition, kind)
     autoencoder, stage = open_stage(folder, parts, notes)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json") if "scheduler" in parts else {}
-    config = {"format": 1, **read_scheduler(scheduler, notes), "backbone": node, "conditioner": conditioner}
+    config: Node = {"format": 1, **read_scheduler(scheduler, notes), "backbone": node, "conditioner": conditioner}
     if given["learned_sigma"] and config["prediction"]["type"] != "learned_range":
         config["prediction"] = {"type": "learned_range", "of": config["prediction"]}
-    config |= {"guidance": {"cfg": {"DiT": 4.0, "LDM unconditional": 1.0}.get(family, 7.5)}, "autoencoder": autoencoder}
-    config["size"] = (settings.get("sample_size") or 64) * factor_of(autoencoder)
+    config |= {"guidance": {"cfg": CFG[family]}, "autoencoder": autoencoder}
+    side = settings.get("sample_size") or 64
+    config["size"] = (side if isinstance(side, int) else side[0]) * factor_of(autoencoder)
     tokenizer = str(folder / "tokenizer") if "tokenizer" in parts else None
     name = ", ".join(word for word in (family, kind, "diffusers folder") if word)
-    files = sorted(folder.glob("*/*.safetensors"))
-    return Opened(config, state | condition | stage, name, files, tokenizer, notes)
+    return Opened(config, state | condition | stage, name, sorted(folder.glob("*/*.safetensors")), tokenizer, notes)
+
+
+def open_condition(folder: Path, parts: list[str], given: Node) -> tuple[str, Node | None, State]:
+    """The family that a pipeline's condition makes it, and its conditioner."""
+    if "text_encoder" in parts:
+        encoder, state = open_encoder(folder / "text_encoder")
+        return {"clip": "Stable Diffusion 1", "open_clip": "Stable Diffusion 2"}[encoder["type"]], encoder, state
+    if given["context"]:
+        raise CheckpointError("a U-Net that reads text, without its encoder", str(folder), expected="text_encoder")
+    if given["classes"]:
+        return "DiT", {"type": "label", "classes": given["classes"], "null": given["classes"] - 1}, {}
+    return "LDM unconditional", None, {}
 
 
 def factor_of(autoencoder: Node | None) -> int:

@@ -78,7 +78,7 @@ def write_pipeline(
     if stage:
         index[stage_name] = write_stage(target / stage_name, stage, state, notes, dtype)
     else:
-        raise CheckpointError("no first stage to write", str(target), hint="--vae")
+        raise CheckpointError("no first stage to write", hint="--vae")
     if node and conditioner and kind[0] != "label":
         tower = write_tower(node, weights_of(conditioner, state), "clip")
         index["text_encoder"] = write_text_encoder(target / "text_encoder", node, tower, dtype)
@@ -111,7 +111,7 @@ def backbone_settings(backbone: UNet | DiT, size: int) -> Node:
     }
     if backbone.context is None:
         return settings | adm_settings(backbone, attend)
-    depth = [max((row.attend for row in encoder if row.out_channels == end.out_channels), default=1) for end in ends]
+    depth = [row.attend for row in ends]
     depth[-1] = backbone.plan[len(encoder)].attend
     counts = [backbone.heads_of(width) for width in widths]
     return settings | {

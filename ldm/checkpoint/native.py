@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm import __version__
-from ldm.checkpoint.files import Tensors, check_digest, write_file
+from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_digest, write_file
 from ldm.checkpoint.opened import Opened
 from ldm.errors import CheckpointError
 
@@ -35,6 +35,8 @@ def save(
 def read_native(tensors: Tensors) -> Opened:
     """One of our files, each of its bytes compared with the digest."""
     where, number = str(tensors.path), tensors.metadata[MARK]
+    if lost := {"config", DIGEST} - tensors.metadata.keys():
+        raise CheckpointError("the metadata are incomplete", where, f"no {sorted(lost)[0]}", hint=AGAIN)
     digest = check_digest(tensors.path)
     if not number.isdecimal() or int(number) > FORMAT:
         raise CheckpointError("written by a newer version", where, f"format {number}", str(FORMAT), "a newer ldm")

@@ -22,7 +22,7 @@ class Opened:
     state: Mapping[str, Tensor]
     family: str  # what it was recognised as, in words
     files: list[Path] = field(default_factory=list)
-    tokenizer: str | None = None
+    tokenizer: str | None = None  # as JSON in our files; of a diffusers folder, the path of its `tokenizer`
     notes: list[str] = field(default_factory=list)  # what its user should know, one sentence each
 
     @cached_property

@@ -16,7 +16,7 @@ from ldm.errors import CheckpointError
 
 State = dict[str, Tensor]
 Node = dict[str, Any]
-OLD_ATTENTION = "encoder.mid_block.attentions.0.query.weight"  # diffusers before 0.17
+OLD_ATTENTION = ".query.weight"  # diffusers before 0.17
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> State:
@@ -52,7 +52,10 @@ def open_backbone(
     given = numbers.pop("given")
     node = stored or {"type": "dit" if dit else "unet", **numbers, **heads}
     network = build_backbone(node, given)
-    ours = read_backbone(dict(state), network, layout)  # type: ignore[arg-type]
+    try:
+        ours = read_backbone(dict(state), network, layout)  # type: ignore[arg-type]
+    except RuntimeError as error:  # a joint matrix of q, k, v that does not divide
+        raise CheckpointError("tensors of another shape in the backbone", layout, str(error)) from error
     fit(ours, network, "backbone")
     return node, given, above(ours, "backbone.")
 
@@ -64,7 +67,7 @@ def open_autoencoder(
     layout = "compvis" if any(name.startswith("encoder.down.") for name in state) else "diffusers"
     node = stored or numbers_of(autoencoder_numbers, state, layout, "first stage")
     network = build_autoencoder(node)
-    old = layout == "diffusers" and OLD_ATTENTION in state
+    old = layout == "diffusers" and any(name.endswith(OLD_ATTENTION) for name in state)
     ours = read_autoencoder(state, network, "diffusers_old" if old else layout)  # type: ignore[arg-type]
     ours |= dict(zip(STATISTICS, (shift, scale)))
     fit(ours, network, "first stage")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.conditioners import extra_kind, open_conditioner
-from ldm.checkpoint.families import FAMILIES, FIRST_STAGE, IGNORED, UNET, V_DEVIATION
+from ldm.checkpoint.families import FAMILIES, FIRST_STAGE, IGNORED, STRANGERS, UNET, V_DEVIATION
 from ldm.checkpoint.files import Tensors
 from ldm.checkpoint.opened import Opened
 from ldm.checkpoint.parts import Node, State, open_autoencoder, open_backbone, under
@@ -27,17 +27,18 @@ SD_SCALE = 0.18215
 
 def read_single(tensors: Tensors) -> Opened:
     """What a single file holds, found out by looking at its names and shapes."""
-    if DIT in tensors:
+    stranger = next((what for name in tensors for start, what in STRANGERS.items() if name.startswith(start)), None)
+    if not stranger and DIT in tensors:
         return read_dit(tensors)
-    if f"{UNET}input_blocks.0.0.weight" in tensors:
+    if not stranger and f"{UNET}input_blocks.0.0.weight" in tensors:
         return read_model(tensors)
-    for prefix in (FIRST_STAGE, ""):
+    for prefix in () if stranger else (FIRST_STAGE, ""):
         if f"{prefix}encoder.conv_in.weight" in tensors and f"{prefix}decoder.conv_in.weight" in tensors:
             return read_first_stage(tensors, prefix)
-    names = ", ".join(sorted(tensors)[:5]) or "no tensors"
+    got = stranger or f"{len(tensors)} tensors: {', '.join(sorted(tensors)[:5])}"
     families = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
     expected = f"our own format, DiT, a first stage, {families}"
-    raise CheckpointError("another architecture's file", str(tensors.path), f"{len(tensors)}: {names}", expected)
+    raise CheckpointError("another architecture's file", str(tensors.path), got, expected)
 
 
 def stored_config(tensors: Tensors) -> Node:
@@ -133,7 +134,7 @@ def open_stage(tensors: Tensors, prefix: str, stored: Node | None, notes: list[s
 
 def read_first_stage(tensors: Tensors, prefix: str) -> Opened:
     """An autoencoder alone, under CompVis's names or diffusers'."""
-    notes: list[str] = []
+    notes = pass_over(tensors, (prefix,))
     node, state = open_stage(tensors, prefix, stored_config(tensors).get("autoencoder"), notes)
     kind = {"kl": "KL first stage", "vq": "VQ first stage"}[node["type"] if node else "kl"]
     return Opened({"format": 1, "autoencoder": node}, state, kind, [tensors.path], notes=notes)

@@ -15,7 +15,7 @@ BLOCK = 2**20
 
 
 class Weights(NamedTuple):
-    """A file of weights: what reads it, its name, where it is published, and its sha256."""
+    """A file of weights: what reads it, its name, its address or the package that knows it, and its sha256."""
 
     purpose: str
     file: str
@@ -27,7 +27,7 @@ KNOWN = {
     "vgg16": Weights(
         "the perceptual loss and LPIPS",
         "vgg16-397923af.pth",
-        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "torchvision",
         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
     ),
     "inception": Weights(
@@ -37,6 +37,15 @@ KNOWN = {
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
 }
+
+
+def address(weights: Weights) -> str:
+    """Where a file is published."""
+    if weights.url != "torchvision":
+        return weights.url
+    from torchvision.models import VGG16_Weights
+
+    return VGG16_Weights.IMAGENET1K_V1.url
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name}: {fetch(KNOWN[name], arguments.file)}")
     for name, weights in {} if arguments.names else KNOWN.items():
         state = "here" if place(weights).is_file() else "not here"
-        print(f"{name}: for {weights.purpose}; {state}: {place(weights)}; sha256 {weights.sha256}; {weights.url}")
+        print(f"{name}: for {weights.purpose}; {state}: {place(weights)}; sha256 {weights.sha256}; {address(weights)}")
     return 0
 
 
@@ -83,11 +92,11 @@ def fetch(weights: Weights, file: str | None = None) -> Path:
                 copy.write(block)
             copy.flush()
             os.fsync(copy.fileno())
-        check(weights, digest.hexdigest(), file or weights.url)
+        check(weights, digest.hexdigest(), file or address(weights))
         os.replace(unfinished, target)
     except OSError as error:
         raise DataError(
-            "cannot be fetched", file or weights.url, str(error), hint="ldm fetch NAME --file PATH"
+            "cannot be fetched", file or address(weights), str(error), hint="ldm fetch NAME --file PATH"
         ) from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -107,7 +116,7 @@ def opened(weights: Weights, file: str | None) -> BinaryIO:
     """The file at hand, or the published one."""
     from urllib.request import urlopen
 
-    return open(file, "rb") if file else urlopen(weights.url, timeout=60)
+    return open(file, "rb") if file else urlopen(address(weights), timeout=60)
 
 
 def blocks(source: BinaryIO) -> Iterator[bytes]:

@@ -71,6 +71,10 @@ class Compose(Conditioner):
         self.check_drop(drop, batch_size(conditions[0]))
         return self.join(conditions)
 
+    def without(self, condition: Condition, drop: Mapping[str, Tensor]) -> Condition:
+        """Not to be had: what is joined no longer tells its parts apart."""
+        raise NotImplementedError("each part's condition has to be dropped before they are joined")
+
     def join(self, conditions: Sequence[Condition]) -> Condition:
         """One condition of several."""
         spoken = [condition for condition in conditions if condition.tokens is not None]

@@ -40,6 +40,8 @@ class Text(Conditioner):
     ):
         super().__init__("caption", drop)
         check_positive(chunks=chunks)
+        if transformer.length < 3:
+            raise ValueError(f"length: no room for a word; got {transformer.length}; expected 3 or more; try 77")
         self.transformer, self.chunks, self.masked = transformer, chunks, masked
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
         self.context = transformer.tokens.embedding_dim

@@ -1,5 +1,7 @@
 """Made-up models of every family, small and random: configurations and states in our names."""
 
+from functools import cache
+
 import torch
 
 from ldm.checkpoint.networks import build_autoencoder, build_backbone, build_text
@@ -102,6 +104,7 @@ def random(network, seed: int, prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: x for name, x in fill(network.to_empty(device="cpu"), seed).state_dict().items()}
 
 
+@cache
 def make(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """A family's configuration and state."""
     config = CONFIGS[name]

@@ -3,13 +3,13 @@
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoint.text_keys import find_text, read_text, write_text
 from ldm.errors import CheckpointError
 from ldm.models.transformer import TextTransformer
+from tests.conditioning.x_transformer import x_transformer
 from tests.models.first_stages import fill
 
 SMALL = {"vocabulary": 50, "length": 9, "width": 32, "layers": 3, "heads": 4}
@@ -75,31 +75,6 @@ def test_a_tower_that_stops_before_the_last_block_reads_a_whole_one():
     shorter = TextTransformer(**{**SMALL, "layers": 1})
     with pytest.raises(CheckpointError, match=r"tensors without a place; got 12: transformer\.resblocks\.2\."):
         read_text(state, shorter, "open_clip")
-
-
-def x_transformer(state: dict[str, torch.Tensor], ids: torch.Tensor, depth: int, heads: int) -> torch.Tensor:
-    """LDM's encoder as its paper's code has it: pre-norm attention and feed-forward in turn, then a norm."""
-
-    def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        x = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.tensor(0.0))
-
-    x = state["transformer.token_emb.weight"][ids] + state["transformer.pos_emb.emb.weight"][: ids.shape[1]]
-    for number in range(2 * depth):
-        name = f"transformer.attn_layers.layers.{number}"
-        h = layer_norm(x, f"{name}.0")
-        if number % 2 == 0:
-            q, k, v = (linear(h, f"{name}.1.to_{letter}").chunk(heads, -1) for letter in "qkv")
-            weights = [(a @ b.transpose(1, 2) / a.shape[-1] ** 0.5).softmax(-1) for a, b in zip(q, k)]
-            h = linear(torch.cat([w @ c for w, c in zip(weights, v)], -1), f"{name}.1.to_out")
-        else:
-            h = linear(F.gelu(linear(h, f"{name}.1.net.0.0")), f"{name}.1.net.2")
-        x = x + h
-    return layer_norm(x, "transformer.norm")
 
 
 @torch.no_grad()

@@ -89,6 +89,15 @@ def test_it_says_what_it_gives(kind):
     back.load_state_dict(conditioner.state_dict())
 
 
+@pytest.mark.parametrize("name", ["clip", "clip_pooled", "joint_text", "label_token", "layout"])
+def test_it_answers_on_the_device_where_it_lives(name):
+    kind = KINDS[name]
+    conditioner = kind.make().to("meta")
+    for condition in (conditioner(kind.batch, everything(conditioner, FIRST)), conditioner.null(2)):
+        values = [getattr(condition, field.name) for field in fields(Condition)]
+        assert {value.device.type for value in values if value is not None} == {"meta"}
+
+
 # ---------------------------------------------------------------------------------------------------- composition
 
 
@@ -134,6 +143,16 @@ def test_side_by_side_is_sdxl_s_order():
     dropped = both(TEXTS, {"caption_2": ALL})
     assert torch.equal(dropped.tokens[..., :8], first.tokens)
     assert torch.equal(dropped.tokens[..., 8:], both.members[1].null(2).tokens)
+    with pytest.raises(NotImplementedError, match="before they are joined"):
+        both.without(condition, {"caption": ALL})
+
+
+def test_side_by_side_a_token_counts_where_it_counts_for_both():
+    both = Compose(parts=[small_joint(), small_joint(vocabulary=530)], by="channels")
+    first, second = (member(TEXTS).mask for member in both.members)
+    mask = both(TEXTS).mask
+    assert torch.equal(mask, first & second)
+    assert not torch.equal(first, second)
 
 
 # ---------------------------------------------------------------------------------------------- masks and orders

@@ -24,9 +24,11 @@ from ldm.conditioning.text import clip, joint_text, open_clip
 from ldm.conditioning.tokenizer import BPE, clip_tokenizer, from_json
 from ldm.errors import CheckpointError, InputError
 from tests.conditioning.conditions import CAPTIONS, T5_NUMBERS, TEXTS, small_joint, small_t5, unigram
+from tests.conditioning.x_transformer import x_transformer
 from tests.models.first_stages import fill
 
 CLIP = {"width": 12, "layers": 2, "heads": 2}
+JOINT = {"width": 12, "layers": 2, "heads": 2, "length": 16, "vocabulary": 560}
 LONG = " ".join(f"{colour} {shape}," for colour in ("red", "green", "blue") for shape in ("cube", "ball")) * 5
 
 
@@ -89,7 +91,8 @@ def test_t5_s_states_are_those_of_transformers():
     torch.testing.assert_close(condition.tokens[condition.mask], states[mask.bool()], atol=1e-5, rtol=1e-4)
 
 
-def test_ldm_s_encoder_takes_bert_s_ids(tmp_path):
+@torch.no_grad()
+def test_ldm_s_states_are_those_of_an_x_transformer_on_bert_s_ids(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube"]
     BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path)
     numbers = {"width": 12, "layers": 2, "heads": 2, "head_width": 8, "length": 6, "vocabulary": 8}
@@ -97,8 +100,11 @@ def test_ldm_s_encoder_takes_bert_s_ids(tmp_path):
     assert ours.tokenize(["a red cube", ""]).tolist() == [[2, 5, 6, 7, 3, 0], [2, 3, 0, 0, 0, 0]]
     condition = ours({"caption": ["a red cube", ""]})
     assert condition.mask is None
-    assert ours.transformer.blocks[0].attention.q.weight.shape == (16, 12)
     assert not ours.frozen
+    state = write_text(ours.transformer.state_dict(), ours.transformer, "ldm")
+    assert state["transformer.attn_layers.layers.0.1.to_q.weight"].shape == (16, 12)
+    states = x_transformer(state, ours.tokenize(["a red cube", ""]), depth=2, heads=2)
+    torch.testing.assert_close(condition.tokens, states, atol=1e-5, rtol=1e-4)
 
 
 def test_the_published_encoders_have_their_sizes(monkeypatch):
@@ -130,6 +136,17 @@ def test_gradients_reach_an_embedding_through_a_frozen_encoder():
     assert ours.transformer.positions.grad is None
 
 
+@pytest.mark.parametrize("make", [small_joint, small_t5, lambda: fill(clip(**CLIP))])
+def test_an_encoder_built_without_memory_is_filled_by_assignment(make):
+    ours, empty = make(), {small_t5: lambda: t5(**T5_NUMBERS), small_joint: lambda: joint_text(**JOINT)}.get(make)
+    with torch.device("meta"):
+        opened = (empty or (lambda: clip(**CLIP)))()
+    opened.load_state_dict(ours.state_dict(), assign=True)
+    opened.use(from_json(ours.tokenizer.to_json()))
+    assert torch.equal(opened(TEXTS).tokens, ours(TEXTS).tokens)
+    assert {p.requires_grad for p in opened.parameters()} == {not ours.frozen}
+
+
 # --------------------------------------------------------------------------------------------------- long prompts
 
 
@@ -147,6 +164,8 @@ def test_chunks_are_prompts_of_75_tokens_one_after_the_other():
     torch.testing.assert_close(whole.tokens[0], apart.tokens.flatten(0, 1))
     torch.testing.assert_close(whole.tokens[1, 77:154], one.null(1).tokens[0])
     torch.testing.assert_close(three.null(1).tokens[0], one.null(3).tokens.flatten(0, 1))
+    pooled, first = (fill(clip(**CLIP, projection=6, chunks=chunks)) for chunks in (2, 1))
+    torch.testing.assert_close(pooled({"caption": [LONG]}).pooled, first({"caption": parts[:1]}).pooled)
 
 
 def test_what_is_cut_off_is_quoted():
@@ -251,7 +270,7 @@ def test_a_t5_that_lacks_a_weight_is_refused(tmp_path):
 
 def test_a_joint_encoder_comes_back_with_its_tokenizer():
     ours = small_joint()
-    again = joint_text(width=12, layers=2, heads=2, length=16, vocabulary=560)
+    again = joint_text(**JOINT)
     again.load_state_dict(ours.state_dict())
     again.use(from_json(ours.tokenizer.to_json()))
     assert torch.equal(again(TEXTS).tokens, ours(TEXTS).tokens)
@@ -323,6 +342,7 @@ def test_texts_and_numbers_that_make_no_sense_are_refused():
         refusal(lambda: joint_text(width=12, layers=1, heads=2, vocabulary=520).use(BPE.train(CAPTIONS, 530)))
         == expected
     )
+    assert refusal(lambda: clip(**CLIP, length=2)) == "length: no room for a word; got 2; expected 3 or more; try 77"
     assert refusal(lambda: clip(**CLIP, chunks=0)) == "chunks: too small; got 0; expected 1 or more; try 1"
     assert refusal(lambda: clip(**{**CLIP, "heads": 0})) == "heads: too small; got 0; expected 1 or more; try 1"
     expected = "layers: the last one is not read; got 1; expected 2 or more; try 24"

@@ -22,7 +22,8 @@ o'clock|rock'n'roll|it's's|''s
 naïve café|Ångström|Zoë’s|“quoted”|‘single’|en–dash|em—dash|ellipsis…|ﬁne ﬂow|STRASSE straße|İstanbul|ΣΊΣΥΦΟΣ|Ǆ
 日本語|中文字符|한국어|ไทย|हिन्दी|العربية|עברית|русский|ελληνικά|ქართული|Việt Nam|𝔘𝔫𝔦𝔠𝔬𝔡𝔢|ＦＵＬＬ　ＷＩＤＴＨ|𐍈|ا‌ب
 🙂|👩‍👩‍👧‍👦|🏳️‍🌈|👍🏽|🇩🇪|❤️|☃|→ ← ↑|♪♫|©®™|€£¥|°C|№ 5|🙂🙂🙂|a🙂b
-&amp;|&lt;b&gt;|&amp;amp;|&quot;x&quot;|&#39;s|&#x1F600;|<b>bold</b>|<br/>|<!-- no -->|&nbsp;x|&copy; 2026|a&b|&unknown;
+&amp;|&lt;b&gt;|&amp;amp;|&quot;x&quot;|&#39;s|&#x1F600;|<b>bold</b>|<br/>|<!-- no -->|&nbsp;x|&copy; 2026|a&b
+&unknown;|<i> &amp;amp; x
 !!!|?!|...|--|___|a_b|#hashtag|@user|http://example.com/a?b=c|x@y.z|50%|$5|(brackets)|[x]|{y}|a/b
 back\\slash|~|`|^|*|+|=|<|>|| |
 tab\there|line\nbreak|  many   spaces  |trailing |\u00a0nbsp\u00a0|zero\u200bwidth|soft\u00adhyphen
