@@ -58,7 +58,7 @@ class Config:
     def _construct(self, node: dict[str, Any], table: str, key: str, given: dict[str, Any]) -> Any:
         target = parts.find(table, node.get("type", ""))
         schema = _schema(target)
-        arguments = {name: given[name] for name in schema if name in parts.GIVEN.get(table, {})}
+        arguments = {name: given[name] for name in schema if name in given and name in parts.GIVEN.get(table, {})}
         for name, value in node.items():
             if name in schema:
                 arguments[name] = self._argument(value, schema[name].annotation, table, f"{key}.{name}", given)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ def read(file: str | Path) -> Image.Image:
         raise InputError("cannot read the picture", str(file), got=str(error).splitlines()[0]) from None
 
 
-def write(image: Image.Image, file: Path, **texts: str) -> None:
+def write(image: Image.Image, file: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:
     """A PNG with texts in it, all or nothing."""
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():

@@ -42,6 +42,10 @@ class Request:
     label: int | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise InputError("seed: out of range", got=str(self.seed), expected="from 0 to below 2**32")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,6 +122,8 @@ class Pipeline:
         recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size)
         if condition is not None:
             recipe = replace(recipe, inputs=self.inputs(condition, size))
+        if mask is not None and image is None:
+            raise InputError("mask: nothing to repaint", hint=OPTIONS["image"])
         return recipe if image is None else self.from_image(recipe, image, strength, mask)
 
     def inputs(self, condition: Image.Image, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -159,7 +165,7 @@ class Pipeline:
     @torch.inference_mode()
     def images(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> list[Image.Image]:
         """The pictures of one batch of requests."""
-        images = self.decode(self.latents(requests, recipe, on_step))
+        images = self.decode(self.latents(requests, recipe, on_step)).float()
         if not images.isfinite().all():
             raise DivergedError("decoding left the finite numbers", hint="--precision fp32, or a smaller cfg")
         if recipe.image is not None and recipe.mask is not None:  # what was not to change does not
@@ -171,13 +177,13 @@ class Pipeline:
         """Sampling alone: (B, C, h, w), from noise that depends on each request's seed and on nothing else."""
         noise, finite = self.noise(requests, recipe), []
         with self.autocast():
-            x, denoise = self.begin(noise(), requests, recipe)
+            x, denoise, kept = self.begin(noise(), requests, recipe)
             for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
                 finite.append(step.x.isfinite().all())
                 if on_step is not None:
                     on_step(number, step)
         check_finite(torch.stack(finite), recipe.grid)
-        return step.x
+        return kept(step.x)
 
     def noise(self, requests: Sequence[Request], recipe: Recipe) -> Callable[[], Tensor]:
         """A source of noise with one CPU generator per picture, so that a picture is the same in every batch."""
@@ -185,24 +191,38 @@ class Pipeline:
         shape = (self.channels, recipe.height // self.factor, recipe.width // self.factor)
         return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
-    def begin(self, z: Tensor, requests: Sequence[Request], recipe: Recipe) -> tuple[Tensor, Callable]:
-        """Where sampling starts, and the guided denoiser with its condition bound."""
+    def begin(self, z: Tensor, requests: Sequence[Request], recipe: Recipe) -> tuple[Tensor, Callable, Callable]:
+        """Where sampling starts, the guided denoiser with its condition bound, and what is kept of where it ends."""
         condition, told = self.condition(requests, recipe), bool(recipe.inputs)
         denoiser: Any = recipe.guidance(self.denoiser, self.negative(requests, recipe))
-        x = self.denoiser.path.prior(z)
+        x, kept = self.denoiser.path.prior(z), lambda x: x
         if recipe.image is not None and not told:
-            known, first = self.encode(recipe.image).expand_as(z), recipe.grid.rows()[0]
+            known, first = self.encode(recipe.image).to(z).expand_as(z), recipe.grid.rows()[0]
             x = first.alpha * known + first.sigma * z
             if recipe.mask is not None:
                 mask = nn.functional.interpolate(recipe.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
                 denoiser = Inpainted(denoiser, known, z, mask)
-        return x, lambda x, level: denoiser(x, level, condition)
+                kept = denoiser.kept
+        return x, lambda x, level: denoiser(x, level, condition), kept
 
     def condition(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
         """What the requests ask for."""
+        self.check(requests)
         if self.conditioner is None:
             return None
         return self.conditioner(self.batch(requests, recipe, [r.prompt for r in requests])).map(self.moved)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse what this model would not read."""
+        reads = () if self.conditioner is None else self.conditioner.reads
+        given = {
+            "caption": ("prompt", any(r.prompt or r.negative for r in requests)),
+            "label": ("label", any(r.label is not None for r in requests)),
+        }
+        for name, (what, wanted) in given.items():
+            if wanted and name not in reads:
+                expected = f"only {', '.join(reads)}" if reads else "nothing to go by"
+                raise InputError(f"{what}: this model reads none", expected=expected)
 
     def negative(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
         """What guidance moves away from: the negative prompts and no label, beside the same pictures."""
@@ -220,7 +240,7 @@ class Pipeline:
         labels = [request.label for request in requests]
         if None not in labels:
             batch["label"] = torch.tensor(labels, device=self.device)
-        for name in self.conditioner.reads:
+        for name in () if self.conditioner is None else self.conditioner.reads:
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
         return batch
@@ -273,7 +293,7 @@ def load(
         raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     path = SHIPPED if path is None else path
     opened = checkpoint.open(path, vae=vae)
-    if opened.config["backbone"] is None:
+    if opened.config.get("backbone") is None:
         raise CheckpointError("a first stage alone makes no pictures", str(path), opened.family, hint="it as --vae")
     config = assemble.configure(opened.config, str(path), overrides)
     with empty():

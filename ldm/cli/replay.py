@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm.cli import sample
 from ldm.errors import CheckpointError, InputError
 
 
@@ -14,8 +15,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("image", help="a PNG that `ldm sample` wrote")
     parser.add_argument("--ckpt", metavar="PATH", help="the checkpoint, if it lies elsewhere now")
-    parser.add_argument("--out", default="replayed.png", help="where the new picture goes")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="replayed.png", help="where the new picture goes (default replayed.png)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,32 +24,46 @@ def run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from ldm import pictures, pipeline
-    from ldm.cli.sample import Order, file_digest, make
 
-    old = pictures.read(arguments.image)
-    record = remembered(old, arguments.image)
+    out, old = Path(arguments.out), pictures.read(arguments.image)
+    if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
+        raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
+    record, order = remembered(old, arguments.image)
     for file, digest in record["inputs"].items():
-        if not Path(file).is_file() or file_digest(file) != digest:
-            raise InputError("an input of this picture is not what it was", file, hint="the file of that time")
-    order = Order(**record["order"])
+        check_input(file, digest)
+    checkpoint = arguments.ckpt or order.checkpoint
     pipe = pipeline.load(
-        arguments.ckpt or order.checkpoint, vae=order.vae, overrides=order.overrides, device=arguments.device
+        checkpoint, vae=order.vae, overrides=order.overrides, device=arguments.device, precision=order.precision
     )
     if pipe.opened is not None and pipe.opened.hash != record["checkpoint"]:
         got, expected = pipe.opened.hash[:10], record["checkpoint"][:10]
-        raise CheckpointError(
-            "another checkpoint", str(arguments.ckpt or order.checkpoint), got, expected, "--ckpt PATH"
-        )
-    (picture,) = make(pipe, order, silent=True)
-    pictures.write(picture.image, Path(arguments.out), "", picture.record)
+        raise CheckpointError("another checkpoint", str(checkpoint), got, expected, "--ckpt PATH")
+    picture = again(pipe, order, *record["place"])
+    picture.write(out)
     distance = int(np.abs(np.asarray(old).astype(int) - np.asarray(picture.image).astype(int)).max())
-    print(f"wrote {arguments.out}: {'identical' if distance == 0 else f'off by at most {distance} of 255'}")
+    print(f"wrote {out}: {'identical' if distance == 0 else f'off by at most {distance} of 255'}")
     return 0
 
 
-def remembered(image: Any, file: str) -> dict[str, Any]:
-    """The record in a PNG."""
+def remembered(image: Any, file: str) -> tuple[dict[str, Any], sample.Order]:
+    """The record in a PNG, and the order in it."""
     try:
-        return json.loads(image.text["ldm"])
-    except (AttributeError, KeyError, ValueError):
+        record = json.loads(image.text["ldm"])
+        return {name: record[name] for name in ("checkpoint", "inputs", "place")}, sample.Order(**record["order"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError("this picture remembers nothing", file, expected="a PNG that `ldm sample` wrote") from None
+
+
+def check_input(file: str, digest: str) -> None:
+    """Refuse to go on without the file of that time."""
+    if not Path(file).is_file():
+        raise InputError("an input of this picture is not there", file)
+    if sample.file_digest(file) != digest:
+        raise InputError("an input of this picture has changed", file, hint="the file of that time")
+
+
+def again(pipe: Any, order: sample.Order, index: int, size: int) -> sample.Picture:
+    """The picture in a batch of as many as then, for the last bits of a sum depend on it."""
+    recipe, (request,) = sample.read_recipe(pipe, order), sample.read_requests(order)
+    image = pipe.images([request] * size, recipe)[index]
+    return sample.Picture(image, request, sample.record(pipe, order, request, recipe), (index, size))

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -71,7 +72,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=int, help="how many steps the sampler takes")
     how.add_argument("--sampler", metavar="NAME", help="one of the samplers below")
     how.add_argument("--seed", type=int, default=0, help="picture i of a call starts from the noise of seed + i")
-    how.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    how.add_argument("-n", "--n", type=int, default=1, help="pictures per prompt (behind torchrun, -n)")
     how.add_argument("--height", type=int, help="in pixels")
     how.add_argument("--width", type=int, help="in pixels")
     run = parser.add_argument_group("where")
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     own_parts(arguments)
     from ldm import pictures, pipeline  # torch is only paid for once all options are right
 
+    warnings.showwarning = show_warning
     pipe = pipeline.load(
         order.checkpoint,
         vae=order.vae,
@@ -120,6 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.grid and (images := gathered(images)):
         pictures.write(pictures.grid(images), out / "grid.png")
     return 0
+
+
+def show_warning(message: Warning | str, *details: Any) -> None:
+    """In one line, as errors are."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def writable(out: Path) -> Path:
@@ -208,9 +215,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             got = getattr(error, "strerror", None) or str(error)
             raise InputError("--prompts-file: cannot be read", arguments.prompts_file, got, "UTF-8 text") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
             raise InputError("--prompts-file: has no prompts", arguments.prompts_file, expected="one prompt a line")
+        prompts += found
     return prompts or [""]
 
 
@@ -225,18 +233,18 @@ class Picture:
 
     def save(self, out: Path) -> Path:
         """A PNG whose name says its prompt, its seed and, in eight hexadecimal digits, everything else."""
-        from ldm import pictures
-
         slug = re.sub(r"[^a-z0-9]+", "-", self.request.prompt.lower()).strip("-")[:60] or "picture"
         digest = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:8]
         file = out / f"{slug}_{self.request.seed}_{digest}.png"
-        pictures.write(self.image, file, parameters=a1111(self.record), ldm=json.dumps(self.remembered))
+        self.write(file)
         return file
 
-    @property
-    def remembered(self) -> dict[str, Any]:
-        """What is written into the PNG."""
-        return {**self.record, "place": self.place}
+    def write(self, file: Path) -> None:
+        """A PNG that remembers how it was made."""
+        from ldm import pictures
+
+        texts = {"parameters": a1111(self.record), "ldm": json.dumps({**self.record, "place": self.place})}
+        pictures.write(self.image, file, texts)
 
 
 def make(

@@ -24,3 +24,7 @@ class Inpainted:
         return prediction._replace(
             x0=torch.lerp(self.known, prediction.x0, self.mask), eps=torch.lerp(self.z, prediction.eps, self.mask)
         )
+
+    def kept(self, x: Tensor) -> Tensor:
+        """The end of sampling with the known part as it is, also on a grid that ends above sigma = 0."""
+        return torch.lerp(self.known, x, self.mask)

@@ -112,6 +112,10 @@ class LearnedRange(Target):
     channels = 2
 
     def __init__(self, *, of: Target, bound_weight: float = 1e-3):
+        if of.channels != 1:
+            raise ValueError("of: has a learned variance already; expected eps, x0, v or flow")
+        if bound_weight < 0:
+            raise ValueError(f"bound_weight: must be at least 0, got {bound_weight}")
         self.of, self.bound_weight = of, bound_weight
 
     def row(self, level):

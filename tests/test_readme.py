@@ -1,0 +1,60 @@
+"""What the README says is true: its commands, its Python and its tree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.cli import COMMANDS, main
+from ldm.condition import Condition
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONSOLE = [line[2:] for line in re.findall(r"^\$ .*$", README, re.MULTILINE)]
+DEMOS = [line for line in CONSOLE if line.startswith("ldm demo")]
+
+
+@pytest.mark.parametrize("line", DEMOS)
+def test_a_demo_of_the_readme_is_understood(line, capsys, monkeypatch, tmp_path):
+    """It runs as written, or ends in the very error that is shown below it."""
+    monkeypatch.chdir(tmp_path)
+    said = README[README.index(f"$ {line}\n") + len(line) + 3 :].split("\n")[0]
+    expected = 2 if said.startswith("error: ") else 0
+    assert main([*shlex.split(line)[1:], "--print-config"]) == expected
+    if expected:
+        assert capsys.readouterr().err == said + "\n"
+
+
+def test_every_command_of_the_readme_exists():
+    names = {shlex.split(line)[1] for line in CONSOLE if line.startswith("ldm ")}
+    assert names
+    assert names <= set(COMMANDS)
+    assert len(DEMOS) >= 3
+    assert all((ROOT / line.split()[1]).is_file() for line in CONSOLE if line.startswith("python "))
+
+
+def test_the_core_example_runs():
+    """The second Python block, with small things in the place of the reader's own."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    seen = []
+
+    def my_network(x, t, tokens):
+        return torch.tanh(x) + tokens.mean()
+
+    class Network(torch.nn.Module):
+        forward = staticmethod(my_network)
+
+    null, wanted = Condition(tokens=torch.zeros(4, 2, 3)), Condition(tokens=torch.ones(4, 2, 3))
+    exec(code, {"my_network": Network(), "null_condition": null, "condition": wanted, "show": seen.append})
+    assert len(seen) == 30
+    assert seen[-1].shape == (4, 3, 32, 32)
+
+
+def test_the_tree_names_what_there_is():
+    tree = README[README.index("```\nldm/") :].split("```")[1]
+    missing = [
+        name for name in re.findall(r"^\s*(\w+\.py)\s", tree, re.MULTILINE) if not list(ROOT.rglob(f"**/{name}"))
+    ]
+    assert missing == []
