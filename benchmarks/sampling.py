@@ -72,10 +72,8 @@ def make(conditioner: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.T
         "conditioner": model.conditioner,
         "autoencoder": model.autoencoder,
     }
-    state = {
-        f"{part}.{name}": x for part, network in networks.items() for name, x in fill(network).state_dict().items()
-    }
-    return config.values, state
+    states = {part: fill(network).state_dict() for part, network in networks.items()}
+    return config.values, {f"{part}.{name}": x for part, state in states.items() for name, x in state.items()}
 
 
 def programs(folder: Path, steps: int) -> dict[str, list[str]]:
@@ -112,6 +110,15 @@ def difference(folder: Path) -> int:
     return int(abs(a - b).max())
 
 
+def report(name: str, rounds: list[list[float]]) -> None:
+    """One line of medians."""
+    ours = statistics.median(t for a, _, _, d in rounds for t in (a, d))
+    theirs = statistics.median(t for _, b, c, _ in rounds for t in (b, c))
+    ratios = [(a + d) / (b + c) for a, b, c, d in rounds]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {len(rounds)} rounds"
+    print(f"  {name:6} ratio {statistics.median(ratios):.3f} ({spread}); {ours:.2f} s, diffusers {theirs:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -126,19 +133,11 @@ def main() -> None:
         off = difference(Path(name))
         if off > 1:
             raise SystemExit(f"pictures differ by {off} of 255, so there is nothing to time")
-        print(
-            f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds; pictures differ by {off}"
-        )
+        print(f"torch {torch.__version__}, {arguments.threads} threads; pictures differ by {off} of 255")
         for name in ("clip", "joint"):
             order = (commands[name], commands["diffusers"], commands["diffusers"], commands[name])
             rounds = [[seconds(command, arguments.threads) for command in order] for _ in range(arguments.rounds)]
-            ours = statistics.median(t for a, _, _, d in rounds for t in (a, d))
-            theirs = statistics.median(t for _, b, c, _ in rounds for t in (b, c))
-            ratios = [(a + d) / (b + c) for a, b, c, d in rounds]
-            spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-            print(
-                f"  {name:6} ratio {statistics.median(ratios):.3f} ({spread}); {ours:.2f} s, diffusers {theirs:.2f} s"
-            )
+            report(name, rounds)
 
 
 if __name__ == "__main__":

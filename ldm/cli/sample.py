@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show_warning(message: Warning | str, *details: Any) -> None:
+def show_warning(message: Warning | str, *details: Any, **others: Any) -> None:
     """In one line, as errors are."""
     print(f"warning: {message}", file=sys.stderr)
 

@@ -167,7 +167,7 @@ def test_the_same_command_gives_the_same_file(run):
     ],
 )
 def test_every_setting_matters(change, run, pictures):
-    status, (line,), _ = run("--prompt", BALL)
+    _, (line,), _ = run("--prompt", BALL)
     before = pixels(line)
     (after,) = pictures(*(() if "--prompt" in change else ("--prompt", BALL)), *change)
     assert distance(before, after) > 1
@@ -262,7 +262,7 @@ def test_a_grid_and_a_preview(run):
     for number, (row, column) in enumerate([(0, 0), (0, 16), (16, 0)]):
         assert (sheet[row : row + 16, column : column + 16] == pixels(lines[number])).all()
     preview = pixels("outputs/preview.png")
-    assert 0 < distance(preview, pixels(lines[0])), "it is from a step before the last"
+    assert distance(preview, pixels(lines[0])) > 0, "it is from a step before the last"
     assert abs(preview - pixels(lines[0])).mean() < abs(preview - pixels(lines[1])).mean()
 
 
@@ -477,7 +477,7 @@ def test_help_costs_at_most_three_tenths_of_a_second_and_no_torch():
     pairs = [(seconds("-c", "pass"), seconds(script, "--help")) for _ in range(7)]
     assert statistics.median(ours - bare for bare, ours in pairs) <= 0.3, pairs
     loaded = python("-X", "importtime", script, "--help").stderr
-    assert "ldm.cli.sample" in loaded
+    assert " ldm.conditioning.tokenizer\n" in loaded
     assert not [name for name in ("torch", "numpy", "PIL", "yaml", "omegaconf") if f" {name}\n" in loaded]
 
 
