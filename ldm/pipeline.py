@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm import assemble, checkpoint, pictures
 from ldm.condition import Condition
+from ldm.conditioning.text import Text
 from ldm.config import Config
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
@@ -244,6 +246,19 @@ class Pipeline:
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
         return batch
+
+    def to_diffusers(self):
+        """The same model as a pipeline of diffusers, with the weights of the opened file."""
+        if self.opened is None:
+            raise InputError("to_diffusers: needs a pipeline that was loaded from a file", hint="ldm.load(PATH)")
+        from diffusers import DiffusionPipeline
+
+        texts = [part for part in self.conditioner.modules() if isinstance(part, Text)] if self.conditioner else []
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "model"
+            tokenizer = texts[0].known() if texts else None
+            checkpoint.write_diffusers(target, self.config.values, self.opened.state, tokenizer)
+            return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures in [-1, 1] to what is sampled."""

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ldm import checkpoint, pictures, pipeline
+from ldm.checkpoint.schedules import read_scheduler
 from ldm.errors import CheckpointError, DivergedError, InputError
 from tests import small_models
 
@@ -210,6 +211,23 @@ def test_dit(cfg, opened):
     asked = {"seed": SEED, "steps": STEPS, "cfg": cfg}
     assert distance(ours(label=207, **asked)[0], expected) <= 1
     assert distance(ours(label=360, **asked)[0], expected) > 3
+
+
+def test_a_live_pipeline_of_diffusers(opened):
+    """What was opened from a folder goes back into one, and makes the same picture there."""
+    ours = opened(small_models.stable_diffusion())
+    theirs = ours.to_diffusers()
+    theirs.set_progress_bar_config(disable=True)
+    assert distance(ask_ours(ours, **SIZE), ask_theirs(theirs, **SIZE)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_key_that_only_ddim_reads(kind):
+    """diffusers' from_config hands set_alpha_to_one on to classes that do not know it."""
+    node = read_scheduler({"_class_name": kind, "set_alpha_to_one": False, "timestep_spacing": "leading"}, [])
+    assert "end" not in node["spacing"]
+    ddim = read_scheduler({"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "steps_offset": 1}, [])
+    assert ddim["spacing"]["end"] == "table"
 
 
 def test_another_first_stage(opened, tmp_path):

@@ -81,7 +81,9 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     node: Node = {"type": scheduler.get("timestep_spacing", default), "steps": 50}
     if node["type"] == "leading" and scheduler.get("steps_offset", 0) != 1:  # ours is Stable Diffusion's
         node["offset"] = scheduler.get("steps_offset", 0)
-    if scheduler.get("set_alpha_to_one") is False or scheduler.get("final_sigmas_type") == "sigma_min":
+    # only DDIM reads the first key, though `from_config` hands it on to every other class
+    ddim = scheduler.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
+    if (ddim and scheduler.get("set_alpha_to_one") is False) or scheduler.get("final_sigmas_type") == "sigma_min":
         node["end"] = "table"
     return node
 
