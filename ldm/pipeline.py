@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -332,7 +333,7 @@ def placement(device: str, precision: str) -> tuple[torch.device, torch.dtype | 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        where = torch.device(device)
+        where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
         raise InputError("device: cannot be used here", "", device, "auto, cpu, cuda or mps", "cpu") from error
