@@ -101,7 +101,7 @@ def test_the_published_text_to_image_encoder_has_its_size_and_names():
     "prefix", ["", "cond_stage_model.", "cond_stage_model.model.", "cond_stage_model.transformer."]
 )
 def test_every_layout_returns_what_it_was_given_wherever_it_is(layout, prefix):
-    ours = fill(TextTransformer(**(LDM if layout == "ldm" else SMALL)))
+    ours = fill(TextTransformer(**(LDM if layout == "ldm" else {**SMALL, "projection": 24})))
     theirs = write_text(ours.state_dict(), ours, layout)
     assert set(theirs) != set(ours.state_dict())
     others = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1)} if prefix else {}
