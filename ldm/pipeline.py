@@ -33,6 +33,7 @@ OPTIONS = {
     "mask": "--mask FILE",
     **dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE"),
 }
+NOISE_LEVEL = 20  # of 1000, in which a low-resolution condition is hidden
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -137,7 +138,8 @@ class Pipeline:
         names = [name for name in ("source", "low_resolution") if name in reads]
         if not names:
             raise InputError("condition: this model reads no picture", expected=", ".join(reads) or "nothing")
-        return {names[0]: pictures.to_tensor(condition, size)}
+        unit = self.factor if names[0] == "low_resolution" else 1  # it joins the latents as it is
+        return {names[0]: pictures.to_tensor(condition, (size[0] // unit, size[1] // unit))}
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width, if the first stage and the backbone can divide them."""
@@ -243,6 +245,11 @@ class Pipeline:
         labels = [request.label for request in requests]
         if None not in labels:
             batch["label"] = torch.tensor(labels, device=self.device)
+        if "low_resolution" in batch:
+            batch["noise_level"] = torch.full((len(requests),), NOISE_LEVEL)
+            small = batch["low_resolution"][0].shape
+            sources = [torch.Generator().manual_seed(request.seed ^ 0x10F2E5) for request in requests]
+            batch["low_resolution_noise"] = torch.stack([torch.randn(small, generator=g) for g in sources])
         for name in () if self.conditioner is None else self.conditioner.reads:
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))

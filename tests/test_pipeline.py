@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import checkpoint, pictures, pipeline
+from ldm import assemble, checkpoint, pictures, pipeline
 from ldm.checkpoint.schedules import read_scheduler
 from ldm.errors import CheckpointError, DivergedError, InputError
 from tests import small_models
+from tests.models.first_stages import fill
 
 PROMPT, NEGATIVE, SEED, STEPS = "a shiny red sphere", "blue", 3, 10
 SIZE = {"height": 16, "width": 24}
@@ -368,3 +369,29 @@ def test_half_precision_is_near(sd1_folder, sd1):
         assert 0 < np.abs(a - b).mean() < 4
     image = ask_ours(half, **SIZE, **inpainting)
     assert distance(pasted(image), image) == 0  # also where a byte has more bits than bfloat16
+
+
+def test_a_low_resolution_condition(tmp_path):
+    """Its noise belongs to the picture's seed, and another small picture makes another large one."""
+    config = {
+        "format": 1,
+        "path": {"type": "cosine"},
+        "prediction": {"type": "v"},
+        "backbone": {"type": "unet", "channels": 32, "multipliers": [1, 2], "blocks": 1, "attend": [], "heads": 1},
+        "conditioner": {"type": "low_resolution"},
+        "autoencoder": {"type": "kl", "latent": 4, "channels": 32, "multipliers": [1, 2], "blocks": 1},
+        "guidance": {"cfg": 1.0},
+        "spacing": {"type": "trailing", "steps": 3},
+        "solver": {"type": "ddim"},
+    }
+    model = assemble.model(assemble.configure(config, "test"))
+    parts = {"backbone": model.denoiser.backbone, "conditioner": model.conditioner, "autoencoder": model.autoencoder}
+    state = {f"{a}.{b}": x for a, part in parts.items() for b, x in fill(part, 5).state_dict().items()}
+    checkpoint.save(tmp_path / "model.safetensors", config, state)
+    pipe = pipeline.load(tmp_path / "model.safetensors", device="cpu")
+    one, again = (pipe(seed=4, condition=picture(), **SIZE)[0] for _ in range(2))
+    assert np.array_equal(one, again)
+    other = pipe(seed=4, condition=picture().rotate(180), **SIZE)[0]
+    assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() > 3
+    with pytest.raises(InputError, match="low_resolution: this model needs one"):
+        pipe(seed=4, **SIZE)

@@ -9,9 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ldm.models.layers import Downsample, ResBlock, Upsample, check_multiple, check_positive, group_norm
+from ldm.models.layers import Downsample, ResBlock, Upsample, check_multiple, check_positive, group_norm, run
 from ldm.models.quantize import Bottled, Gaussian, VectorQuantizer
 from ldm.models.transformer import SpatialAttention
 
@@ -91,10 +90,7 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (B, C, H, W)
         for layer in self.layers.values():
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, use_reentrant=False, preserve_rng_state=False)  # (B, C', H', W')
-            else:
-                h = layer(h)  # (B, C', H', W')
+            h = run(layer, self.checkpointing, h)  # (B, C', H', W')
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out, H', W')
 
 

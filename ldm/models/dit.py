@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ldm.models.layers import Attention, TimestepEmbedding, check_images, check_multiple, check_positive, zero
+from ldm.models.layers import Attention, TimestepEmbedding, check_images, check_multiple, check_positive, run, zero
 from ldm.models.transformer import check_tokens
 
 SIZES = {  # the paper's table 1
@@ -122,16 +121,10 @@ class DiT(nn.Module):
         positions = sincos_positions(self.width, h.shape[2], h.shape[3], x.device).to(h.dtype)  # (1, h*w, D)
         h = h.flatten(2).transpose(1, 2).contiguous() + positions  # (B, h*w, D)
         for block in self.blocks:
-            h = self.run(block, h, emb, tokens, mask)  # (B, h*w, D)
+            h = run(block, self.checkpointing, h, emb, tokens, mask)  # (B, h*w, D)
         shift, scale = self.modulation(emb).chunk(2, 1)  # (B, D) twice
         h = self.out(modulate(self.norm(h), shift, scale))  # (B, h*w, p*p*C)
         return self.unpatch(h, x)  # (B, C, H, W)
-
-    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """A block's output; with gradient checkpointing its insides are computed again in the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def unpatch(self, h: Tensor, x: Tensor) -> Tensor:
         """Lay the tokens' patches out as an image with the sides and the memory format of x."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (L, D/2)
 NormPair = tuple[nn.Module, nn.Module]  # one norm for the queries, one for the keys, over a head's width
@@ -46,6 +47,13 @@ def check_images(x: Tensor, t: Tensor, channels: int, factor: int) -> None:
     if t.shape != x.shape[:1]:
         got, expected = tuple(t.shape), tuple(x.shape[:1])
         raise ValueError(f"t: not one time per image; got shape {got}; expected {expected}; try t.expand({x.shape[0]})")
+
+
+def run(module: nn.Module, checkpointing: bool, *inputs: Tensor | None) -> Tensor:
+    """A module's output; with gradient checkpointing its insides are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
 
 
 def zero(module: nn.Module) -> nn.Module:

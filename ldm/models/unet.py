@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.models.layers import (
     Downsample,
@@ -19,6 +18,7 @@ from ldm.models.layers import (
     check_multiple,
     check_positive,
     group_norm,
+    run,
     zero,
 )
 from ldm.models.transformer import AttentionPool, SpatialAttention, SpatialTransformer, check_tokens
@@ -179,24 +179,18 @@ class UNet(nn.Module):
         emb = self.time(t, pooled)  # (B, 4C)
         skips = []
         for module in self.encoder:
-            x = self.run(module, x, emb, tokens, mask)  # (B, C', H', W')
+            x = run(module, self.checkpointing, x, emb, tokens, mask)  # (B, C', H', W')
             skips.append(x)
         for module in self.middle:
-            x = self.run(module, x, emb, tokens, mask)  # (B, C', H/f, W/f)
+            x = run(module, self.checkpointing, x, emb, tokens, mask)  # (B, C', H/f, W/f)
         if residuals is not None:  # one for each skip, then one for the middle
             skips = [skip + residual for skip, residual in zip(skips, residuals)]
             x = x + residuals[-1]  # (B, C', H/f, W/f)
         for row, module in zip(self.plan[len(self.encoder) + len(self.middle) :], self.decoder):
             if row.kind == "res":
                 x = torch.cat((x, skips.pop()), 1)  # (B, C' + C'', H', W')
-            x = self.run(module, x, emb, tokens, mask)  # (B, C', H', W')
+            x = run(module, self.checkpointing, x, emb, tokens, mask)  # (B, C', H', W')
         return self.out(F.silu(self.out_norm(x)))  # (B, C, H, W), or (B, logits)
-
-    def run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """A row's output; with gradient checkpointing its insides are computed again in the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
 
     def check_numbers(
         self,
