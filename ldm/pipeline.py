@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm import assemble, checkpoint, pictures
 from ldm.condition import Condition
 from ldm.conditioning.text import Text
+from ldm.conditioning.weights import HUB_ID
 from ldm.config import Config
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
@@ -315,7 +316,7 @@ def load(
     if offload and where.type == "cpu":
         raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     path = SHIPPED if path is None else path
-    opened = checkpoint.open(path, vae=vae)
+    opened = checkpoint.open(local(path), vae=None if vae is None else local(vae))
     if opened.config.get("backbone") is None:
         raise CheckpointError("a first stage alone makes no pictures", str(path), opened.family, hint="it as --vae")
     config = assemble.configure(opened.config, str(path), overrides)
@@ -323,6 +324,20 @@ def load(
         model = assemble.model(config)
     assemble.fill(model, opened)
     return Pipeline(model, config, where, dtype, opened, offload)
+
+
+def local(path: str | Path) -> Path:
+    """The file or folder itself; a hub is asked only for what looks like its id and is not here."""
+    if Path(path).exists() or not HUB_ID.fullmatch(str(path)):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        expected = "a file, a folder or a hub's id"
+        raise CheckpointError("neither here nor to be had from a hub", str(path), expected=expected) from error
 
 
 def place(module: nn.Module, device: torch.device, offload: bool) -> None:

@@ -395,3 +395,18 @@ def test_a_low_resolution_condition(tmp_path):
     assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() > 3
     with pytest.raises(InputError, match="low_resolution: this model needs one"):
         pipe(seed=4, **SIZE)
+
+
+def test_a_hub_is_asked_for_an_id_alone(tmp_path, monkeypatch, sd1_folder):
+    """A folder that is here is read as it is; an id is fetched; what is neither is an error in one line."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(sd1_folder))
+    assert pipeline.local(sd1_folder) == sd1_folder
+    assert pipeline.local(tmp_path / "missing.safetensors") == tmp_path / "missing.safetensors"
+    assert asked == []
+    assert pipeline.load("somebody/model", device="cpu").opened.family
+    assert asked == ["somebody/model"]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="neither here nor to be had from a hub"):
+        pipeline.load("somebody/other")

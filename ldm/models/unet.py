@@ -43,7 +43,10 @@ def unet_plan(
     depth: Sequence[int],
     half: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a U-Net in the order of `forward`: encoder rows leave a skip, decoder rows of kind `res` take one."""
+    """The rows in the order of `forward`: each encoder row leaves a skip, each decoder row of kind `res` takes one.
+
+    A `half` has no decoder.
+    """
     depths = [d if 2**level in attend else 0 for level, d in enumerate(depth)]
     encoder = [Row("encoder.0", "conv", in_channels, channels)]
     for level, multiplier in enumerate(multipliers):
@@ -81,11 +84,15 @@ class UNetRow(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net that predicts (B, C, H, W) from a noisy one, t (B,), tokens (B, L, context) and a label or pooled vector.
+    """U-Net that predicts (B, C, H, W), or (B, 2C, H, W) with `learned_sigma`, from a noisy one at times t (B,).
 
-    `context` chooses LDM's cross-attention; without it, attention is ADM's. `classes` counts the rows of the label
-    table, a null class for guidance among them if there is one; labels then arrive as integers (B,) in `pooled`.
-    `logits` builds only the first half, ADM's classifier of noisy images of side `size`, which returns (B, logits).
+    Text enters as tokens (B, L, context), read by the cross-attention that `context` chooses, where the mask (B, L) is
+    True. Without `context` attention is ADM's, whose other arguments are scale_shift, resample="residual", head_width.
+    `extra_channels` arrive concatenated to x (inpainting: 5). `attend` holds factors of downsampling; the middle always
+    attends. `classes` counts the rows of the label table, a null class among them if there is one; labels then arrive
+    as integers (B,) in `pooled`, else vectors of that width. `residuals` are ControlNet's: one is added to each skip,
+    the last to the middle. `logits` builds only encoder and middle, ADM's classifier of noisy images of side `size`,
+    which returns (B, logits).
     """
 
     def __init__(
@@ -155,7 +162,7 @@ class UNet(nn.Module):
         return UNetRow(main, SpatialTransformer(width, self.heads_of(width), self.context, row.attend, self.linear))
 
     def initialise(self) -> None:
-        """Torch's own draws, and zeros where a residual branch or the network ends (as published)."""
+        """Torch's own draws, and zeros where a branch or the network ends: it starts as the identity (as published)."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 zero(module.conv2)
