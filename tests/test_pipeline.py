@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm import assemble, checkpoint, pictures, pipeline
 from ldm.checkpoint.schedules import read_scheduler
@@ -410,3 +411,17 @@ def test_a_hub_is_asked_for_an_id_alone(tmp_path, monkeypatch, sd1_folder):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="neither here nor to be had from a hub"):
         pipeline.load("somebody/other")
+
+
+def test_a_model_without_its_first_stage_asks_for_one(sd1, tmp_path):
+    """Ours without the autoencoder's tensors, then with them from a file of their own."""
+    whole, state = sd1.config.values, sd1.opened.state
+    checkpoint.write_compvis(tmp_path / "whole.safetensors", whole, state)
+    tensors = load_file(tmp_path / "whole.safetensors")
+    alone = {name: x for name, x in tensors.items() if name.startswith("first_stage_model.")}
+    save_file({name: x for name, x in tensors.items() if name not in alone}, tmp_path / "model.safetensors")
+    save_file({name.removeprefix("first_stage_model."): x for name, x in alone.items()}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"no first stage inside.*got a backbone for 4 channels; try --vae PATH"):
+        pipeline.load(tmp_path / "model.safetensors", device="cpu")
+    with_vae = pipeline.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors", device="cpu")
+    assert with_vae.autoencoder is not None
