@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ldm.diffusion import path, prediction, solvers
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.spacing import Explicit
-from ldm.training.draws import draw
+from ldm.draws import draw
 
 SHAPE, STEPS = (1, 4, 64, 64), 50
 LATENT, SAMPLES = (4, 32, 32), 256

@@ -17,7 +17,7 @@ from ldm import assemble, parts
 from ldm.config import Config
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level
-from ldm.training.draws import draw
+from ldm.draws import draw
 
 POINTS = 6000
 SOLVERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m")

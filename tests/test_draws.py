@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ldm import draws
 from ldm.diffusion import path, times
-from ldm.training import draws
 
 
 def test_a_sample_is_the_same_in_every_batch():
@@ -103,3 +103,10 @@ def test_log_normal_on_a_table_means_its_steps():
 def test_shift_moves_uniform_times_towards_the_noise():
     plain, moved = (times.Uniform(shift=s)(path.Flow(), even(99)).sigma for s in (1.0, 3.0))
     torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
+
+
+def test_each_use_has_a_stream_of_its_own():
+    names = ("data", "loss", "scenes", "a name longer than eight bytes", "another name longer than eight bytes")
+    seeds = {draws.stream(seed, name) for seed in range(100) for name in names}
+    assert len(seeds) == 100 * len(names)
+    assert all(0 <= seed < 2**32 for seed in seeds)

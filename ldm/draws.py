@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,6 +15,11 @@ def mix32(seed: int, number: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     return (x ^ (x >> 31)) >> 32
+
+
+def stream(seed: int, name: str) -> int:
+    """A seed of its own for each use of randomness, so that a sample's flip knows nothing of its noise level."""
+    return mix32(seed, zlib.crc32(name.encode()))
 
 
 def keyed(generator: torch.Generator, seed: int, number: int) -> torch.Generator:
