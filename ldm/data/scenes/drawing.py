@@ -78,7 +78,8 @@ def draw(seed: int, indices: Sequence[int] | Integers, split: str = "train") -> 
         u = uniforms(key, numbers[waiting], SLOTS + tried * 2 * OBJECTS, TRIES * 2 * OBJECTS)
         rows = np.repeat(waiting, TRIES)
         placed = _placed(table[rows], wanted.take(rows), u.reshape(len(rows), 2, OBJECTS))
-        good = _well_seen(placed, wanted.take(rows)).reshape(-1, TRIES)
+        seen = related(placed)
+        good = (clear(placed, seen) & _as_wanted(placed, seen, wanted.triple[rows])).reshape(-1, TRIES)
         found, first = good.any(1), good.argmax(1)
         chosen = placed[(np.arange(len(waiting)) * TRIES + first)[found]]
         for name in ("x", "y", "z"):
@@ -152,21 +153,22 @@ def _placed(table: Table, wanted: Wanted, u: Floats) -> Table:
     return replace(table, x=x, y=y, z=z)
 
 
-def _well_seen(table: Table, wanted: Wanted) -> NDArray[np.bool_]:
-    """Whether objects are apart, in the picture, not hidden, and each pair in a relation that may be seen."""
-    seen = related(table)
+def clear(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(B,) whether objects are apart, within the picture, not hidden, and each pair in a relation that may be seen."""
     pair = np.triu(table.there[:, :, None] & table.there[:, None], 1)
-    stacked = np.zeros_like(pair)
-    stacked[:, 0, 1] = wanted.stack
+    stacked = seen[:, ON] | seen[:, ON].swapaxes(1, 2)
     across, up, depth = project(table, view(table))
     apart = _distance(table.x, table.y) - _sums(table.extent(REACH)) > GAP
     radius = FOCAL * table.radius / depth
     visible = _distance(across, up) > OVERLAP * _sums(radius)
     inside = (np.maximum(np.abs(across), np.abs(up)) + radius < EDGE) | ~table.there
-    clear = (apart & visible & seen.any(1)) | stacked | ~pair
+    return inside.all(1) & ((apart & visible & seen.any(1)) | stacked | ~pair).all((1, 2))
+
+
+def _as_wanted(table: Table, seen: NDArray[np.bool_], triple: Integers) -> NDArray[np.bool_]:
+    """(B,) whether the held-out relation that is wanted, or none, can be seen."""
     rare = _held_out_relations(table, seen)
-    may = np.where(wanted.triple < 0, ~rare.any(1), rare[np.arange(len(table)), wanted.triple])
-    return inside.all(1) & clear.all((1, 2)) & may
+    return np.where(triple < 0, ~rare.any(1), rare[np.arange(len(table)), triple])
 
 
 def _held_out_relations(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
