@@ -105,11 +105,11 @@ def _image(some: World, hits: Hits, size: int) -> Tensor:
     """(B, 3, H, W) uint8."""
     picture = _floor(some, size)  # (3, B, P) linear
     hit = hits.depth < NOWHERE  # (M, S)
-    sharp = _whole(hits, hit)[:, None] & ~_few(hits.ray.device)  # rays that a pixel within an object can spare
-    pixel, ray = (hit & ~sharp).nonzero().unbind(1)
+    plain = _plain(some, hits, hit)
+    pixel, ray = (hit & (~plain[:, None] | _few(hits.ray.device))).nonzero().unbind(1)
     colour = torch.zeros_like(hits.ray)
     colour[:, pixel, ray] = _objects(some, hits, pixel, ray, size)
-    count = torch.where(_whole(hits, hit), int(_few(hits.ray.device).sum()), RAYS**2)
+    count = torch.where(plain, int(_few(hits.ray.device).sum()), RAYS**2)
     missed = (RAYS**2 - _total(hit.float()[None])[0]) / RAYS**2
     seen = _total(colour) / count + picture[:, hits.scene, hits.pixel] * missed
     picture[:, hits.scene, hits.pixel] = seen
@@ -124,9 +124,10 @@ def _few(device: torch.device) -> Tensor:
     return (some[:, None] & some).reshape(-1)
 
 
-def _whole(hits: Hits, hit: Tensor) -> Tensor:
-    """(M,) pixels that show one object and nothing else."""
-    return (hit & (hits.slot == hits.slot[:, :1])).all(1)
+def _plain(some: World, hits: Hits, hit: Tensor) -> Tensor:
+    """(M,) pixels that show one dull object and nothing else: few rays are enough."""
+    shiny = some.solid(hits.scene * OBJECTS + hits.slot[:, 0]).shiny > 0
+    return (hit & (hits.slot == hits.slot[:, :1])).all(1) & ~shiny
 
 
 def _total(values: Tensor) -> Tensor:
@@ -145,12 +146,18 @@ def _floor(some: World, size: int) -> Tensor:
     p[2] = 0
     wide = depth * (2 / (FOCAL * size))  # what a pixel covers of the floor
     long = wide * (dot(ray, ray).sqrt() / (-ray[2]).clamp(min=0.02))
-    albedo = torch.empty_like(p)
-    for i, pattern in enumerate(shading.FLOOR):
-        rows = (some.floor == i).nonzero()[:, 0]
-        albedo[:, rows] = pattern(p[0, rows], p[1, rows], wide[rows], long[rows])
     shadow, hidden = _shade_floor(some, p)
-    return shading.lit_floor(albedo, shadow, hidden, some.light[:, :, None], p[0] * p[0] + p[1] * p[1])
+    albedo = _pattern(some.floor, p[0], p[1], wide, long)
+    return shading.floor(albedo, some.light[:, :, None], shadow, hidden, p[0] * p[0] + p[1] * p[1])
+
+
+def _pattern(floor: Tensor, x: Tensor, y: Tensor, wide: Tensor, long: Tensor) -> Tensor:
+    """The floors' own colours (3, N, ...), averaged over `wide` by `long`."""
+    albedo = torch.empty(3, *x.shape, device=x.device)
+    for i, pattern in enumerate(shading.FLOOR):
+        rows = (floor == i).nonzero()[:, 0]
+        albedo[:, rows] = pattern(x[rows], y[rows], wide[rows], long[rows])
+    return albedo
 
 
 def _shade_floor(some: World, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,15 +195,31 @@ def _objects(some: World, hits: Hits, pixel: Tensor, ray: Tensor, size: int) -> 
             sky[rows] *= 1 - shading.closeness(there, normal[:, rows], hider)
     colour = shading.lit(solid.albedo, normal, light, 1 - lamp, 1 - sky, p[2])
     rows = (solid.shiny > 0).nonzero()[:, 0]
-    return _polish(some, colour, rows, p, unit(towards), normal, light, 1 - lamp, solid, scene)
-
-
-def _polish(some, colour, rows, p, towards, normal, light, shadow, solid: Solid, scene) -> Tensor:  # type: ignore[no-untyped-def]
-    towards, normal, albedo = towards[:, rows], normal[:, rows], solid.albedo[:, rows]
-    ground = torch.full_like(albedo, 0.4)
-    mirror = shading.mirrored(p[:, rows], towards, normal, light[:, rows], ground, shadow[rows])
-    colour[:, rows] = shading.polished(colour[:, rows], albedo, mirror, -dot(towards, normal))
+    seen = unit(towards[:, rows])
+    mirror, lamp = _mirrored(some, number[rows], p[:, rows], seen, normal[:, rows], 1 - lamp[rows], depth[rows], size)
+    colour[:, rows] = shading.polished(colour[:, rows], solid.albedo[:, rows], mirror, lamp, -dot(seen, normal[:, rows]))
     return colour
+
+
+def _mirrored(some: World, number, p, seen, normal, shadow, depth, size: int) -> tuple[Tensor, Tensor]:
+    """What shiny points mirror (3, N), and the lamp in it (N,)."""
+    scene = number // OBJECTS
+    ray, light = shading.reflection(seen, normal), some.light[:, scene]
+    mirror = shading.sky(ray, light).expand_as(ray).clone()
+    down = (ray[2] < 0).nonzero()[:, 0]
+    ray_down, p = ray[:, down], p[:, down]
+    far = p[2].clamp(min=0) / (-ray_down[2]).clamp(min=0.03)
+    ground = p + ray_down * far
+    wide = (depth[down] + 2 * far) * (2 / (FOCAL * size))
+    albedo = _pattern(some.floor[scene[down]], ground[0], ground[1], wide, 2 * wide)
+    dark, shade = 1 - shapes.smooth(far, -0.6, 2.2), torch.zeros_like(far)
+    for box in (True, False):  # a thing stands in its own shadow
+        rows = ((some.shape[number[down]] == CUBE) == box).nonzero()[:, 0]
+        solid = some.solid(number[down[rows]])
+        shade[rows] = shading.occlusion(ground[:, rows], light[:, down[rows]], solid, box)
+    away = ground[0] * ground[0] + ground[1] * ground[1]
+    mirror[:, down] = shading.floor(albedo, light[:, down], shade, dark, away) * (1 - 0.6 * dark)
+    return mirror, shading.lamp_in(ray, light, shadow)
 
 
 def _normals(some: World, solid: Solid, number: Tensor, p: Tensor, depth: Tensor, size: int) -> Tensor:
