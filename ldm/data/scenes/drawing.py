@@ -117,7 +117,9 @@ def _attributes(u: Floats, held_out: bool) -> tuple[Table, Wanted]:
     turn = np.where(absent, 0.0, 90 * (u[:, 3:6] * 997 % 1))  # the digits that the choice of a shape leaves unused
     floor = (u[:, 17] * len(FLOORS)).astype(np.int64)
     places = (np.zeros((rows, OBJECTS)) for _ in range(3))
-    return Table(shape, colour, material, size, *places, turn, floor, light, camera, np.zeros(rows)), Wanted(triple, stack)
+    return Table(shape, colour, material, size, *places, turn, floor, light, camera, np.zeros(rows)), Wanted(
+        triple, stack
+    )
 
 
 def _relation(triple: Integers) -> Integers:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ldm.data.scenes.shapes import box_outline, dot, round_outline, smooth
-from ldm.data.scenes.solids import Solid
 
 LAMP, SKY = (0.84, 0.80, 0.74), (0.40, 0.42, 0.46)  # warm and cool
 FILL = 0.16  # a weak light from beside the lamp
@@ -17,24 +16,19 @@ SOFT = 0.11  # half of the lamp's width over its distance: what makes a shadow's
 BACKDROP = (0.50, 0.53, 0.58)  # what the floor fades into
 
 
-def occlusion(p: Tensor, light: Tensor, solid: Solid, box: bool) -> Tensor:
+def occlusion(p: Tensor, centre: Tensor, light: Tensor, outline: Tensor, box: bool) -> Tensor:
     """How much of the lamp an object hides from points p (3, ...), from 0 to 1."""
-    to = p - solid.centre
-    if box:
-        beyond = box_outline(to, light, solid.turn, solid.width)
-    else:
-        drawn = torch.where(solid.ball > 0, 1.0, 1 / light[2])
-        beyond = round_outline(to, light, solid.bottom, solid.length, solid.low, solid.high, drawn)
+    to = p - centre
+    beyond = box_outline(to, outline) if box else round_outline(to, outline)
     towards = -dot(to, light)  # how far along the light the object is
     edge = SOFT * towards.clamp(min=0.08)
     return smooth(-beyond, -edge, edge) * (towards > 0)
 
 
-def closeness(p: Tensor, normal: Tensor, solid: Solid) -> Tensor:
+def closeness(p: Tensor, normal: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
     """The part of the sky above p that a ball in the object's place hides: cos / distance^2 (its form factor)."""
-    to = solid.centre - p
+    to = centre - p
     square = dot(to, to).clamp(min=1e-4)
-    radius = torch.maximum(solid.width, solid.height)
     return (dot(normal, to).clamp(min=0) * radius * radius / (square * square.sqrt())).clamp(max=1)
 
 
@@ -149,9 +143,9 @@ def reflection(ray: Tensor, normal: Tensor) -> Tensor:
     return ray - normal * (2 * dot(ray, normal))
 
 
-def lamp_in(ray: Tensor, light: Tensor, shadow: Tensor) -> Tensor:
+def lamp_in(ray: Tensor, light: Tensor) -> Tensor:
     """How brightly a mirrored ray meets the lamp."""
-    return 1.6 * smooth(dot(ray, light), 0.965, 0.99) * (1 - shadow)
+    return 1.6 * smooth(dot(ray, light), 0.965, 0.99)
 
 
 def encoded(colour: Tensor) -> Tensor:
