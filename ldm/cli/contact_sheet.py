@@ -46,7 +46,16 @@ def _known(scene: Scene, seed: int) -> tuple[Tensor, list[str]]:
         (known["normals"] * 127 + 128).to(torch.uint8),
         (known["edges"][:, None] * 255).to(torch.uint8).expand(-1, 3, -1, -1),
     ]
-    return torch.cat((pictures, *maps)), ["a scene", instruction, "time = 1", "another view", "mask", "depth", "normals", "edges"]
+    return torch.cat((pictures, *maps)), [
+        "a scene",
+        instruction,
+        "time = 1",
+        "another view",
+        "mask",
+        "depth",
+        "normals",
+        "edges",
+    ]
 
 
 def _row(pictures: Tensor, texts: Sequence[str]) -> Image.Image:

@@ -38,8 +38,8 @@ COUNTS = np.array([0.25, 0.7])  # of one object, of at most two
 STACKED = 0.9  # of the pairs that could stand on each other
 SPREAD = 1.9  # centres lie within a square of twice this
 GAP = 0.12  # between objects, in world units
-OVERLAP = 0.72  # centres are so far apart in the picture, in sums of radii
-EDGE = 0.93  # of the picture's half, that all objects stay within
+OVERLAP = 0.82  # centres are so far apart in the picture, in sums of radii
+EDGE = 0.92  # of the picture's half, that all objects stay within
 TRIES, SLOTS = 6, 20  # places drawn at a time, uniform numbers of a scene before them
 
 
@@ -164,8 +164,16 @@ def clear(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     apart = _distance(table.x, table.y) - _sums(table.extent(REACH)) > GAP
     radius = FOCAL * table.radius / depth
     visible = _distance(across, up) > OVERLAP * _sums(radius)
-    inside = (np.maximum(np.abs(across), np.abs(up)) + radius < EDGE) | ~table.there
+    reach, tall = _spans(table, depth)
+    inside = ((np.abs(across) + reach < EDGE) & (np.abs(up) + tall < EDGE)) | ~table.there
     return inside.all(1) & ((apart & visible & seen.any(1)) | stacked | ~pair).all((1, 2))
+
+
+def _spans(table: Table, depth: Floats) -> tuple[Floats, Floats]:
+    """(B, 3) at most half of the width and of the height of each object in the picture, from its middle."""
+    reach, elevation = table.extent(REACH), np.radians(table.camera[:, 1, None])
+    tall = table.extent(HALF_HEIGHT) * np.cos(elevation) + reach * np.sin(elevation)
+    return FOCAL * reach / (depth - reach), FOCAL * tall / (depth - reach)
 
 
 def _as_wanted(table: Table, seen: NDArray[np.bool_], triple: Integers) -> NDArray[np.bool_]:

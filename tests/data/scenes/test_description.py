@@ -7,7 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm.data.scenes import COLOURS, FLOORS, MATERIALS, SHAPES, SIZES, Camera, Light, Object, Scene, draw, relations, scene
+from ldm.data.scenes import (
+    COLOURS,
+    FLOORS,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    Camera,
+    Light,
+    Object,
+    Scene,
+    draw,
+    relations,
+    scene,
+)
 from ldm.data.scenes.description import RADIUS, Table
 from ldm.data.scenes.drawing import HELD_OUT_COLOURS, HELD_OUT_RELATIONS, SPLITS, held_out, uniforms
 from tests.data.scenes import world
@@ -47,7 +60,12 @@ def test_the_uniform_numbers_are_what_they_claim():
 
 def test_every_attribute_is_as_frequent_as_its_fellows(scenes):
     things = [thing for each in scenes["train"] for thing in each.objects]
-    for names, of, least in ((SHAPES, "shape", 0.8), (COLOURS, "colour", 0.7), (MATERIALS, "material", 0.9), (SIZES, "size", 0.75)):
+    for names, of, least in (
+        (SHAPES, "shape", 0.8),
+        (COLOURS, "colour", 0.7),
+        (MATERIALS, "material", 0.9),
+        (SIZES, "size", 0.75),
+    ):
         counts = [sum(getattr(thing, of) == name for thing in things) for name in names]
         assert min(counts) > least * len(things) / len(names), (of, counts)
     floors = [each.floor for each in scenes["train"]]
@@ -140,9 +158,18 @@ def test_held_out_combinations_are_in_their_split_alone(scenes):
     ("make", "message"),
     [
         (lambda: Scene(()), "objects: out of range; got 0; expected 1 to 3"),
-        (lambda: replace(scene(0, 0), light=Light(0.0, 10.0)), "light.elevation: out of range; got 10; expected 30 to 60"),
-        (lambda: replace(scene(0, 0), camera=Camera(0.0, 80.0)), "camera.elevation: out of range; got 80; expected 5 to 50"),
-        (lambda: replace(scene(0, 0), camera=Camera(distance=1.0)), "camera.distance: out of range; got 1; expected 6 to 20"),
+        (
+            lambda: replace(scene(0, 0), light=Light(0.0, 10.0)),
+            "light.elevation: out of range; got 10; expected 30 to 60",
+        ),
+        (
+            lambda: replace(scene(0, 0), camera=Camera(0.0, 80.0)),
+            "camera.elevation: out of range; got 80; expected 5 to 50",
+        ),
+        (
+            lambda: replace(scene(0, 0), camera=Camera(distance=1.0)),
+            "camera.distance: out of range; got 1; expected 6 to 20",
+        ),
         (lambda: scene(0, 0, "test"), "split: unknown name; got test; expected one of train, validation, held_out"),
     ],
 )
