@@ -80,7 +80,7 @@ class Folder:
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """Of each folder when it was changed and what its caption files looked like; and the skipped, if mended."""
-        folders = {folder + os.sep: self.stamp(folder, files) for folder, files in self.walk()}
+        folders = {f"{folder or '.'}{os.sep}": self.stamp(folder, files) for folder, files in self.walk()}
         return folders | {name: mark(self.root / name) for name in skipped}
 
     def stamp(self, folder: str, files: list[str]) -> str:
