@@ -68,7 +68,9 @@ class Shards:
         name = self.names[group]
         picture = next((sample[suffix] for suffix in self.pictures if suffix in sample), None)
         if picture is None:
-            return Entry(f"{name}/{next(iter(sample.values())).name}", problem="a sample without a picture")
+            return Entry(
+                f"{name}/{next(iter(sample.values())).name}", problem=f"a sample without {' or '.join(self.pictures)}"
+            )
         entry = Entry(f"{name}/{picture.name}", (), -1, group, picture.offset_data, picture.size)
         try:
             captions, label = self.notes(group, {suffix: sample[suffix] for suffix in NOTES if suffix in sample})

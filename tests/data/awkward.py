@@ -81,8 +81,8 @@ def palette(transparency: int | bytes | None = None) -> bytes:
     image = upright().quantize(16)
     if transparency is None:
         return encoded(image, "PNG")
-    image = Image.fromarray(np.array([0, 1], np.uint8).repeat(24)[None].repeat(32, 0), "P")  # left and right half
-    image.putpalette([250, 30, 20, 0, 0, 0])
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8).repeat(16, 0).repeat(24, 1)).convert("P")
+    image.putpalette([*QUADRANTS[0, 0], 0, 0, 0, *QUADRANTS[1, 0]])
     return encoded(image, "PNG", transparency=transparency)
 
 
@@ -154,7 +154,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "orientation_0.jpg": (lambda: turned(0), None),
     "orientation_9.jpg": (lambda: turned(9), None),
     "orientation_text.jpg": (lambda: with_exif(tiff_exif(2, 4, b"six\0")), None),
-    "orientation_many.jpg": (lambda: with_exif(tiff_exif(3, 2, b"\x06\0\x06\0")), None),
+    "orientation_many.jpg": (lambda: with_exif(tiff_exif(3, 2, b"\x01\0\x06\0")), None),
     "truncated.jpg": (lambda: half(detailed()), "damaged: image file is truncated"),
     "truncated_progressive.jpg": (lambda: half(detailed(progressive=True)), "damaged: image file is truncated"),
     "truncated_header.jpg": (lambda: encoded(upright())[:100], "damaged"),
@@ -171,7 +171,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "one_bit.png": (lambda: encoded(Image.fromarray(np.eye(32, dtype=bool)), "PNG"), "any"),
     "palette.png": (palette, None),
     "palette_index.png": (lambda: palette(1), WHITE),
-    "palette_alpha.png": (lambda: palette(b"\xff\x00"), WHITE),
+    "palette_alpha.png": (lambda: palette(b"\xff\x00\xff"), WHITE),
     "rgba.png": (lambda: transparent("RGBA"), WHITE),
     "la.png": (lambda: transparent("LA"), "gray and white"),
     "rgb_key.png": (lambda: encoded(upright(), "PNG", transparency=(20, 160, 40)), "green is white"),
