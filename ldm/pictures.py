@@ -22,6 +22,11 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array[..., :3]) for array in arrays]
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Pixels of a batch (B, 3, H, W), 0 to 255, in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
     """A picture as (1, 3, H, W) in [-1, 1], resized to (height, width)."""
     image = ImageOps.exif_transpose(image).convert("RGB")
