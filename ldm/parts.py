@@ -84,6 +84,9 @@ TABLES: dict[str, dict[str, str] | str] = {
         "latents": "ldm.data.latents:Latents",
     },
     "guidance": "ldm.diffusion.guidance:Guidance",
+    "data": {
+        "images": "ldm.data.images:Images",
+    },
 }
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
