@@ -80,12 +80,10 @@ TABLES: dict[str, dict[str, str] | str] = {
         "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
         "unipc": "ldm.diffusion.solvers:unipc",
     },
-    "data": {
-        "latents": "ldm.data.latents:Latents",
-    },
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
         "images": "ldm.data.images:Images",
+        "latents": "ldm.data.latents:Latents",
     },
 }
 

@@ -133,8 +133,7 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
         "flip": flip,
         "sizes": [list(size) for size in source.sizes],
         "count": len(source),
-        "source": source.digest,
-        "seed": config["seed"],
+        "source": getattr(source, "digest", f"seed {config['seed']}"),  # scenes are a function of the seed
         "data": {name: value for name, value in config["data"].items() if name not in NOT_SAMPLES},
     }
     encoders = {name: text for name, (text, _) in latents.frozen_texts(conditioner, config["conditioner"]).items()}

@@ -16,8 +16,8 @@ from ldm.checkpoint.files import DIGEST, open_file
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import Text
+from ldm.data.images import drawn
 from ldm.data.sampler import Ask
-from ldm.draws import keyed, stream
 from ldm.errors import CheckpointError, DataError, shown
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.layers import check_positive
@@ -91,7 +91,7 @@ class Latents:
 
     def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
         """A batch, with latents (B, Z, h, w) in float32 and text states in the type that they are stored in."""
-        picks = [self.pick(ask, seed) for ask in asks]
+        picks = self.picks(asks, seed)
         batch: dict[str, Any] = {
             "number": torch.tensor([ask.number for ask in asks]),
             "index": torch.tensor([ask.index for ask in asks]),
@@ -105,22 +105,19 @@ class Latents:
             batch["caption"] = [caption(pick) for pick in picks]
         return batch
 
-    def pick(self, ask: Ask, seed: int) -> Pick:
-        """The sample that is asked for, as its number draws it."""
-        number, row = self.place[ask.index].tolist()
-        shard = self.shard(number)
-        first, last = shard["captions"][row : row + 2].tolist()
-        variants = shard["latents"].shape[1]
-        if variants == 1 and last - first <= 1:
-            return Pick(shard, row, 0, first)
-        flip, which = choices(seed, ask.number)
-        return Pick(shard, row, int(variants > 1 and flip), first + int(which * (last - first)))
-
-
-def choices(seed: int, number: int) -> tuple[bool, float]:
-    """Whether a sample is flipped, and where in [0, 1) among its captions it reads: the draws of a run on pictures."""
-    u = torch.rand(4, dtype=torch.float64, generator=keyed(torch.Generator(), stream(seed, "data"), number))
-    return bool(u[2] < 0.5), u[3].item()
+    def picks(self, asks: Sequence[Ask], seed: int) -> list[Pick]:
+        """The samples that are asked for, each as its number draws it."""
+        numbers, rows = self.place[[ask.index for ask in asks]].T.tolist()
+        shards = [self.shard(number) for number in numbers]
+        ends = [shard["captions"][row : row + 2].tolist() for shard, row in zip(shards, rows)]
+        if self.key["flip"] or any(last - first > 1 for first, last in ends):
+            u = drawn(asks, seed)
+        else:
+            u = [[0.0, 1.0, 0.0, 0.0]] * len(asks)
+        return [
+            Pick(shard, row, int(self.key["flip"] and mirror < 0.5), first + int(which * (last - first)))
+            for shard, row, (first, last), (which, mirror, *_) in zip(shards, rows, ends, u)
+        ]
 
 
 def states(picks: Sequence[Pick], name: str) -> dict[str, Tensor]:
@@ -208,8 +205,13 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) ->
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if names:
         first, others = names[0], f" ({', '.join(names[1:])} too)" * (len(names) > 1)
-        got, expected = (shown(values.get(first)) for values in (theirs, ours))
+        got, expected = (short(values.get(first)) for values in (theirs, ours))
         raise DataError(f"the cache is stale: {first} differs{others}", str(where), got, expected, AGAIN)
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it; of a digest its first digits are enough."""
+    return value[:10] if isinstance(value, str) and len(value) == 64 else shown(value)
 
 
 def flat(values: Any, name: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,18 +30,12 @@ SHARD_BYTES, SHARD_SAMPLES = 2**28, 1024  # a shard is whole or not there: what 
 KEEPS = ("label", "caption")  # what a conditioner that trains may read from a cache
 
 
-class Source(Data, Protocol):
-    """Data whose pictures do not depend on the draw, with all captions of each sample."""
-
-    def captions(self, index: int) -> Sequence[str]: ...
-
-
 @dataclass(frozen=True)
 class Cache:
     """What is cached, with what, where, and everything that it depends on (`key`)."""
 
     root: Path
-    source: Source
+    source: Data
     seed: int
     autoencoder: Autoencoder
     texts: Mapping[str, Text]
@@ -145,10 +139,12 @@ def finish(cache: Cache) -> list[int]:
 @torch.inference_mode()
 def encoded(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a cache holds of a batch."""
-    captions = [list(cache.source.captions(index)) for index in batch["index"].tolist()]
+    captions = captions_of(cache.source, batch)
     made = {name: batch[name] for name in ("index", "original_size", "crop")}
     made |= {"latents": latents(cache, batch["image"]), "captions": torch.tensor([len(texts) for texts in captions])}
     if "label" in cache.key["keeps"]:
+        if "label" not in batch:
+            raise DataError("the data has no label, which the conditioner reads", hint="another conditioner")
         made["label"] = batch["label"]
     flat = [text for texts in captions for text in texts]
     if "caption" in cache.key["keeps"]:
@@ -156,6 +152,13 @@ def encoded(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, text in cache.texts.items():
         made |= text_states(cache, name, text, flat)
     return made
+
+
+def captions_of(source: Data, batch: Mapping[str, Any]) -> list[list[str]]:
+    """All captions of each sample; a source that knows of no others has given them."""
+    if not hasattr(source, "captions"):
+        return [[caption] for caption in batch["caption"]]
+    return [source.captions(index) for index in batch["index"].tolist()]
 
 
 def latents(cache: Cache, images: Tensor) -> Tensor:
