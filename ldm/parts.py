@@ -83,6 +83,7 @@ TABLES: dict[str, dict[str, str] | str] = {
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
         "images": "ldm.data.images:Images",
+        "latents": "ldm.data.latents:Latents",
     },
 }
 

@@ -118,7 +118,7 @@ def picture(
         resized = cover(original, size)
         room = resized[0] - size[0], resized[1] - size[1]
         top, left = (int(u * (n + 1)) for u, n in zip(place, room)) if place else (round(n / 2) for n in room)
-        box = top, room[1] - left if flip else left
+        box = top, room[1] - left if flip and place else left  # at the centre, a mirror image to the pixel
         scale = original[0] / resized[0], original[1] / resized[1]
         region = box[1] * scale[1], box[0] * scale[0], (box[1] + size[1]) * scale[1], (box[0] + size[0]) * scale[0]
         cut = resample(image, lying(region, turn, image.size), size[::-1] if turn >= 5 else size)
