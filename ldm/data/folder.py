@@ -51,7 +51,7 @@ class Folder:
             return file.read()
 
     def entries(self) -> Iterator[Entry]:
-        names = [name for folder, files in self.walk() for name in (os.path.join(folder, file) for file in files)]
+        names = [os.path.join(folder, file.name) for folder, files in self.walk() for file in files]
         names.sort(key=os.fsencode)
         pictures = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
         tables = [name for name in names if os.path.basename(name) in TABLES]
@@ -65,29 +65,31 @@ class Folder:
             labels = {name: label for label, name in enumerate(self.classes)}
             yield from (self.classed(name, labels) for name in pictures)
 
-    def walk(self) -> Iterator[tuple[str, list[str]]]:
+    def walk(self) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
         """(folder, its files) below the root, each real folder once, whatever links to it."""
-        seen = set()
-        for folder, folders, files in os.walk(self.root, onerror=unreadable, followlinks=True):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted((name for name in folders if not hidden(name)), key=os.fsencode)
-            below = os.path.relpath(folder, self.root)
-            yield "" if below == "." else below, [name for name in files if not hidden(name)]
+        seen, waiting = set(), [""]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                status = os.stat(self.root / folder)
+                listed = [one for one in os.scandir(self.root / folder) if not hidden(one.name)]
+            except OSError as error:
+                unreadable(error)
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                below = {one.name for one in listed if is_folder(one)}
+                waiting += [os.path.join(folder, name) for name in sorted(below, key=os.fsencode, reverse=True)]
+                yield folder, [one for one in listed if one.name not in below]
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """Of each folder when it was changed and what its caption files looked like; and the skipped, if mended."""
         folders = {f"{folder or '.'}{os.sep}": self.stamp(folder, files) for folder, files in self.walk()}
         return folders | {name: mark(self.root / name) for name in skipped}
 
-    def stamp(self, folder: str, files: list[str]) -> str:
-        path = os.path.join(self.root, folder)
-        notes = (os.lstat(os.path.join(path, name)) for name in files if name.endswith(NOTES) or name in TABLES)
+    def stamp(self, folder: str, files: list[os.DirEntry[str]]) -> str:
+        notes = (file.stat(follow_symlinks=False) for file in files if file.name.endswith(NOTES) or file.name in TABLES)
         changed = sum(hash((note.st_size, note.st_mtime_ns)) for note in notes)
-        return f"{os.stat(path).st_mtime_ns}:{changed}"
+        return f"{os.stat(self.root / folder).st_mtime_ns}:{changed}"
 
     def entry(self, name: str, captions: list[str], label: int = -1, problem: str = "") -> Entry:
         """The entry of a picture that is listed."""
@@ -168,6 +170,13 @@ class Folder:
 
 def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def plain(path: Path) -> os.stat_result:

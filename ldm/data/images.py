@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ldm.data.sampler import Ask
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # packed ones cannot be read in place, which Shards says
+TABLES = (".parquet",)
 UNIFORMS = 4  # per sample: which caption, flip, top, left
 
 
@@ -142,11 +143,8 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return Rows(saved(path), image, caption)
     found = glob.glob(str(path), recursive=True) if pattern else listed(path) if path.is_dir() else [str(path)]
-    for kind, suffixes in ((Shards, TARS), (Parquet, (".parquet",))):
+    for kind, suffixes in ((Shards, TARS), (Parquet, TABLES)):
         if files := sorted(Path(file) for file in found if file.endswith(suffixes)):
-            if any(os.path.splitext(file)[1].lower() in SUFFIXES for file in found):
-                both, hint = f"pictures and {files[0].name}", f"data.root='{path}/*{suffixes[0]}', or moving it away"
-                raise InputError("cannot tell which is meant", f"data.root, {root}", both, "one of them", hint)
             return kind(files, image, caption)
     if not path.is_dir():
         raise InputError("no source of pictures", "data.root", str(root), "a folder, .tar or .parquet files")
@@ -155,10 +153,17 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
     return Folder(path, caption)
 
 
-def listed(folder: Path) -> list[str]:
-    """Files in a folder, and in `data` below it, where Hugging Face keeps its tables."""
-    folders = [one for one in (folder, folder / "data") if one.is_dir()]
-    return [file.path for one in folders for file in os.scandir(one) if not file.name.startswith(".")]
+def listed(root: Path) -> list[str]:
+    """Shards and tables in a folder and in `data` below it, where Hugging Face keeps them; no pictures beside them."""
+    found = []
+    for folder in (root, root / "data"):
+        names = os.listdir(folder) if folder.is_dir() else []
+        here = [name for name in names if name.endswith(TARS + TABLES) and not name.startswith(".")]
+        if here and any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
+            hint = f"data.root={folder / here[0]}, or moving it away"
+            raise InputError("cannot tell which is meant", str(root), f"pictures and {here[0]}", "one kind", hint)
+        found += [str(folder / name) for name in here]
+    return found
 
 
 def refuse_bad(manifest: Manifest, allowed: float, root: str) -> None:
