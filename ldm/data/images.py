@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ldm import draws
 from ldm.data import decode
 from ldm.data.datasets import Rows, saved
-from ldm.data.folder import Folder
+from ldm.data.folder import SUFFIXES, Folder
 from ldm.data.manifest import SKIPS, USED, Manifest, manifest_of, place
 from ldm.data.parquet import Parquet
 from ldm.data.shards import Shards
@@ -25,6 +25,7 @@ from ldm.errors import DataError, InputError
 if TYPE_CHECKING:
     from ldm.data.sampler import Ask
 
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # packed ones cannot be read in place, which Shards says
 UNIFORMS = 4  # of a sample
 
 
@@ -82,6 +83,7 @@ class Images:
         self.buckets = nearest(columns["height"][self.rows], columns["width"][self.rows], self.sizes)
         self.groups = columns["group"][self.rows] if self.source.grouped else None
         self.digest = self.manifest.digest
+        self.classes: list[str] = self.manifest.about["classes"]
         self.labelled = bool((columns["label"][self.rows] >= 0).all())
 
     def __len__(self) -> int:
@@ -140,8 +142,11 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return Rows(saved(path), image, caption)
     found = glob.glob(str(path), recursive=True) if pattern else listed(path) if path.is_dir() else [str(path)]
-    for kind, suffixes in ((Shards, (".tar", ".tar.gz", ".tgz", ".tar.zst")), (Parquet, (".parquet",))):
+    for kind, suffixes in ((Shards, TARS), (Parquet, (".parquet",))):
         if files := sorted(Path(file) for file in found if file.endswith(suffixes)):
+            if any(os.path.splitext(file)[1].lower() in SUFFIXES for file in found):
+                both, hint = f"pictures and {files[0].name}", f"data.root='{path}/*{suffixes[0]}', or moving it away"
+                raise InputError("cannot tell which is meant", f"data.root, {root}", both, "one of them", hint)
             return kind(files, image, caption)
     if not path.is_dir():
         raise InputError("no source of pictures", "data.root", str(root), "a folder, .tar or .parquet files")

@@ -131,28 +131,38 @@ class Scan:
 
 def manifest_of(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
     """The manifest of a source in this folder; made where there is none, or none that is still true."""
-    with alone(folder):
-        if (manifest := kept(folder)) is not None:
-            now = {"format": FORMAT, "options": options, "stamps": source.stamps(manifest.skipped())}
-            if not (changed := difference(now, manifest.about)):
-                return manifest
-            note(f"{changed} after {folder / NAME} was made; scanning again")
-        stamps = source.stamps()
-        scan = scanned(source, required=options["captions"] == "required")
-        stamps = source.stamps([line["key"] for line in scan.skipped]) | stamps
-        write(folder, scan, {"format": FORMAT, "options": options, "stamps": stamps, "classes": source.classes})
-        return Manifest(folder)
+    manifest, _ = kept(source, folder, options)
+    if manifest is None:
+        with alone(folder):
+            manifest, why = kept(source, folder, options)  # another process may have made it meanwhile
+            if why:
+                note(f"{folder / NAME}: {why}; scanning again")
+            manifest = manifest or made(source, folder, options)
+    return manifest
 
 
-def kept(folder: Path) -> Manifest | None:
-    """The manifest that is there, if it can be used."""
+def kept(source: Source, folder: Path, options: dict[str, Any]) -> tuple[Manifest | None, str]:
+    """The manifest that is there, or why it cannot be used."""
     if not (folder / NAME).exists():
-        return None
+        return None, ""
     try:
-        return Manifest(folder)
+        manifest = Manifest(folder)
     except (CheckpointError, KeyError, ValueError) as error:
-        note(f"{folder / NAME} cannot be used: {error}; scanning again")
-        return None
+        return None, f"cannot be used: {error}"
+    now = {"format": FORMAT, "options": options, "stamps": source.stamps(manifest.skipped())}
+    changed = difference(now, manifest.about)
+    return (None, changed) if changed else (manifest, "")
+
+
+def made(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
+    """Scan the source; what changes meanwhile makes the manifest out of date."""
+    stamps = source.stamps()
+    scan = scanned(source, required=options["captions"] == "required")
+    stamps = source.stamps([line["key"] for line in scan.skipped]) | stamps
+    write(folder, scan, {"format": FORMAT, "options": options, "stamps": stamps, "classes": source.classes})
+    seen, skipped = len(scan.numbers["verdict"]), len(scan.skipped)
+    note(f"scanned {seen} pictures" + f"; {skipped} are skipped, see {folder / SKIPS}" * (skipped > 0))
+    return Manifest(folder)
 
 
 def difference(now: dict[str, Any], then: dict[str, Any]) -> str:
