@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.data.sampler import Ask
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # packed ones cannot be read in place, which Shards says
-UNIFORMS = 4  # of a sample
+UNIFORMS = 4  # per sample: which caption, flip, top, left
 
 
 class Images:
@@ -82,8 +82,8 @@ class Images:
             raise DataError("the set is smaller than one batch", str(root), counts, f"at least {batch_size} used")
         self.buckets = nearest(columns["height"][self.rows], columns["width"][self.rows], self.sizes)
         self.groups = columns["group"][self.rows] if self.source.grouped else None
-        self.digest = self.manifest.digest
         self.classes: list[str] = self.manifest.about["classes"]
+        self.digest = self.manifest.digest
         self.labelled = bool((columns["label"][self.rows] >= 0).all())
 
     def __len__(self) -> int:
