@@ -18,9 +18,10 @@ from ldm.data.latents import MANIFEST, Latents, frozen_texts, identities
 from ldm.data.latents_writing import Cache, write
 from ldm.data.sampler import Ask
 from ldm.errors import CheckpointError, DataError
-from ldm.models.dit import DiT
+from ldm.models.unet import UNet
 from ldm.pictures import to_float
 from tests.data.tiny_source import TinySource, first_stage, text
+from tests.models.first_stages import fill
 
 NODE = {"type": "joint_text", "width": 16, "drop": 0.1, "weights": None}
 
@@ -49,31 +50,44 @@ def files(root):
     return {path.name: path.read_bytes() for path in root.iterdir()}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_cached_batch_is_what_the_encoders_give_bit_for_bit(masked, tmp_path):
-    source, encoder, autoencoder = TinySource(), text(masked), first_stage()
+@pytest.mark.parametrize(
+    ("masked", "options"), [(False, {}), (True, {}), (True, {"chunks": 2}), (False, {"projection": 8})]
+)
+def test_a_cached_batch_is_what_the_encoders_give_bit_for_bit(masked, options, tmp_path):
+    source, encoder, autoencoder = TinySource(), text(masked, **options), first_stage()
     assert write(cache(tmp_path, source, encoder, autoencoder=autoencoder)) == []
-    data, wanted = Latents(root=str(tmp_path), batch_size=4), asks(4, 5, 6, 7)
-    cached, online = data.batch(wanted, 0), source.batch(wanted, 0)
-    torch.testing.assert_close(cached["latents"], autoencoder.encode(to_float(online["image"])), rtol=0, atol=0)
+    wanted = asks(4, 5, 6, 7)
+    cached, online = Latents(root=str(tmp_path), batch_size=4).batch(wanted, 0), source.batch(wanted, 0)
+    assert cached["latents"].equal(autoencoder.encode(to_float(online["image"])))
     for name in ("number", "index", "original_size", "crop"):
         assert cached[name].equal(online[name]), name
-    ours, theirs = encoder(cached), encoder(online)
-    if not masked:
-        assert ours.mask is theirs.mask is None
-        assert ours.tokens.equal(theirs.tokens)
-    else:
-        assert ours.mask.equal(theirs.mask)
-        assert 0 < ours.mask.float().mean() < 1
-        assert ours.tokens[ours.mask].equal(theirs.tokens[theirs.mask])
-        backbone = DiT(in_channels=4, width=32, depth=1, heads=2, context=16)
-        x, t = torch.randn(4, 4, 4, 4), torch.rand(4)
-        outs = [backbone(x, t, tokens=c.tokens, mask=c.mask) for c in (ours, theirs)]
-        assert outs[0].equal(outs[1]), "what the mask hides does not count"
-    drop = {"caption": torch.tensor([True, False, True, False])}
-    ours, theirs = encoder(cached, drop), encoder(online, drop)
-    shown = ours.mask if masked else slice(None)
-    assert ours.tokens[shown].equal(theirs.tokens[shown])
+    for drop in ({}, {"caption": torch.tensor([True, False, True, False])}):
+        ours, theirs = encoder(cached, drop), encoder(online, drop)
+        if masked:
+            assert ours.mask.equal(theirs.mask)
+            assert 0 < ours.mask.float().mean() < 1
+            assert ours.tokens[ours.mask].equal(theirs.tokens[theirs.mask])
+        else:
+            assert ours.mask is theirs.mask is None
+            assert ours.tokens.equal(theirs.tokens)
+        if options.get("projection"):
+            assert ours.pooled.equal(theirs.pooled)
+        else:
+            assert ours.pooled is theirs.pooled is None
+
+
+def test_states_that_a_mask_hides_do_not_count(tmp_path):
+    source, encoder = TinySource(), text(True)
+    write(cache(tmp_path, source, encoder))
+    wanted = asks(4, 5, 6, 7)
+    ours = encoder(Latents(root=str(tmp_path), batch_size=4).batch(wanted, 0))
+    theirs = encoder(source.batch(wanted, 0))
+    assert not ours.tokens.equal(theirs.tokens), "they are not in the cache"
+    backbone = fill(UNet(in_channels=4, channels=32, multipliers=[1], blocks=1, attend=[1], heads=2, context=16))
+    x, t = torch.randn(4, 4, 4, 4), torch.rand(4)
+    outs = [backbone(x, t, tokens=c.tokens, mask=c.mask) for c in (ours, theirs)]
+    assert outs[0].equal(outs[1])
+    assert not outs[0].equal(backbone(x, t, tokens=ours.tokens.flip(0), mask=ours.mask.flip(0)))
 
 
 def test_any_order_of_samples_is_gathered_from_all_shards(tmp_path):
