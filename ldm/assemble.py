@@ -50,6 +50,13 @@ class Model(NamedTuple):
     autoencoder: Autoencoder | None
 
 
+class Encoders(NamedTuple):
+    """What turns pictures and what is said of them into what a denoiser reads; a model may lack either."""
+
+    autoencoder: Autoencoder | None
+    conditioner: Conditioner | None
+
+
 def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a checkpoint, checked, with overrides in the place of what it says."""
     return stored(values, origin, overrides, Schema)
@@ -80,8 +87,8 @@ def model(config: Config) -> Model:
     return Model(denoiser(config, in_channels=channels, extra_channels=extra, **told), conditioner, autoencoder)
 
 
-def encoders(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> tuple[Any, Any]:
-    """The autoencoder and the conditioner, or None, with the weights of what was opened for them."""
+def encoders(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> Encoders:
+    """The encoders of a configuration, with the weights of what was opened for them."""
 
     def build(key: str, **given: Any) -> Any:
         """One of the two; what a checkpoint fills needs no first numbers."""
@@ -94,7 +101,7 @@ def encoders(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})
 
     autoencoder = build("autoencoder")
     channels = config["channels"] if autoencoder is None else autoencoder.latent_channels
-    return autoencoder, build("conditioner", **first_stage(autoencoder, channels))
+    return Encoders(autoencoder, build("conditioner", **first_stage(autoencoder, channels)))
 
 
 def first_stage(autoencoder: Autoencoder | None, channels: int) -> dict[str, Any]:

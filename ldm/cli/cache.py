@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.data.latents_writing import Cache
 
 NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # of the data's node: where and how it is read
+CUT = "the end of a text is cut off"  # one warning of this kind for each caption would be many
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -70,11 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     out = writable(Path(arguments.out))
-    warnings.showwarning = show_warning
+    cut: list[str] = []
+    warnings.showwarning = lambda text, *_: cut.append("") if str(text).startswith(CUT) else show_warning(text)
     from ldm.data import latents_writing
 
     cache = prepare(config, opened, out, arguments)
     missing = latents_writing.write(cache, rank, ranks)
+    if cut:
+        show_warning(f"{CUT} in {len(cut)} captions, as the text encoder reads no more")
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
     there = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
     print(f"{out}: {there}; {'the others are still to come' if missing else f'{len(cache.source)} samples, complete'}")
@@ -119,6 +123,7 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
     device, _ = pipeline.placement(arguments.device, "fp32")
     torch.manual_seed(config["seed"])  # the weights of an encoder that has random ones
     autoencoder, conditioner = assemble.encoders(config, opened)
+    assert autoencoder is not None  # the schema demands one
     for module in (autoencoder, conditioner):
         if module is not None:
             module.eval().requires_grad_(False).to(device)

@@ -49,6 +49,8 @@ class Latents:
 
     def __init__(self, *, root: str, batch_size: int, workers: int = 0):
         check_positive(batch_size=batch_size)
+        if workers < 0:
+            raise ValueError(f"workers: negative; got {workers}; expected 0 or more; try 0")
         self.root, self.batch_size, self.workers = Path(root), batch_size, workers
         manifest = read_manifest(self.root)
         self.key, self.rows = manifest["key"], manifest["shards"]
@@ -73,10 +75,13 @@ class Latents:
         """The tensors of a shard, which costs no memory but the pages that are read."""
         if number not in self.opened:
             row = self.rows[number]
-            path = self.root / row["file"]
-            tensors = open_file(path)
+            path, hint = self.root / row["file"], "`ldm cache` again, which makes that shard anew"
+            try:
+                tensors = open_file(path)
+            except CheckpointError as error:
+                raise DataError(f"the cache is damaged: {error}", hint=hint) from error
             if tensors.metadata.get(DIGEST) != row[DIGEST]:
-                raise DataError("another cache's shard", str(path), expected=f"sha256 {row[DIGEST][:10]}", hint=AGAIN)
+                raise DataError("another cache's shard", str(path), expected=f"sha256 {row[DIGEST][:10]}", hint=hint)
             self.opened[number] = dict(tensors)
         return self.opened[number]
 
@@ -122,18 +127,14 @@ class Latents:
 
 def states(picks: Sequence[Pick], name: str) -> dict[str, Tensor]:
     """A text encoder's states for a batch, as the fields of a Condition; where its mask says so there are zeros."""
-    columns = {field: f"{name}.{field}" for field in FIELDS if f"{name}.{field}" in picks[0].shard}
-    masked = "mask" in columns
-    found = {
-        field: torch.stack([pick.shard[column][pick.caption] for pick in picks])
-        for field, column in columns.items()
-        if not (masked and field == "tokens")
-    }
+    fields = [field for field in FIELDS if f"{name}.{field}" in picks[0].shard]
+    masked = "mask" in fields
+    whole = [field for field in fields if field != "tokens" or not masked]
+    found = {field: torch.stack([pick.shard[f"{name}.{field}"][pick.caption] for pick in picks]) for field in whole}
     if masked:
         spans = [span(pick, name) for pick in picks]
-        tokens = spans[0].new_zeros(*found["mask"].shape, spans[0].shape[1])  # (B, L, C)
-        tokens[found["mask"]] = torch.cat(spans)
-        found["tokens"] = tokens
+        found["tokens"] = spans[0].new_zeros(*found["mask"].shape, spans[0].shape[1])  # (B, L, C)
+        found["tokens"][found["mask"]] = torch.cat(spans)
     return found
 
 
@@ -160,8 +161,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(what, str(root), expected=MANIFEST, hint="`ldm cache --out` this folder") from None
     except (OSError, ValueError) as error:
         raise DataError("the cache's manifest is damaged", str(path), str(error), hint="`ldm cache` again") from error
-    if manifest.get("format") != FORMAT:
-        raise DataError("another version's cache", str(path), shown(manifest.get("format")), str(FORMAT), AGAIN)
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if written != FORMAT:
+        raise DataError("another version's cache", str(path), f"format {shown(written)}", str(FORMAT), AGAIN)
     return manifest
 
 

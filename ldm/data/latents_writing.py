@@ -105,7 +105,7 @@ def clear(cache: Cache, numbers: Sequence[int]) -> None:
 
 
 def stands(cache: Cache, number: int) -> bool:
-    """Whether a shard is there with every byte; a damaged one is made again."""
+    """Whether a shard is there, with every byte and of these samples; a damaged one is made again."""
     path = cache.file(number)
     if not path.exists():
         return False
@@ -114,7 +114,7 @@ def stands(cache: Cache, number: int) -> bool:
     except CheckpointError as error:
         warnings.warn(f"made again: {error}", stacklevel=2)
         return False
-    return True
+    return np.array_equal(open_file(path)["index"], cache.shards[number][1])
 
 
 def finish(cache: Cache) -> list[int]:

@@ -114,6 +114,21 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
             torch.testing.assert_close(conditioner(cached).tokens, conditioner(online).tokens, atol=1e-5, rtol=0)
 
 
+def test_a_run_on_the_cache_of_scenes_is_the_run_on_their_renders(command, tmp_path):
+    scenes = ["data.type=scenes", "data.resolution=16", "data.batch_size=4", "data.size=12", "data.workers=0"]
+    assert command(*scenes, "--dtype", "fp32") == 0
+    config, opened = assemble.load(tmp_path / "two.yaml", scenes, cache.Schema)
+    torch.manual_seed(3)
+    autoencoder, conditioner = assemble.encoders(config, opened)
+    ours, theirs = (
+        loader(data, 3) for data in (Latents(root=str(tmp_path / "cache"), batch_size=4), config.build("data"))
+    )
+    for cached, online in islice(zip(ours, theirs), 6):
+        assert cached["index"].equal(online["index"])
+        torch.testing.assert_close(cached["latents"], autoencoder.encode(to_float(online["image"])), atol=1e-5, rtol=0)
+        torch.testing.assert_close(conditioner(cached).tokens, conditioner(online).tokens, atol=1e-5, rtol=0)
+
+
 def test_mirrored_pictures_are_cached_and_crops_at_random_are_not(command, tmp_path, capsys):
     assert command("data.flip=true") == 0
     data, _ = read(tmp_path / "cache", 0)

@@ -5,8 +5,9 @@ import hashlib
 import numpy as np
 import torch
 
-from ldm.conditioning.text import joint_text
+from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import BPE
+from ldm.models.transformer import TextTransformer
 from tests.models.first_stages import fill, small
 
 WORDS = ["a", "red", "ball", "blue", "cube", "stands", "left", "of", "small", "shiny", "the", "green"]
@@ -58,11 +59,11 @@ def first_stage(seed: int = 1):
     return autoencoder.eval().requires_grad_(False)
 
 
-def text(masked: bool, seed: int = 2, frozen: bool = True, **options):
+def text(masked: bool, seed: int = 2, frozen: bool = True, chunks: int = 1, projection: int | None = None) -> Text:
     """A small text encoder; the tokenizer is learned from the source's words."""
-    encoder = joint_text(width=16, layers=1, heads=2, length=12, vocabulary=600, masked=masked, **options)
-    encoder.use(BPE.train([" ".join(WORDS)] * 2, 600))
-    fill(encoder, seed)
+    numbers = {"vocabulary": 600, "length": 12, "width": 16, "layers": 1, "heads": 2, "projection": projection}
+    tokenizer = BPE.train([" ".join(WORDS)] * 2, 600)
+    encoder = Text(fill(TextTransformer(**numbers), seed), tokenizer, chunks=chunks, masked=masked)
     if frozen:
         encoder.freeze()
     return encoder
