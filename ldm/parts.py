@@ -84,6 +84,7 @@ TABLES: dict[str, dict[str, str] | str] = {
     "data": {
         "scenes": "ldm.data.scenes:Scenes",
         "images": "ldm.data.images:Images",
+        "latents": "ldm.data.latents:Latents",
     },
 }
 
