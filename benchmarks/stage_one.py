@@ -1,6 +1,6 @@
 """A training step of the first stage beside CompVis's, and beside diffusers' AutoencoderKL in our own loop.
 
-    python benchmarks/stage_one.py [--size 128] [--channels 64] [--batch 1] [--rounds 10] [--threads 2] [--peak TFLOPS]
+    python benchmarks/stage_one.py [--size 64] [--channels 64] [--batch 1] [--rounds 10] [--threads 2] [--peak TFLOPS]
 
 CompVis's step is written here from its published form: two passes through the autoencoder, LPIPS in both, and gradients
 through LPIPS and the discriminator taken once for the adaptive weight and once more for the update. The networks, the
@@ -31,7 +31,7 @@ from ldm.models.lpips import LPIPS
 from ldm.models.quantize import Bottled, Gaussian
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KL_WEIGHT, ADVERSARIAL_WEIGHT = 1e-6, 0.5  # kl-f8's
+KL_WEIGHT, ADVERSARIAL_WEIGHT, LIMIT = 1e-6, 0.5, 1e4  # kl-f8's; the limit is of losses summed over an image
 
 
 class Game(NamedTuple):
@@ -69,7 +69,8 @@ def game(channels: int, size: int, batch: int, lr: float, diffusers: bool = Fals
     """The same networks, numbers and batch at every call."""
     torch.manual_seed(0)
     x, noise = torch.rand(batch, 3, size, size) * 2 - 1, torch.randn(batch, 4, size // 8, size // 8)
-    loss = Loss(penalty_weight=KL_WEIGHT, perceptual_weight=0, adversarial_weight=ADVERSARIAL_WEIGHT, start=0)
+    weights = {"penalty_weight": KL_WEIGHT, "perceptual_weight": 0, "adversarial_weight": ADVERSARIAL_WEIGHT}
+    loss = Loss(**weights, adaptive_limit=LIMIT / x[0].numel(), start=0)
     loss.perceptual, loss.perceptual_weight = random_lpips(), 1.0
     discriminator = PatchDiscriminator(norm="batch").to(DEVICE)
     ours = Autoencoder(bottleneck=Gaussian(channels=4), channels=channels, multipliers=(1, 2, 4, 4))
@@ -108,7 +109,7 @@ def compvis_step(game: Game) -> tuple[Tensor, Tensor]:
     y, nll, kl = compvis_terms(game)
     against = -game.discriminator(y).mean()
     norms = [torch.autograd.grad(part, game.last, retain_graph=True)[0].norm() for part in (nll, against)]
-    weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * ADVERSARIAL_WEIGHT
+    weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, LIMIT).detach() * ADVERSARIAL_WEIGHT
     value = nll + KL_WEIGHT * kl + weight * against
     update(game.optimizers[0], value)
     game.discriminator.requires_grad_(True)
@@ -212,9 +213,9 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, operat
         "diffusers' AutoencoderKL": job(our_step, game(*shape, lr=4.5e-6, diffusers=True), dtype),
     }
     for name, theirs in others.items():
-        ratio, low = paired_ratio(ours, theirs, rounds)
+        (ratio, low), peaks = paired_ratio(ours, theirs, rounds), [peak(ours), peak(theirs)]
         print(f"{str(dtype)[6:]} beside {name}: ratio {ratio:.3f}, at least {low:.3f}", end="; ")
-        print(f"peak {peak(ours):.1f} MiB, theirs {peak(theirs):.1f} MiB")
+        print(f"peak {peaks[0]:.1f} MiB, theirs {peaks[1]:.1f} MiB", flush=True)
     speed = per_second(ours, shape[2], rounds)
     used = f", {operations / shape[2] * speed / best / 1e12:.1%} of the peak" if best else ""
     print(f"{str(dtype)[6:]}: {speed:.2f} images/s{used}")
@@ -223,7 +224,7 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, operat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cpu = DEVICE == "cpu"
-    parser.add_argument("--size", type=int, default=128 if cpu else 256)
+    parser.add_argument("--size", type=int, default=64 if cpu else 256)
     parser.add_argument("--channels", type=int, default=64 if cpu else 128)
     parser.add_argument("--batch", type=int, default=1 if cpu else 8)
     parser.add_argument("--rounds", type=int, default=10)
@@ -236,7 +237,7 @@ def main() -> None:
         f"torch {torch.__version__}, {DEVICE}, {arguments.threads} threads, {arguments.rounds} rounds, kl-f8 of",
         end=" ",
     )
-    print("{} channels at {} px, batch {}".format(*shape))
+    print("{} channels at {} px, batch {}".format(*shape), flush=True)
     check_losses(shape)
     operations = check_flops(shape)
     for dtype in (torch.float32, torch.bfloat16):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm import parts
+from ldm.errors import InputError
 from ldm.losses.adversarial import adaptive_weight, hinge, vanilla
 from ldm.losses.perceptual import FeatureDistance
 from ldm.losses.reconstruction import reconstruction_loss
@@ -288,3 +291,20 @@ def test_holds_no_weight_that_learns():
 def test_bad_numbers(arguments, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Loss(**{"penalty_weight": 1.0, **PIXELS, **arguments})
+
+
+def test_lpips_without_its_file_is_refused_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"VGG16 .*/vgg16-397923af\.pth\).* loss\.perceptual: judge"):
+        Loss(penalty_weight=1e-6)
+    assert Loss(penalty_weight=1e-6, perceptual_weight=0).perceptual is None
+
+
+def test_the_judge_is_copied_before_the_loss_moves_it(monkeypatch):
+    one = Edges()
+    monkeypatch.setitem(sys.modules, "ldm.checkpoint.pretrained", types.SimpleNamespace(judge=lambda: one))
+    loss = Loss(penalty_weight=1e-6, perceptual="judge", perceptual_weight=2.0).to(torch.float32)
+    assert one.conv.weight.dtype == torch.float64
+    x, y = torch.rand(2, 2, 3, 8, 8)
+    _, features = loss.distances(x, y)
+    torch.testing.assert_close(features, 2 * FeatureDistance(one.float())(x, y))
