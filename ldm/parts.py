@@ -80,6 +80,7 @@ TABLES: dict[str, dict[str, str] | str] = {
         "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
         "unipc": "ldm.diffusion.solvers:unipc",
     },
+    "loss": "ldm.losses.stage_one:Loss",
     "guidance": "ldm.diffusion.guidance:Guidance",
 }
 

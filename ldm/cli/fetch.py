@@ -7,36 +7,12 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from ldm.checkpoint.published import KNOWN, Weights, place
 from ldm.errors import DataError, InputError
 
 BLOCK = 2**20
-
-
-class Weights(NamedTuple):
-    """A file of weights: what reads it, its name, its address or the package that knows it, and its sha256."""
-
-    purpose: str
-    file: str
-    url: str
-    sha256: str
-
-
-KNOWN = {
-    "vgg16": Weights(
-        "the perceptual loss and LPIPS",
-        "vgg16-397923af.pth",
-        "torchvision",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-    ),
-    "inception": Weights(
-        "FID, KID and precision",
-        "weights-inception-2015-12-05-6726825d.pth",
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
-}
 
 
 def address(weights: Weights) -> str:
@@ -67,13 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
         state = "here" if place(weights).is_file() else "not here"
         print(f"{name}: for {weights.purpose}; {state}: {place(weights)}; sha256 {weights.sha256}; {address(weights)}")
     return 0
-
-
-def place(weights: Weights) -> Path:
-    """Where torch, torchvision and torchmetrics look for a file."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("TORCH_HOME", f"{cache}/torch")
-    return Path(home).expanduser() / "hub" / "checkpoints" / weights.file
 
 
 def fetch(weights: Weights, file: str | None = None) -> Path:
