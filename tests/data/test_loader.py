@@ -1,0 +1,173 @@
+"""Loading: the same samples whatever the ranks, workers and interruptions, and errors that keep their line."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.loader import Data, loader, once
+from ldm.data.sampler import Order
+from ldm.errors import DataError, InputError
+from tests.data.numbered import Numbered
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
+
+def expected(data: Data, batches: int) -> list[tuple[int, int]]:
+    order = Order(len(data), data.batch_size, 5, data.buckets, data.groups)
+    return [(ask.number, ask.index) for k in range(batches) for ask in order.batch(k * data.batch_size)]
+
+
+def read(data: Data, position: int, batches: int, ranks: int = 1, accumulate: int = 1) -> list[tuple[int, int]]:
+    """What all ranks together make of so many global batches."""
+    seen: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for rank in range(ranks):
+        options = {"position": position, "rank": rank, "ranks": ranks, "accumulate": accumulate}
+        for i, batch in enumerate(islice(loader(data, 5, **options), batches * accumulate)):
+            seen[i // accumulate] += zip(batch["number"].tolist(), batch["index"].tolist())
+    return [pair for k in range(batches) for pair in seen[k]]
+
+
+def resumed(workers: list[int], ranks: list[int], buckets: np.ndarray | None = None) -> None:
+    """Six stretches of one epoch, cut at random places, each with its own workers and ranks."""
+    data = Numbered(length=160, batch_size=8, buckets=buckets)
+    cuts = sorted(random.Random(0).sample(range(1, 20), 5))
+    read_so_far: list[tuple[int, int]] = []
+    for i, (start, stop) in enumerate(zip([0, *cuts], [*cuts, 20])):
+        data.workers = workers[i % len(workers)]
+        read_so_far += read(data, 8 * start, stop - start, ranks[i % len(ranks)])
+    assert read_so_far == expected(data, 20)
+    assert sorted(index for _, index in read_so_far) == list(range(160))  # none missing, none twice
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_same_order_after_five_resumes(ranks):
+    resumed([0], [ranks])
+
+
+def test_the_same_order_when_each_resume_has_other_workers_and_ranks():
+    resumed([2, 0, 4], [1, 4, 2])
+    resumed([0, 2], [4, 1], buckets=np.arange(160) % 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_same_order_for_all_workers_and_ranks(workers, ranks):
+    resumed([workers], [ranks])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_micro_batches_join_to_the_global_batch(workers):
+    data = Numbered(length=40, batch_size=8, workers=workers)
+    assert read(data, 0, 4, ranks=2, accumulate=4) == expected(data, 4)
+
+
+def test_a_batch_is_what_the_data_made_of_it():
+    batch = next(iter(loader(Numbered(), 9)))
+    assert set(batch) == {"number", "index", "bucket", "caption", "process", "threads"}
+    assert batch["caption"] == [f"9: {index}" for index in batch["index"].tolist()]
+
+
+def test_the_position_is_set_before_each_iteration():
+    loading = loader(Numbered(workers=2), 0)
+    assert next(iter(loading))["number"][0] == 0
+    loading.sampler.position = 16
+    assert [batch["number"][0].item() for batch in islice(loading, 2)] == [16, 24]  # nothing left of what was ahead
+    with pytest.raises(TypeError):
+        len(loading)  # endless
+
+
+def test_once_is_all_of_it_in_order():
+    data = Numbered(length=21, batch_size=8)
+    assert [batch["index"].tolist() for batch in once(data, 0)] == [[*range(8)], [*range(8, 16)], [*range(16, 21)]]
+    both = [torch.cat([batch["index"] for batch in once(data, 0, rank=rank, ranks=2)]) for rank in (0, 1)]
+    assert torch.cat(both).sort().values.tolist() == list(range(21))
+    assert len(once(Numbered(length=3, batch_size=8), 0)) == 1  # a small set can be measured
+
+
+# ------------------------------------------------------------------------------------------------ workers
+
+
+def test_a_worker_has_one_thread_and_its_own_process():
+    torch.set_num_threads(2)
+    batches = list(islice(loader(Numbered(workers=2), 0), 4))
+    assert {batch["threads"] for batch in batches} == {1}
+    assert len({batch["process"] for batch in batches} - {os.getpid()}) == 2
+    assert torch.get_num_threads() == 2
+
+
+def test_workers_outlive_requests_to_stop():
+    """A scheduler or a terminal signals the whole group, and training still needs batches until it has saved."""
+    batches = iter(loader(Numbered(length=400, workers=1), 0))
+    worker = next(batches)["process"]
+    for request in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker, request)
+    later = list(islice(batches, 12))
+    assert {batch["process"] for batch in later} == {worker}
+    assert later[-1]["number"][0] == 96
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_keeps_its_line(workers):
+    batches = iter(loader(Numbered(workers=workers, bad=17), 0))
+    with pytest.raises(DataError) as error:
+        list(islice(batches, 6))
+    assert str(error.value) == "the picture changed since it was listed (17.jpg)"
+    assert "numbered.py" in error.value.__notes__[0]  # for --debug
+
+
+def test_a_mistake_in_the_code_is_not_hidden(monkeypatch):
+    data = Numbered()
+    monkeypatch.setattr(data, "batch", lambda asks, seed: {}["caption"], raising=True)
+    with pytest.raises(KeyError):
+        next(iter(loader(data, 0)))
+
+
+def test_what_cannot_be_is_said_before_a_worker_starts():
+    with pytest.raises(InputError):
+        loader(Numbered(length=5, batch_size=8, workers=2), 0)
+    with pytest.raises(InputError):
+        loader(Numbered(length=50, batch_size=9, workers=2), 0, ranks=2)
+
+
+PARENT = """
+import sys, time
+from itertools import islice
+from tests.data.numbered import Numbered
+from ldm.data.loader import loader
+if __name__ == "__main__":
+    batches = iter(loader(Numbered(workers=2), 0))
+    print(*{batch["process"] for batch in islice(batches, 4)}, flush=True)
+    time.sleep(60 * (sys.argv[1] == "stay"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["leave", "stay"])
+def test_no_worker_is_left_behind(end, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen([sys.executable, script, end], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        if end == "stay":
+            parent.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
