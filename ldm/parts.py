@@ -82,6 +82,9 @@ TABLES: dict[str, dict[str, str] | str] = {
     },
     "loss": "ldm.losses.stage_one:Loss",
     "guidance": "ldm.diffusion.guidance:Guidance",
+    "data": {
+        "images": "ldm.data.images:Images",
+    },
 }
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML

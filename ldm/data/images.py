@@ -1,0 +1,178 @@
+"""Captioned pictures from a folder, tar shards, parquet or a Hugging Face dataset, found out by looking."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm import draws
+from ldm.data import decode
+from ldm.data.datasets import Rows, saved
+from ldm.data.folder import Folder
+from ldm.data.manifest import SKIPS, USED, Manifest, manifest_of, place
+from ldm.data.parquet import Parquet
+from ldm.data.shards import Shards
+from ldm.data.source import Entry, Source
+from ldm.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from ldm.data.sampler import Ask
+
+UNIFORMS = 4  # per sample: which caption, flip, top, left
+
+
+class Images:
+    """The data axis for pictures; `root` is a folder, a file or a pattern of files, or in Python a datasets.Dataset.
+
+    With `aspect` above 1, pictures keep their shapes: each goes to the bucket nearest to its own aspect ratio.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        resolution: int,
+        batch_size: int,
+        workers: int = 4,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        aspect: float = 1.0,
+        multiple: int = 64,
+        min_side: int = 0,
+        captions: Literal["required", "optional"] = "required",
+        caption: str | None = None,
+        image: str | None = None,
+        bad: float = 0.01,
+        manifest: str | None = None,
+    ):
+        for name, value in {"resolution": resolution, "batch_size": batch_size, "multiple": multiple}.items():
+            if value < 1:
+                raise ValueError(f"{name}: too small; got {value}; expected at least 1")
+        if workers < 0 or min_side < 0:
+            raise ValueError(f"{'workers' if workers < 0 else 'min_side'}: negative; got {min(workers, min_side)}")
+        if aspect < 1:
+            raise ValueError(f"aspect: below 1; got {aspect}; expected the longest side over the shortest, such as 2")
+        if not 0 <= bad <= 1:
+            raise ValueError(f"bad: no share of the pictures; got {bad}; expected 0 to 1")
+        self.batch_size, self.workers, self.crop, self.flip = batch_size, workers, crop, flip
+        self.sizes = bucket_sizes(resolution, aspect, multiple)
+        self.source = source_of(root, image, caption)
+        options = {"image": image, "caption": caption, "captions": captions}
+        self.manifest = manifest_of(self.source, Path(manifest) if manifest else place(self.source, options), options)
+        columns = self.manifest.columns
+        refuse_bad(self.manifest, bad, str(root))
+        enough = np.minimum(columns["height"], columns["width"]) >= min_side
+        self.rows = np.flatnonzero((columns["verdict"] == USED) & enough)
+        self.counts = {
+            "seen": len(self.manifest),
+            "used": len(self.rows),
+            "skipped": sum(self.manifest.reasons.values()),
+        }
+        self.counts["filtered"] = int(((columns["verdict"] == USED) & ~enough).sum())
+        if len(self.rows) < batch_size:
+            counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
+            raise DataError("the set is smaller than one batch", str(root), counts, f"at least {batch_size} used")
+        self.buckets = nearest(columns["height"][self.rows], columns["width"][self.rows], self.sizes)
+        self.groups = columns["group"][self.rows] if self.source.grouped else None
+        self.labelled = bool((columns["label"][self.rows] >= 0).all())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+        """The pictures asked for, which share a bucket, with what belongs to each; random choices by sample number."""
+        u, _ = draws.draw(draws.stream(seed, "data"), [ask.number for ask in asks], UNIFORMS, (0,))
+        height, width = self.sizes[asks[0].bucket]
+        image = torch.empty(len(asks), 3, height, width, dtype=torch.uint8)
+        captions, sizes, crops, labels = [], [], [], []
+        for i, (ask, (which, mirror, top, left)) in enumerate(zip(asks, u.tolist())):
+            entry = self.manifest.entry(int(self.rows[ask.index]))
+            place = (top, left) if self.crop == "random" else None
+            picture = self.picture(entry, (height, width), place, self.flip and mirror < 0.5)
+            image[i] = picture.pixels
+            captions.append(entry.captions[int(which * len(entry.captions))] if entry.captions else "")
+            sizes.append(picture.original_size)
+            crops.append(picture.crop)
+            labels.append(entry.label)
+        batch = {"image": image, "caption": captions, "original_size": torch.tensor(sizes), "crop": torch.tensor(crops)}
+        batch |= {name: torch.tensor([getattr(ask, name) for ask in asks]) for name in ("number", "index")}
+        return batch | ({"label": torch.tensor(labels)} if self.labelled else {})
+
+    def picture(
+        self, entry: Entry, size: tuple[int, int], place: tuple[float, float] | None, flip: bool
+    ) -> decode.Picture:
+        """One picture, which decoded when it was scanned."""
+        try:
+            return decode.picture(self.source.read(entry), size, place=place, flip=flip)
+        except (decode.BadPicture, OSError) as error:
+            raise DataError("the picture changed after the scan", entry.key, str(error)) from error
+
+    def longer_than(self, limit: int, count_tokens: Callable[[str], int]) -> int:
+        """How many captions of the used pictures are longer than an encoder reads."""
+        return sum(count_tokens(text) > limit for row in self.rows for text in self.manifest.captions(int(row)))
+
+
+def source_of(root: Any, image: str | None, caption: str | None) -> Source:
+    """What kind of source this is, by what lies there."""
+    if not isinstance(root, str | Path):
+        return Rows(root, image, caption)
+    path = Path(root).expanduser()
+    pattern = not path.exists() and glob.has_magic(str(path))
+    if not path.exists() and not pattern:
+        raise InputError("no such folder or file", "data.root", str(root))
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        return Rows(saved(path), image, caption)
+    found = glob.glob(str(path), recursive=True) if pattern else listed(path) if path.is_dir() else [str(path)]
+    for kind, suffixes in ((Shards, (".tar", ".tar.gz", ".tgz", ".tar.zst")), (Parquet, (".parquet",))):
+        if files := sorted(Path(file) for file in found if file.endswith(suffixes)):
+            return kind(files, image, caption)
+    if not path.is_dir():
+        raise InputError("no source of pictures", "data.root", str(root), "a folder, .tar or .parquet files")
+    if image is not None:
+        raise InputError("a folder of pictures has no columns", "data.image", image, hint="leaving it out")
+    return Folder(path, caption)
+
+
+def listed(folder: Path) -> list[str]:
+    """Files in a folder, and in `data` below it, where Hugging Face keeps its tables."""
+    folders = [one for one in (folder, folder / "data") if one.is_dir()]
+    return [file.path for one in folders for file in os.scandir(one) if not file.name.startswith(".")]
+
+
+def refuse_bad(manifest: Manifest, allowed: float, root: str) -> None:
+    """Stop where there is nothing, or where too many pictures cannot be used."""
+    if len(manifest) == 0:
+        raise DataError("no pictures", root, expected="JPEG, PNG or WebP files, .tar or .parquet files")
+    skipped = sum(manifest.reasons.values())
+    if skipped > allowed * len(manifest):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.reasons.items())
+        hint = "data.captions=optional, or " if "no caption" in manifest.reasons else ""
+        hint += f"reading {manifest.folder / SKIPS}, which names each"
+        got = f"{skipped} of {len(manifest)}: {reasons}"
+        raise DataError("too many pictures cannot be used", root, got, f"at most data.bad={allowed}", hint)
+
+
+def bucket_sizes(resolution: int, aspect: float, multiple: int) -> list[tuple[int, int]]:
+    """(H, W) of each bucket: sides that are multiples, no more pixels than the square, up to an aspect ratio."""
+    sizes = {(resolution, resolution)}
+    for short in range(resolution - resolution % multiple, 0, -multiple):
+        long = resolution**2 // short // multiple * multiple
+        if short <= long <= aspect * short and aspect > 1:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def nearest(height: NDArray, width: NDArray, sizes: list[tuple[int, int]]) -> NDArray | None:
+    """Of each picture the bucket whose aspect ratio is nearest in its logarithm."""
+    if len(sizes) == 1:
+        return None
+    ratios = np.log([w / h for h, w in sizes])  # falls from the widest to the tallest: sizes ascend by height
+    edges = (ratios[1:] + ratios[:-1]) / 2
+    return len(edges) - np.searchsorted(edges[::-1], np.log(width / height))

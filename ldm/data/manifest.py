@@ -1,0 +1,249 @@
+"""What is in a source of pictures and what became of each: scanned once, hashed, then mapped into memory."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ldm.checkpoint import files
+from ldm.data import decode
+from ldm.data.source import Entry, Source
+from ldm.errors import CheckpointError, DataError
+
+FORMAT = 1
+USED, SKIPPED = 0, 1
+BLOCK = 1024  # pictures that are examined together
+NAME, SKIPS = "manifest.safetensors", "skipped.jsonl"
+COLUMNS = {  # one number per picture; `key` and `captions` are where its part of a blob ends
+    "key": np.int64,
+    "captions": np.int64,
+    "label": np.int64,
+    "group": np.int32,
+    "offset": np.int64,
+    "size": np.int64,
+    "modified": np.int64,
+    "height": np.int32,
+    "width": np.int32,
+    "verdict": np.uint8,
+}
+BLOBS = {"key_text": np.uint8, "caption": np.int64, "caption_text": np.uint8}  # `caption`: where each one's text ends
+
+
+class Manifest:
+    """The columns of a scanned source, in a folder; pickled, it is only the folder's name."""
+
+    def __init__(self, folder: Path):
+        tensors = files.open_file(folder / NAME)
+        self.folder = folder
+        self.about: dict[str, Any] = json.loads(tensors.metadata["manifest"])
+        self.columns: dict[str, NDArray] = {name: tensors[name].numpy() for name in COLUMNS | BLOBS}
+
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
+        return Manifest, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.columns["verdict"])
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of what training sees of a source: names, sizes, captions, labels, verdicts."""
+        return self.about["digest"]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why pictures are skipped, the most frequent first."""
+        return self.about["reasons"]
+
+    def skipped(self) -> list[str]:
+        """The names of the pictures that cannot be used."""
+        rows = np.flatnonzero(self.columns["verdict"] == SKIPPED)
+        return [self.key(int(row)) for row in rows]
+
+    def entry(self, row: int) -> Entry:
+        """A picture as its source knows it."""
+        label, group, offset, size, modified = (int(self.columns[name][row]) for name in Entry._fields[2:7])
+        return Entry(self.key(row), self.captions(row), label, group, offset, size, modified)
+
+    def key(self, row: int) -> str:
+        return os.fsdecode(piece(self.columns["key_text"], self.columns["key"], row))
+
+    def captions(self, row: int) -> list[str]:
+        begin, end = bounds(self.columns["captions"], row)
+        text, ends = self.columns["caption_text"], self.columns["caption"]
+        return [piece(text, ends, i).decode() for i in range(begin, end)]
+
+
+def bounds(ends: NDArray, i: int) -> tuple[int, int]:
+    return int(ends[i - 1]) if i else 0, int(ends[i])
+
+
+def piece(blob: NDArray, ends: NDArray, i: int) -> bytes:
+    """The i-th of the texts that lie one behind the other."""
+    begin, end = bounds(ends, i)
+    return blob[begin:end].tobytes()
+
+
+class Scan:
+    """Columns and blobs as they grow, and what is skipped."""
+
+    def __init__(self) -> None:
+        self.numbers = {name: array(np.dtype(kind).char) for name, kind in COLUMNS.items()}
+        self.key_text, self.caption_text, self.caption = bytearray(), bytearray(), array("q")
+        self.reasons: Counter[str] = Counter()
+        self.skipped: list[dict[str, str]] = []
+
+    def add(self, entry: Entry, verdict: decode.Verdict) -> None:
+        """One picture more."""
+        self.key_text += os.fsencode(entry.key)
+        for caption in [] if verdict.problem else entry.captions:
+            self.caption_text += caption.encode()
+            self.caption.append(len(self.caption_text))
+        if verdict.problem:
+            self.skipped.append({"key": entry.key, "reason": verdict.problem})
+            self.reasons[verdict.problem.partition(":")[0]] += 1
+        row = entry._asdict() | {"key": len(self.key_text), "captions": len(self.caption)}
+        row |= {"height": verdict.height, "width": verdict.width, "verdict": SKIPPED if verdict.problem else USED}
+        for name, column in self.numbers.items():
+            column.append(row[name])
+
+    def arrays(self) -> dict[str, NDArray]:
+        columns = {name: np.frombuffer(column, COLUMNS[name]) for name, column in self.numbers.items()}
+        blobs = {name: np.frombuffer(getattr(self, name), kind) for name, kind in BLOBS.items()}
+        return columns | blobs
+
+
+def manifest_of(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
+    """The manifest of a source in this folder; made where there is none, or none that is still true."""
+    with alone(folder):
+        if (manifest := kept(folder)) is not None:
+            now = {"format": FORMAT, "options": options, "stamps": source.stamps(manifest.skipped())}
+            if not (changed := difference(now, manifest.about)):
+                return manifest
+            note(f"{changed} after {folder / NAME} was made; scanning again")
+        stamps = source.stamps()
+        scan = scanned(source, required=options["captions"] == "required")
+        stamps = source.stamps([line["key"] for line in scan.skipped]) | stamps
+        write(folder, scan, {"format": FORMAT, "options": options, "stamps": stamps, "classes": source.classes})
+        return Manifest(folder)
+
+
+def kept(folder: Path) -> Manifest | None:
+    """The manifest that is there, if it can be used."""
+    if not (folder / NAME).exists():
+        return None
+    try:
+        return Manifest(folder)
+    except (CheckpointError, KeyError, ValueError) as error:
+        note(f"{folder / NAME} cannot be used: {error}; scanning again")
+        return None
+
+
+def difference(now: dict[str, Any], then: dict[str, Any]) -> str:
+    """What has changed about a source, or nothing."""
+    for name in ("format", "options"):
+        if now[name] != then.get(name):
+            return f"the {name} changed"
+    places = [p for p in now["stamps"] | then["stamps"] if now["stamps"].get(p) != then["stamps"].get(p)]
+    return f"{', '.join(places[:3])}{', ...' * (len(places) > 3)} changed" if places else ""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process scans; others that want the same wait for what it finds."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        hint = "data.manifest=FOLDER for another place"
+        raise DataError("a manifest cannot be kept there", str(folder), error.strerror or "", hint=hint) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(f"waiting for another process that has {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def scanned(source: Source, required: bool) -> Scan:
+    """Each picture decoded once, several at a time, as PIL decodes without Python's lock."""
+    scan, entries = Scan(), source.entries()
+    progress = tqdm(desc="scanning", unit=" pictures", disable=None, leave=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress:
+        while block := list(islice(entries, BLOCK)):
+            for entry, verdict in pool.map(partial(examined, source, required), block):
+                scan.add(entry, verdict)
+            progress.update(len(block))
+    return scan
+
+
+def examined(source: Source, required: bool, entry: Entry) -> tuple[Entry, decode.Verdict]:
+    """The entry with the captions that are worth something, and what is to become of it."""
+    if entry.problem:
+        return entry, bad(entry.problem)
+    if entry.size > decode.LARGEST:
+        return entry, bad(f"too large: {entry.size} bytes")
+    try:
+        data = source.read(entry)
+    except OSError as error:
+        return entry, bad(f"cannot be read: {error.strerror or error}")
+    verdict = decode.check(data)
+    captions = [caption for caption in entry.captions if caption]
+    if required and not captions and not verdict.problem:
+        verdict = bad("an empty caption" if entry.captions else "no caption")
+    return entry._replace(size=len(data), captions=captions), verdict
+
+
+def bad(problem: str) -> decode.Verdict:
+    return decode.Verdict(0, 0, problem)
+
+
+def write(folder: Path, scan: Scan, about: dict[str, Any]) -> None:
+    """The lines on what is skipped, then the columns, which are what makes a manifest exist."""
+    lines = "".join(json.dumps(line) + "\n" for line in scan.skipped).encode()
+    arrays = scan.arrays()
+    about |= {"digest": digest(arrays), "reasons": dict(scan.reasons.most_common())}
+    try:
+        with files.replacing(folder / SKIPS) as file:
+            file.write(lines)
+        tensors = {name: torch.from_numpy(column) for name, column in arrays.items()}
+        files.write_file(folder / NAME, tensors, {"manifest": json.dumps(about)})
+    except CheckpointError as error:
+        raise DataError(f"the manifest {error}") from error
+
+
+def digest(arrays: dict[str, NDArray]) -> str:
+    """Of all columns but the times, which a copy of the same data does not share."""
+    total = hashlib.sha256()
+    for name in sorted(arrays.keys() - {"modified"}):
+        total.update(f"{name} {len(arrays[name])}\n".encode())
+        total.update(np.ascontiguousarray(arrays[name]).data)
+    return total.hexdigest()
+
+
+def place(source: Source, options: dict[str, Any]) -> Path:
+    """The folder of a source's manifest in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = json.dumps([FORMAT, source.identity(), options], sort_keys=True)
+    return cache / "ldm" / "manifests" / hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
