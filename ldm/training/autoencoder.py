@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm import checkpoint
 from ldm.checkpoint import load_weights
 from ldm.checkpoint.networks import build_autoencoder
+from ldm.config import Config
+from ldm.data.sampler import Order, Stream
 from ldm.draws import draw, stream
 from ldm.losses.stage_one import Loss
 from ldm.models.autoencoder import Autoencoder
@@ -22,6 +25,7 @@ from ldm.training import codes
 from ldm.training.reconstructions import Reconstructions
 from ldm.training.stage import Report, Stage, Turn, named
 from ldm.training.statistics import measured, share
+from ldm.training.trainer import Plan
 from ldm.training.verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -187,3 +191,90 @@ class AutoencoderStage(Stage):
 def prefixed(prefix: str, values: dict[str, Tensor], between: str = "/") -> dict[str, Tensor]:
     """The same under longer names."""
     return {f"{prefix}{between}{name}": value for name, value in values.items()}
+
+
+def build(config: Config, init_from: str | None = None, begun: bool = False) -> AutoencoderStage:
+    """The stage that a configuration describes, everything wrong with it found here; `begun` needs no first weights."""
+    plan = config.build("trainer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(config["seed"], "init"))
+        autoencoder = config.build("autoencoder")
+        discriminator = (
+            config.build("discriminator", in_channels=autoencoder.in_channels) if config["discriminator"] else None
+        )
+    check(config, plan, autoencoder)
+    settings = {name: config.build(name) for name in ("optimizer", "schedule", "ema")}
+    for name, sample in {
+        "optimizer": ([torch.zeros(1, requires_grad=True)],),
+        "schedule": (0, 1),
+        "ema": ([],),
+    }.items():
+        with config.blame(name):
+            settings[name](*sample)  # wrong numbers are found now
+    loss = config.build("loss")
+    if init_from and not begun:
+        load_weights(autoencoder, checkpoint.open(init_from).state, "autoencoder")
+    elif config["train"] == "decoder" and not begun:
+        hint = "--init-from CKPT"
+        raise config.source.error("train: a decoder alone needs an encoder that is trained", "train", hint=hint)
+    data = config.build("data")
+    validation = config.build("validation") if config["validation"] else None
+    for source, key in ((data, "data"), (validation, "validation")):
+        if source is not None:
+            check_sizes(config, source, key, autoencoder, discriminator)
+    Stream(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
+    names = ("seed", "train", "sample_from", "two_forwards", "revive")
+    return AutoencoderStage(
+        autoencoder=autoencoder,
+        discriminator=discriminator,
+        loss=loss,
+        data=data,
+        validation=validation,
+        plan=plan,
+        config=portable(config.values),
+        **{name: config[name] for name in names},
+        **settings,
+    )
+
+
+def check(config: Config, plan: Plan, autoencoder: Autoencoder) -> None:
+    """Refuse what no first stage can be trained with."""
+    if not 0 <= config["seed"] < 2**32:
+        raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
+    for name in ("sample_from", "revive"):
+        if config[name] < 0:
+            raise config.source.error(f"{name}: a number of steps", name, got=str(config[name]), expected="0 or more")
+    if plan.precision == "16-mixed":
+        why = "float16 overflows in the gradients of two losses that one scale cannot serve"
+        key = "trainer.precision"
+        raise config.source.error(f"{key}: {why}", key, got="16-mixed", expected="32-true or bf16-mixed")
+    if plan.strategy == "fsdp2" and plan.ranks > 1 and isinstance(autoencoder.bottleneck, VectorQuantizer):
+        key = "trainer.strategy"
+        raise config.source.error(f"{key}: a codebook is not sharded", key, got="fsdp2 with vq", hint="ddp")
+
+
+def check_sizes(
+    config: Config, data: Data, key: str, autoencoder: Autoencoder, discriminator: PatchDiscriminator | None
+) -> None:
+    """Refuse pictures that the networks cannot take."""
+    key, factor = f"{key}.resolution", autoencoder.factor
+    least = 3 * 2**discriminator.layers if discriminator else 1
+    for height, width in data.sizes:
+        got = f"{height}x{width}"
+        if height % factor or width % factor:
+            near = max(factor, round(height / factor) * factor)
+            what = f"{key}: not divisible by the autoencoder's factor"
+            raise config.source.error(what, key, got=got, expected=f"multiples of {factor}", hint=str(near))
+        if min(height, width) < least:
+            hint = "fewer discriminator.layers"
+            what = f"{key}: too small for the discriminator"
+            raise config.source.error(what, key, got=got, expected=f"at least {least}", hint=hint)
+
+
+def portable(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the folders of the machine that it was used on."""
+    roots = {"data": "root", "validation": "root", "loss": "vgg"}
+    return {
+        key: {name: x for name, x in node.items() if name != roots.get(key)} if isinstance(node, dict) else node
+        for key, node in values.items()
+    }

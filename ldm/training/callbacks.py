@@ -76,7 +76,7 @@ class Run(Callback):
         if self.logs:
             self.logs.restart_clock(stage.images_seen)
 
-    def teardown(self, trainer: pl.Trainer, stage: pl.LightningModule, stage_name: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give signals back, and close the logs."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -38,7 +38,11 @@ class Reconstructions:
                 yield self.data.batch(members[start : start + BATCH], self.seed)["image"]
 
     def measure(
-        self, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], lpips: nn.Module | None, file: Path, spread: Spread
+        self,
+        reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]],
+        lpips: nn.Module | None,
+        file: Path,
+        spread: Spread,
     ) -> dict[str, float]:
         """The average of each measure over the images, which the ranks share; the first draws the grid."""
         sums: dict[str, Any] = {}

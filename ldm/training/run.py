@@ -60,7 +60,9 @@ def claimed(folder: Path) -> Iterator[None]:
         (folder / "checkpoints").mkdir(exist_ok=True)
         lock = open(folder / ".lock", "w")
     except OSError as error:
-        raise InputError("--run: cannot be written to", str(folder), error.strerror or "", "a folder of yours") from None
+        raise InputError(
+            "--run: cannot be written to", str(folder), error.strerror or "", "a folder of yours"
+        ) from None
     with lock:
         patience = time.monotonic() + PATIENCE
         while not take(lock.fileno()):
@@ -87,9 +89,11 @@ def agree(folder: Path, config: dict[str, Any]) -> None:
     if file.exists():
         before, now = flat(configfile.read(file, []).values), flat(config)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
-        if (different := [key for key in changed if key != "format"]):
+        if different := [key for key in changed if key != "format"]:
             words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
-            raise InputError("--run: begun with another configuration", str(file), ", ".join(words), hint="another --run")
+            raise InputError(
+                "--run: begun with another configuration", str(file), ", ".join(words), hint="another --run"
+            )
     with replacing(file) as target:
         target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
 
@@ -112,3 +116,23 @@ def check_space(folder: Path, stage: Stage) -> None:
 def disk_needed(stage: Stage) -> int:
     """The bytes of a checkpoint, about."""
     return COPIES * sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run in this folder has a checkpoint to go on from."""
+    return checkpointing.newest(folder) is not None
+
+
+def summary(stage: Stage, folder: Path) -> str:
+    """What is going to be trained, on what and where."""
+    groups = {name: sum(p.numel() for _, p in group) for name, group in stage.groups().items()}
+    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in groups.items())
+    plan, data = stage.plan, stage.data
+    where = f"{plan.ranks} {'GPU' if plan.on_gpu else 'CPU'} process{'es' * (plan.ranks > 1)}, {plan.precision}"
+    lines = [
+        f"trained: {sizes}",
+        f"data: {len(data)} samples an epoch, {data.batch_size} a step in {plan.accumulate * plan.ranks} parts",
+        f"plan: {plan.steps} steps on {where}",
+        f"run: {folder}, {disk_needed(stage) / 1e6:.0f} MB a checkpoint",
+    ]
+    return "\n".join(lines)

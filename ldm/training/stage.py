@@ -113,13 +113,13 @@ class Stage(pl.LightningModule):
                 self.manual_backward(loss / self.plan.accumulate)
             for name, value in report.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach() / self.plan.accumulate
-            if last and not self._apply(turn):
+            if last and not self._take(turn):
                 break
         self._micro = (self._micro + 1) % self.plan.accumulate
         if last:
             self._count(batch)
 
-    def _apply(self, turn: Turn) -> bool:
+    def _take(self, turn: Turn) -> bool:
         """Clip, read the norms and everything logged at once, and step if they are finite."""
         optimizers = self.optimizers_by_group()
         for group in turn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,8 +72,9 @@ class Plan:
         """Lightning's Trainer, which runs until it is told to stop; `unused`: some steps leave some weights alone."""
         import lightning.pytorch as pl
 
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # advice and advertisements
+        logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         trainer = pl.Trainer(
             accelerator="gpu" if self.on_gpu else "cpu",
             devices=self.devices_per_node,
