@@ -17,7 +17,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run_options(parser: argparse.ArgumentParser) -> None:
     """What every training command understands."""
-    parser.add_argument("--run", metavar="DIR", help="the run directory (default runs/NAME of the configuration)")
+    where = "the run directory (default runs/NAME of the configuration); behind torchrun, --run-dir"
+    parser.add_argument("--run", "--run-dir", metavar="DIR", help=where)
     parser.add_argument("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="build and check everything, then stop")
 

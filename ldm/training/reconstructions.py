@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ldm import pictures
+from ldm.data.sampler import Ask
 from ldm.metrics.images import gradient_energy, measures
-from ldm.training.statistics import BATCH, Spread
+from ldm.training.statistics import BATCH, Spread, shared
 
 if TYPE_CHECKING:
     from ldm.data.loader import Data
 
 SHOWN = 8  # rows of the grid
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels to images in [-1, 1] and what becomes of them
 
 
 class Reconstructions:
@@ -26,44 +28,35 @@ class Reconstructions:
     def __init__(self, data: Data, count: int, seed: int):
         self.data, self.count, self.seed = data, min(count, len(data)), seed
 
-    def batches(self) -> Iterator[Tensor]:
-        """Pixels (B, 3, H, W) of one bucket each."""
-        from ldm.data.sampler import Ask
-
+    def batches(self) -> list[list[Ask]]:
+        """The images' asks, in batches of one bucket each."""
         buckets = self.data.buckets
         asks = [Ask(i, i, 0 if buckets is None else int(buckets[i])) for i in range(self.count)]
-        for _, same in groupby(sorted(asks, key=lambda ask: ask.bucket), key=lambda ask: ask.bucket):
-            members = list(same)
-            for start in range(0, len(members), BATCH):
-                yield self.data.batch(members[start : start + BATCH], self.seed)["image"]
+        same = [list(group) for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket)]
+        return [group[start : start + BATCH] for group in same for start in range(0, len(group), BATCH)]
 
     def measure(
-        self,
-        reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]],
-        lpips: nn.Module | None,
-        file: Path,
-        spread: Spread,
+        self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, spread: Spread
     ) -> dict[str, float]:
         """The average of each measure over the images, which the ranks share; the first draws the grid."""
         sums: dict[str, Any] = {}
-        for k, image in enumerate(self.batches()):
-            if k % spread.ranks != spread.rank:
-                continue
-            x, y = reconstruct(image)
+        batches = self.batches()
+        for k, counts in shared(len(batches), spread):
+            x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
             for name, values in found.items():
-                sums[name] = sums.get(name, 0.0) + values.double().sum()
-            if k == 0:
+                sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
+            if k == 0 and spread.rank == 0:
                 pictures.write(grid(x[:SHOWN], y[:SHOWN]), file)
         return averages(sums, self.count, spread)
 
 
 def averages(sums: dict[str, Any], count: int, spread: Spread) -> dict[str, float]:
-    """Sums over all ranks' images, divided by how many there are; a rank may have had none."""
+    """Sums over all ranks' images, divided by how many there are."""
     if spread.ranks > 1:
         parts: list[dict[str, Any]] = [{}] * spread.ranks
         distributed.all_gather_object(parts, {name: float(value) for name, value in sums.items()})
-        sums = {name: sum(part.get(name, 0.0) for part in parts) for name in parts[0]}
+        sums = {name: sum(part[name] for part in parts) for name in parts[0]}
     return {f"val/{name}": float(value) / count for name, value in sums.items()}
 
 

@@ -232,6 +232,8 @@ class Stage(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Memory format, compilation by block, and the shards of FSDP2."""
+        if self.plan.precision == "64-true":
+            self.double()
         if self.plan.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.plan.compile:

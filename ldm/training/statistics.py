@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +25,12 @@ class Spread(NamedTuple):
     ranks: int = 1
 
 
+def shared(count: int, spread: Spread) -> Iterator[tuple[int, bool]]:
+    """This rank's of so many batches, and whether it counts: sharded networks want equally many on every rank."""
+    for start in range(0, count, spread.ranks):
+        yield min(start + spread.rank, count - 1), start + spread.rank < count
+
+
 def share(images: int, length: int) -> int:
     """How many images to measure after training on so many: a number that no clock has a part in."""
     return min(MOST, length, max(BATCH, images // COST))
@@ -40,10 +46,10 @@ def measured(
     order = Order(len(data), size, key, data.buckets)
     dims = (0, 2, 3) if like.ndim else (0, 1, 2, 3)
     sums = torch.zeros(3, like.numel(), dtype=torch.float64, device=like.device)  # count, sum, sum of squares
-    for k in range(spread.rank, count // size, spread.ranks):
+    for k, counts in shared(count // size, spread):
         z = encode(data.batch(order.batch(k * size), key)["image"])  # (B, Z, h, w)
         total = torch.full_like(sums[0], z.numel() / sums.shape[1])
-        sums += torch.stack((total, z.sum(dims).view(-1), z.square().sum(dims).view(-1)))
+        sums += counts * torch.stack((total, z.sum(dims).view(-1), z.square().sum(dims).view(-1)))
     if spread.ranks > 1:
         distributed.all_reduce(sums)
     mean = sums[1] / sums[0]
