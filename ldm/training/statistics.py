@@ -47,7 +47,7 @@ def measured(
     dims = (0, 2, 3) if like.ndim else (0, 1, 2, 3)
     sums = torch.zeros(3, like.numel(), dtype=torch.float64, device=like.device)  # count, sum, sum of squares
     for k, counts in shared(count // size, spread):
-        z = encode(data.batch(order.batch(k * size), key)["image"])  # (B, Z, h, w)
+        z = encode(data.batch(order.batch(k * size), seed)["image"])  # (B, Z, h, w)
         total = torch.full_like(sums[0], z.numel() / sums.shape[1])
         sums += counts * torch.stack((total, z.sum(dims).view(-1), z.square().sum(dims).view(-1)))
     if spread.ranks > 1:
