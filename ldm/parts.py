@@ -95,6 +95,7 @@ TABLES: dict[str, dict[str, str] | str] = {
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
         "images": "ldm.data.images:Images",
+        "scenes": "ldm.data.scenes:Scenes",
     },
 }
 TABLES["validation"] = TABLES["data"]  # another source of the same kinds

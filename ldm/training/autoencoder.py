@@ -42,6 +42,7 @@ class AutoencoderStage(Stage):
     """
 
     frozen = ("criterion",)
+    usage: Tensor  # how often each code occurred since the last revival
 
     def __init__(
         self,
@@ -119,9 +120,10 @@ class AutoencoderStage(Stage):
     def describe(self, z: Tensor, chosen: Tensor | None) -> Report:
         """Of the latents their mean and standard deviation, and how much of the codebook this batch uses."""
         report = {"mean": z.float().mean(), "std": z.float().std()}
-        if chosen is None:
+        bottleneck = self.autoencoder.bottleneck
+        if chosen is None or not isinstance(bottleneck, VectorQuantizer):
             return report
-        counts = self.autoencoder.bottleneck.count(chosen)  # (K,)
+        counts = bottleneck.count(chosen)  # (K,)
         self.usage += counts
         return report | codes.use(counts)
 

@@ -42,8 +42,11 @@ class Run(Callback):
         """A signal asks for a stop at the end of the step, a second one does as it always did."""
         self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
+        assert isinstance(stage, Stage)
+        stop = stage.stop
+
         def request(number: int, frame: Any) -> None:
-            stage.stop[SIGNALS[signal.Signals(number)]] = 1.0  # type: ignore[index, union-attr]
+            stop[SIGNALS[signal.Signals(number)]] = 1.0
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
         for number in SIGNALS:

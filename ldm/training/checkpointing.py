@@ -108,7 +108,7 @@ def like(x: Tensor, target: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x, target.device_mesh, target.placements)
+    return distribute_tensor(x, target.device_mesh, target.placements)  # type: ignore[attr-defined]
 
 
 def check_finite(state: Mapping[str, Tensor], stage: Stage) -> None:

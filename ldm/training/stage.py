@@ -173,7 +173,7 @@ class Stage(pl.LightningModule):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         together = self.mean(torch.stack([x.to(dtype) for x in values]))
         read = dict(zip((*scalars, *self.stop), together.tolist()))
-        self.stop = {name: read.pop(name) for name in self.stop}
+        self.stop.update({name: max(self.stop[name], read.pop(name)) for name in self.stop})
         return read
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
