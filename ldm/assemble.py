@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -40,6 +40,26 @@ class Schema:
     solver: Part
     channels: int = 3  # of the pictures, where there is no autoencoder
     size: int = 512  # of the pictures' sides, where nobody says otherwise
+
+
+@dataclass(kw_only=True)
+class AutoencoderSchema:
+    """What a configuration says of training a first stage; of it, `autoencoder` is what its checkpoint is opened by."""
+
+    seed: int = 0
+    autoencoder: Part
+    train: Literal["all", "decoder"] = "all"
+    sample_from: int = 0  # the step from which the posterior is sampled; until then its mean is decoded
+    two_forwards: bool = False  # CompVis's order: the discriminator sees what the autoencoder makes after its step
+    revive: int = 0  # steps after which unused codes come back; 0 is never
+    loss: Part
+    discriminator: Part | None = None
+    optimizer: Part
+    schedule: Part
+    ema: Part
+    data: Part
+    validation: Part | None = None  # another source for what is measured; without it, the first images of `data`
+    trainer: Part
 
 
 class Model(NamedTuple):

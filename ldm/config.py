@@ -163,14 +163,15 @@ def _call(target: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _variant(kind: Any, value: Any) -> Any:
-    """Of X | list[X] | None, the one that the value is meant for."""
+    """Of X | Literal[...] | list[X] | None, the one that the value is meant for."""
     if get_origin(kind) not in (Union, types.UnionType):
         return kind
     lists = [v for v in get_args(kind) if get_origin(v) in LISTS]
     plain = [v for v in get_args(kind) if v not in (types.NoneType, *lists)]
     if value is None:
         return types.NoneType
-    return (lists + plain)[0] if isinstance(value, list) else (plain + lists)[0]
+    words = [v for v in plain if get_origin(v) is Literal and value in get_args(v)]
+    return (lists + plain)[0] if isinstance(value, list) else (words + plain + lists)[0]
 
 
 def _is_part(kind: Any) -> bool:

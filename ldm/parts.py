@@ -81,13 +81,25 @@ TABLES: dict[str, dict[str, str] | str] = {
         "unipc": "ldm.diffusion.solvers:unipc",
     },
     "loss": "ldm.losses.stage_one:Loss",
+    "discriminator": "ldm.models.discriminator:PatchDiscriminator",
+    "optimizer": {
+        "adamw": "ldm.training.optimizers:adamw",
+        "sgd": "ldm.training.optimizers:sgd",
+    },
+    "schedule": {
+        "constant": "ldm.training.optimizers:constant",
+        "cosine": "ldm.training.optimizers:cosine",
+    },
+    "ema": "ldm.training.ema:EMA",
+    "trainer": "ldm.training.trainer:Plan",
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
-        "scenes": "ldm.data.scenes:Scenes",
         "images": "ldm.data.images:Images",
         "latents": "ldm.data.latents:Latents",
+        "scenes": "ldm.data.scenes:Scenes",
     },
 }
+TABLES["validation"] = TABLES["data"]  # another source of the same kinds
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {
@@ -101,6 +113,7 @@ GIVEN: dict[str, dict[str, str]] = {
         "classes": "the conditioner",
         "learned_sigma": "the prediction",
     },
+    "discriminator": {"in_channels": "the data"},
     "conditioner": {
         "encode": "the autoencoder",
         "posterior": "the autoencoder",

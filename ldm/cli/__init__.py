@@ -13,6 +13,7 @@ from ldm import __version__, parts
 from ldm.errors import InputError, LdmError
 
 COMMANDS = {
+    "train-autoencoder": "train a first stage: images to latents and back",
     "sample": "make pictures from prompts, with any checkpoint",
     "replay": "make a picture again from what its PNG remembers",
     "convert": "carry a checkpoint from one format to another",
@@ -53,7 +54,7 @@ def _report(text: str, code: int, debug: bool) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    listing = "\n".join(f"  {name:12} {line}" for name, line in COMMANDS.items())
+    listing = "\n".join(f"  {name:17} {line}" for name, line in COMMANDS.items())
     parser = Parser(
         prog="ldm",
         description="Latent diffusion, both stages.",
@@ -64,7 +65,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("--version", action="version", version=__version__)
     command = parser.parse_args(arguments[:1]).command
-    module = importlib.import_module(f"ldm.cli.{command}")
+    module = importlib.import_module(f"ldm.cli.{command.replace('-', '_')}")
     own = Parser(prog=f"ldm {command}", description=module.__doc__)
     module.options(own)
     return module.run(own.parse_intermixed_args(arguments[1:])) or 0

@@ -1,0 +1,282 @@
+"""Training the first stage: an autoencoder against a discriminator (Rombach et al. 2022, appendix G)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm import checkpoint
+from ldm.checkpoint import load_weights
+from ldm.checkpoint.networks import build_autoencoder
+from ldm.config import Config
+from ldm.data.sampler import Order, Stream
+from ldm.draws import draw, stream
+from ldm.losses.stage_one import Loss
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.lpips import LPIPS
+from ldm.models.quantize import VectorQuantizer
+from ldm.pictures import to_float
+from ldm.training import codes
+from ldm.training.reconstructions import Reconstructions
+from ldm.training.stage import Report, Stage, Turn, named
+from ldm.training.statistics import measured, share
+from ldm.training.trainer import Plan
+from ldm.training.verdicts import Verdicts
+
+if TYPE_CHECKING:
+    from ldm.data.loader import Data
+
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+
+
+class AutoencoderStage(Stage):
+    """The two players' losses, and what a checkpoint of the first one says.
+
+    One forward pass of the autoencoder serves both: they step together, from gradients taken at the same weights.
+    `two_forwards` is CompVis's order, where the discriminator sees what the autoencoder makes after its step.
+    """
+
+    frozen = ("criterion",)
+    usage: Tensor  # how often each code occurred since the last revival
+
+    def __init__(
+        self,
+        *,
+        autoencoder: Autoencoder,
+        discriminator: PatchDiscriminator | None,
+        loss: Loss,
+        config: dict[str, Any],
+        train: Literal["all", "decoder"] = "all",
+        sample_from: int = 0,
+        two_forwards: bool = False,
+        revive: int = 0,
+        validation: Data | None = None,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        self.autoencoder, self.discriminator, self.criterion = autoencoder, discriminator, loss
+        self.watch = Verdicts()
+        self.config, self.decoder_only = config, train == "decoder"
+        self.sample_from, self.two_forwards, self.revive = sample_from, two_forwards, revive
+        self.reconstructions = Reconstructions(validation or self.data, self.plan.validate_images, self.seed)
+        if self.decoder_only:
+            for module in (autoencoder.encoder, autoencoder.quant):
+                module.requires_grad_(False)
+        if isinstance(autoencoder.bottleneck, VectorQuantizer):
+            self.register_buffer("usage", torch.zeros(len(autoencoder.bottleneck.codebook), dtype=torch.int64))
+
+    # --------------------------------------------------------------------------------------------------- the game
+
+    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """The autoencoder's parameters and the discriminator's."""
+        groups = {GENERATOR: named([("autoencoder", self.autoencoder)])}
+        return groups if self.discriminator is None else groups | {DISCRIMINATOR: named(self._discriminators())}
+
+    def turns(self) -> list[Turn]:
+        """Both together, or one after the other; the discriminator rests until its time has come."""
+        if self.discriminator is None or not self.criterion.discriminator_learns(self.step):
+            return [(GENERATOR,)]
+        return [(GENERATOR,), (DISCRIMINATOR,)] if self.two_forwards else [(GENERATOR, DISCRIMINATOR)]
+
+    def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
+        """The sum of the losses of a turn's players; each has gradients in its own weights only."""
+        x = to_float(batch["image"]).to(self.dtype)  # (B, 3, H, W)
+        if self.plan.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(GENERATOR in turn):
+            reconstruction, bottled = self.autoencoder(x, self.noise(batch, x))  # (B, 3, H, W)
+        report: Report = {}
+        losses = []
+        if GENERATOR in turn:
+            counts = self.discriminator is not None and self.criterion.discriminator_counts(self.step)
+            logits = self.discriminator(reconstruction) if counts and self.discriminator else None
+            last_layer = self.autoencoder.decoder.conv_out.weight
+            loss, scalars = self.criterion.generator(
+                x, reconstruction, bottled, logits, self.step, last_layer, self.mean
+            )
+            losses, report = [loss], report | prefixed("loss", scalars)
+            report |= prefixed("latents", self.describe(bottled.z, bottled.codes))
+        if DISCRIMINATOR in turn and self.discriminator is not None:
+            fake = self.discriminator(reconstruction.detach())
+            loss, scalars = self.criterion.discriminator(self.discriminator(x), fake)
+            losses, report = [*losses, loss], report | prefixed("loss", scalars)
+        return torch.stack(losses).sum(), report
+
+    def noise(self, batch: dict[str, Any], x: Tensor) -> Tensor | None:
+        """The posterior's noise of each sample, keyed by its number; None, its mean, up to `sample_from`."""
+        if self.step < self.sample_from or isinstance(self.autoencoder.bottleneck, VectorQuantizer):
+            return None
+        factor = self.autoencoder.factor
+        shape = (self.autoencoder.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
+        _, noise = draw(stream(self.seed, "loss"), batch["number"].tolist(), 0, shape)  # (B, Z, h, w)
+        return noise.to(x.device, x.dtype, non_blocking=True)
+
+    @torch.no_grad()
+    def describe(self, z: Tensor, chosen: Tensor | None) -> Report:
+        """Of the latents their mean and standard deviation, and how much of the codebook this batch uses."""
+        report = {"mean": z.float().mean(), "std": z.float().std()}
+        bottleneck = self.autoencoder.bottleneck
+        if chosen is None or not isinstance(bottleneck, VectorQuantizer):
+            return report
+        counts = bottleneck.count(chosen)  # (K,)
+        self.usage += counts
+        return report | codes.use(counts)
+
+    def verdicts(self, row: Mapping[str, float]) -> Iterable[str]:
+        """How the game stands, if it stands badly."""
+        return self.watch(row)
+
+    def after_step(self, batch: dict[str, Any]) -> None:
+        """Dead codes come back every `revive` steps."""
+        if self.revive and self.step % self.revive == 0 and not self.decoder_only:
+            codes.revive(self, to_float(batch["image"]).to(self.dtype))
+
+    def _discriminators(self) -> list[tuple[str, nn.Module]]:
+        return [] if self.discriminator is None else [("discriminator", self.discriminator)]
+
+    def blocks(self) -> list[nn.Module]:
+        """The towers' layers."""
+        return [*self.autoencoder.encoder.layers.values(), *self.autoencoder.decoder.layers.values()]
+
+    def roots(self) -> list[nn.Module]:
+        """The towers and what stands between them."""
+        ours = [self.autoencoder.encoder, self.autoencoder.quant, self.autoencoder.post_quant, self.autoencoder.decoder]
+        return [*ours, *(module for _, module in self._discriminators())]
+
+    @property
+    def unused(self) -> bool:
+        """Whether some steps leave some weights without a gradient."""
+        return self.discriminator is not None and (self.two_forwards or not self.criterion.discriminator_learns(0))
+
+    # ----------------------------------------------------------------------------------------------- what is seen
+
+    @torch.no_grad()
+    def validate(self, samples: Path) -> dict[str, float]:
+        """How close reconstructions come, and a grid of some of them."""
+        lpips = self.criterion.perceptual if isinstance(self.criterion.perceptual, LPIPS) else None
+        with self.averaged():
+            file = samples / f"{self.step:08d}.png"
+            return self.reconstructions.measure(self.reconstruct, lpips, file, self.spread)
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) of a validation batch as images in [-1, 1], and what becomes of them."""
+        x = to_float(image.to(self.device)).to(self.dtype)
+        return x.float(), self.autoencoder(x)[0].float()
+
+    # ---------------------------------------------------------------------------------------------- what is saved
+
+    @torch.no_grad()
+    def export(self, images: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The autoencoder alone, with its latents' statistics over a share of the images since the last checkpoint."""
+        with self.averaged():
+            if not self.decoder_only:
+                count = share(images, len(self.data))
+                statistics = measured(self.encode, self.data, self.seed, count, self.autoencoder.shift, self.spread)
+                self.autoencoder.set_statistics(*statistics)
+            state = self.whole(prefixed("autoencoder", self.autoencoder.state_dict(), "."))
+        if not state:
+            return {}, {}
+        twin = build_autoencoder(self.config["autoencoder"])
+        load_weights(twin, state, "autoencoder")
+        return {**self.config, "fingerprint": twin.fingerprint()}, state
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The posterior's mean, not normalised."""
+        return self.autoencoder.posterior(to_float(image.to(self.device)).to(self.dtype))[0].double()
+
+
+def prefixed(prefix: str, values: dict[str, Tensor], between: str = "/") -> dict[str, Tensor]:
+    """The same under longer names."""
+    return {f"{prefix}{between}{name}": value for name, value in values.items()}
+
+
+def build(config: Config, init_from: str | None = None, begun: bool = False) -> AutoencoderStage:
+    """The stage that a configuration describes, everything wrong with it found here; `begun` needs no first weights."""
+    plan = config.build("trainer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(config["seed"], "init"))
+        autoencoder = config.build("autoencoder")
+        discriminator = (
+            config.build("discriminator", in_channels=autoencoder.in_channels) if config["discriminator"] else None
+        )
+    check(config, plan, autoencoder)
+    settings = {name: config.build(name) for name in ("optimizer", "schedule", "ema")}
+    for name, sample in {
+        "optimizer": ([torch.zeros(1, requires_grad=True)],),
+        "schedule": (0, 1),
+        "ema": ([],),
+    }.items():
+        with config.blame(name):
+            settings[name](*sample)  # wrong numbers are found now
+    loss = config.build("loss")
+    if init_from and not begun:
+        load_weights(autoencoder, checkpoint.open(init_from).state, "autoencoder")
+    elif config["train"] == "decoder" and not begun:
+        hint = "--init-from CKPT"
+        raise config.source.error("train: a decoder alone needs an encoder that is trained", "train", hint=hint)
+    data = config.build("data")
+    validation = config.build("validation") if config["validation"] else None
+    for source, key in ((data, "data"), (validation, "validation")):
+        if source is not None:
+            check_sizes(config, source, key, autoencoder, discriminator)
+    Stream(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
+    names = ("seed", "train", "sample_from", "two_forwards", "revive")
+    return AutoencoderStage(
+        autoencoder=autoencoder,
+        discriminator=discriminator,
+        loss=loss,
+        data=data,
+        validation=validation,
+        plan=plan,
+        config=portable(config.values),
+        **{name: config[name] for name in names},
+        **settings,
+    )
+
+
+def check(config: Config, plan: Plan, autoencoder: Autoencoder) -> None:
+    """Refuse what no first stage can be trained with."""
+    if not 0 <= config["seed"] < 2**32:
+        raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
+    for name in ("sample_from", "revive"):
+        if config[name] < 0:
+            raise config.source.error(f"{name}: a number of steps", name, got=str(config[name]), expected="0 or more")
+    if plan.precision == "16-mixed":
+        why = "float16 overflows in the gradients of two losses that one scale cannot serve"
+        key = "trainer.precision"
+        raise config.source.error(f"{key}: {why}", key, got="16-mixed", expected="32-true or bf16-mixed")
+    if plan.strategy == "fsdp2" and plan.ranks > 1 and isinstance(autoencoder.bottleneck, VectorQuantizer):
+        key = "trainer.strategy"
+        raise config.source.error(f"{key}: a codebook is not sharded", key, got="fsdp2 with vq", hint="ddp")
+
+
+def check_sizes(
+    config: Config, data: Data, key: str, autoencoder: Autoencoder, discriminator: PatchDiscriminator | None
+) -> None:
+    """Refuse pictures that the networks cannot take."""
+    key, factor = f"{key}.resolution", autoencoder.factor
+    least = 3 * 2**discriminator.layers if discriminator else 1
+    for height, width in data.sizes:
+        got = f"{height}x{width}"
+        if height % factor or width % factor:
+            near = max(factor, round(height / factor) * factor)
+            what = f"{key}: not divisible by the autoencoder's factor"
+            raise config.source.error(what, key, got=got, expected=f"multiples of {factor}", hint=str(near))
+        if min(height, width) < least:
+            hint = "fewer discriminator.layers"
+            what = f"{key}: too small for the discriminator"
+            raise config.source.error(what, key, got=got, expected=f"at least {least}", hint=hint)
+
+
+def portable(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the folders of the machine that it was used on."""
+    roots = {"data": "root", "validation": "root", "loss": "vgg"}
+    return {
+        key: {name: x for name, x in node.items() if name != roots.get(key)} if isinstance(node, dict) else node
+        for key, node in values.items()
+    }

@@ -1,0 +1,128 @@
+"""Checkpoints of a run: what is in them, when one exists, and which is the newest whole one.
+
+A checkpoint is a folder `checkpoints/STEP` with `state.safetensors` and, written last, a manifest with its digest. No
+random state is saved, for there is none; nor anything of Lightning's loops, which count what we do not use. Tensors are
+saved whole, so that other numbers of ranks can go on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import save
+from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
+from ldm.errors import CheckpointError, DivergedError
+from ldm.training.stage import Stage
+
+STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
+COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row")
+
+
+def write(run: Path, stage: Stage, images: int) -> None:
+    """Write a checkpoint and `model.safetensors`, after `images` since the last; every rank calls, the first writes."""
+    config, model = stage.export(images)
+    state = stage.whole(tensors_of(stage))
+    if stage.global_rank == 0:
+        folder = run / "checkpoints" / f"{stage.step:08d}"
+        check_finite({**state, **model}, stage)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MANIFEST).unlink(missing_ok=True)
+            digests = {STATE: write_file(folder / STATE, state, {}), MODEL: save(run / MODEL, config, model)}
+            counters = {name: getattr(stage, name) for name in COUNTERS}
+            with replacing(folder / MANIFEST) as file:
+                file.write(json.dumps({**counters, "sha256": digests, "threads": torch.get_num_threads()}).encode())
+            flush_folder(folder.parent)
+        except (CheckpointError, OSError) as error:
+            raise incomplete(error, run) from error
+        for old in sorted(folder.parent.iterdir())[: -stage.plan.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    stage.trainer.strategy.barrier("checkpoint")
+
+
+def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its manifest; what others began and never finished is no checkpoint."""
+    for folder in sorted((run / "checkpoints").glob("*"), reverse=True):
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            if check_digest(folder / STATE) == manifest["sha256"][STATE]:
+                return folder, manifest
+        except (OSError, ValueError, KeyError, CheckpointError):
+            continue
+    return None
+
+
+def clear(run: Path) -> None:
+    """Remove what a process left half-written when it was killed."""
+    for file in (*run.glob(".*.tmp"), *run.glob("checkpoints/*/.*.tmp")):
+        file.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
+    """Put a stage back to where a checkpoint was written."""
+    saved = open_file(folder / STATE)
+    own = tensors_of(stage)
+    remembered = [name for name in saved if name.startswith("optimizer/")]
+    if missing := own.keys() - saved.keys() | saved.keys() - own.keys() - set(remembered):
+        got = f"{len(missing)} names, such as {min(missing)}"
+        raise CheckpointError("another model's checkpoint", str(folder), got, "the names of this one", "another --run")
+    for name, x in own.items():
+        x.copy_(like(saved[name], x))
+    for group, optimizer in stage.optimizers_by_group().items():
+        for name, p in stage.groups()[group]:
+            prefix = f"optimizer/{group}/{name}/"
+            for key in (key for key in remembered if key.startswith(prefix)):
+                x = saved[key]
+                optimizer.state[p][key.removeprefix(prefix)] = like(x, p) if x.shape == p.shape else x.to(p.device)
+    for name in COUNTERS:
+        setattr(stage, name, manifest[name])
+
+
+def tensors_of(stage: Stage) -> dict[str, Tensor]:
+    """Everything that a resumed run needs, by name: weights, their averages, and what the optimisers remember."""
+    state = {name: x for name, x in stage.state_dict().items() if name.partition(".")[0] not in stage.frozen}
+    tensors = {f"model/{name}": x for name, x in state.items()}
+    tensors |= {f"ema/{name}": x for name, x in stage.ema.shadows.items()}
+    for group, optimizer in stage.optimizers_by_group().items():
+        for name, p in stage.groups()[group]:
+            tensors |= {
+                f"optimizer/{group}/{name}/{key}": x
+                for key, x in optimizer.state.get(p, {}).items()
+                if isinstance(x, Tensor)
+            }
+    return tensors
+
+
+def like(x: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor where and in the pieces that another one is in."""
+    x = x.to(target.device)
+    if not hasattr(target, "device_mesh"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+
+
+def check_finite(state: Mapping[str, Tensor], stage: Stage) -> None:
+    """Never write NaN or infinity."""
+    broken = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        got = f"{len(broken)} tensors, such as {broken[0]}"
+        hint = "the same command with a lower optimizer.lr; it begins at the last checkpoint"
+        raise DivergedError("weights are not finite, nothing was saved", f"step {stage.step}", got, hint=hint)
+
+
+def incomplete(error: Exception, run: Path) -> CheckpointError:
+    """What to say when a checkpoint cannot be written: why, and what there is."""
+    last = newest(run)
+    kept = f"the last whole checkpoint is {last[0]}" if last else "there is no checkpoint before it"
+    what = str(error) if isinstance(error, CheckpointError) else f"cannot be written ({run}); got {error}"
+    return CheckpointError(f"{what}; {kept}", hint="making room there and the same command again")

@@ -1,0 +1,150 @@
+"""What a run says while it trains: metrics.csv, a progress line, TensorBoard and W&B where they are installed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldm.checkpoint.files import replacing
+from ldm.training.stage import Stage
+
+FIRST = ("step", "images_seen", "skipped", "images_per_second")
+
+
+class Logs:
+    """The rows of a run; only its first process has them."""
+
+    def __init__(self, run: Path):
+        self.run, self.file = run, run / "metrics.csv"
+        self.sinks: list[Any] = []
+        self.bar: Any = None
+
+    def begin(self, stage: Stage, images_seen: int) -> None:
+        """Take up the log where the checkpoint was written: later rows will be written again."""
+        self.table = Table(self.file, images_seen)
+        self.sinks = [sink(self.run, stage) for sink in (TensorBoard, WandB) if find_spec(sink.package)]
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=stage.plan.steps, initial=stage.step, unit="step", mininterval=interval)
+        self.since = time.perf_counter(), images_seen
+
+    def step(self, stage: Stage, ended: bool) -> None:
+        """Show progress; log a row where it is due, where there was a validation, and where a step was skipped."""
+        self.bar.update(stage.step - self.bar.n)
+        validated = any(name.startswith("val/") for name in stage.report)
+        if not (ended or validated or not stage.advanced or stage.step % stage.plan.log_every == 0):
+            return
+        now = time.perf_counter(), stage.images_seen
+        speed = (now[1] - self.since[1]) / max(now[0] - self.since[0], 1e-9)
+        self.since = now
+        row = {**stage.report, "images_per_second": round(speed, 2)}
+        self.table.add(row)
+        for sink in self.sinks:
+            sink.add(row, stage.step)
+        shown = {name.split("/")[-1]: f"{row[name]:.4g}" for name in ("loss/loss", "val/psnr") if name in row}
+        self.bar.set_postfix({"images/s": f"{speed:.1f}", **shown}, refresh=False)
+        for line in () if stage.advanced else (f"step {stage.step} skipped: its gradient is not finite",):
+            self.say(line)
+        for line in stage.verdicts(row):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line above the progress."""
+        tqdm.write(line, file=sys.stderr)
+
+    def restart_clock(self, images_seen: int) -> None:
+        """Leave what was not training out of images per second."""
+        self.since = time.perf_counter(), images_seen
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.bar is not None:
+            self.bar.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+class Table:
+    """A CSV file that gains columns when they first occur, and forgets rows after a given sample."""
+
+    def __init__(self, file: Path, images_seen: int):
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
+        rows = [row for row in csv.DictReader(whole) if int(row["images_seen"]) <= images_seen]
+        self.columns = list(csv.DictReader(whole).fieldnames or FIRST)
+        self._write(rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One more row, on the disk when this returns."""
+        if new := [name for name in row if name not in self.columns]:
+            with open(self.file, encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.columns += new
+            self._write([*rows, row])
+            return
+        with open(self.file, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with replacing(self.file) as file:
+            file.write(text.getvalue().encode())
+
+
+class TensorBoard:
+    """Events for TensorBoard in the run directory."""
+
+    package = "tensorboard"
+
+    def __init__(self, run: Path, stage: Stage):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run), purge_step=stage.step + 1 if stage.step else None)
+
+    def add(self, row: dict[str, Any], step: int) -> None:
+        """One row."""
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise."""
+
+    package = "wandb"
+
+    def __init__(self, run: Path, stage: Stage):
+        import wandb
+
+        name = run.resolve().name
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "ldm"),
+            name=name,
+            id=name,
+            dir=str(run),
+            config=stage.config,
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        )
+
+    def add(self, row: dict[str, Any], step: int) -> None:
+        """One row."""
+        self.run.log(row, step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.run.finish()

@@ -1,0 +1,66 @@
+"""How well a first stage does at fixed images: distances, and a grid to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ldm import pictures
+from ldm.data.sampler import Ask
+from ldm.metrics.images import gradient_energy, measures
+from ldm.training.statistics import BATCH, Spread, shared
+
+if TYPE_CHECKING:
+    from ldm.data.loader import Data
+
+SHOWN = 8  # rows of the grid
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels to images in [-1, 1] and what becomes of them
+
+
+class Reconstructions:
+    """The first `count` images of a source, the same at every validation."""
+
+    def __init__(self, data: Data, count: int, seed: int):
+        self.data, self.count, self.seed = data, min(count, len(data)), seed
+
+    def batches(self) -> list[list[Ask]]:
+        """The images' asks, in batches of one bucket each."""
+        buckets = self.data.buckets
+        asks = [Ask(i, i, 0 if buckets is None else int(buckets[i])) for i in range(self.count)]
+        same = [list(group) for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket)]
+        return [group[start : start + BATCH] for group in same for start in range(0, len(group), BATCH)]
+
+    def measure(
+        self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, spread: Spread
+    ) -> dict[str, float]:
+        """The average of each measure over the images, which the ranks share; the first draws the grid."""
+        sums: dict[str, Any] = {}
+        batches = self.batches()
+        for k, counts in shared(len(batches), spread):
+            x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
+            found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
+            for name, values in found.items():
+                sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
+            if k == 0 and spread.rank == 0:
+                pictures.write(grid(x[:SHOWN], y[:SHOWN]), file)
+        return averages(sums, self.count, spread)
+
+
+def averages(sums: dict[str, Any], count: int, spread: Spread) -> dict[str, float]:
+    """Sums over all ranks' images, divided by how many there are."""
+    if spread.ranks > 1:
+        parts: list[dict[str, Any]] = [{}] * spread.ranks
+        distributed.all_gather_object(parts, {name: float(value) for name, value in sums.items()})
+        sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return {f"val/{name}": float(value) / count for name, value in sums.items()}
+
+
+def grid(x: Tensor, y: Tensor) -> Any:
+    """Rows of input, reconstruction, and the difference of the two, where gray is none."""
+    trios = torch.stack((x, y, (y - x) / 2), 1).flatten(0, 1)  # (3B, 3, H, W)
+    return pictures.grid(pictures.to_pil(trios), columns=3)

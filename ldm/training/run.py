@@ -1,0 +1,138 @@
+"""A run directory: who may write to it, which configuration it has, and the training in it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm import configfile
+from ldm.checkpoint.files import replacing
+from ldm.errors import InputError, shown
+from ldm.training import checkpointing
+from ldm.training.callbacks import Run
+from ldm.training.stage import Stage
+
+# what may change between two runs in one folder: where and how long, never what is learned from what in which order
+FREE = {f"trainer.{name}" for name in ("steps", "accelerator", "devices", "nodes", "strategy", "compile", "keep")}
+FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"trainer.validate_images"}
+FREE |= {"data.workers", "data.root", "validation.workers", "validation.root"}
+PATIENCE = 10.0  # seconds: a killed run's workers live on for some
+COPIES = 5  # of the weights in a checkpoint: they, their averages, two moments, and the model's own file
+
+
+def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
+    """Train from where the folder stands until the plan is done or a signal comes; returns the exit status."""
+    main = is_main()
+    with claimed(folder) if main else unclaimed():
+        if main:
+            agree(folder, config)
+            checkpointing.clear(folder)
+            check_space(folder, stage)
+        callback = Run(folder, main)
+        stage.plan.trainer([callback], stage.unused).fit(stage)
+    return callback.code
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes, however processes were started."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+
+
+@contextmanager
+def unclaimed() -> Iterator[None]:
+    """What the other processes do."""
+    yield
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for one run at a time."""
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(
+            "--run: cannot be written to", str(folder), error.strerror or "", "a folder of yours"
+        ) from None
+    with lock:
+        patience = time.monotonic() + PATIENCE
+        while not take(lock.fileno()):
+            if time.monotonic() > patience:
+                raise InputError("--run: another process trains here", str(folder), hint="another --run, or waiting")
+            time.sleep(0.2)
+        yield
+
+
+def take(handle: int) -> bool:
+    """Take the lock if it is free; it ends with this process, however that ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+
+
+def agree(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that was begun with another configuration; write this one."""
+    file = folder / "config.yaml"
+    if file.exists():
+        before, now = flat(configfile.read(file, []).values), flat(config)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
+        if different := [key for key in changed if key != "format"]:
+            words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
+            raise InputError(
+                "--run: begun with another configuration", str(file), ", ".join(words), hint="another --run"
+            )
+    with replacing(file) as target:
+        target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {key: x for name, node in values.items() for key, x in flat(node, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def check_space(folder: Path, stage: Stage) -> None:
+    """Refuse a disk that has no room for one checkpoint."""
+    needed, free = disk_needed(stage), shutil.disk_usage(folder).free
+    if free < needed:
+        got, expected = f"{free / 1e6:.0f} MB free", f"{needed / 1e6:.0f} MB for one checkpoint"
+        raise InputError("--run: the disk is too small", str(folder), got, expected, "another --run")
+
+
+def disk_needed(stage: Stage) -> int:
+    """The bytes of a checkpoint, about."""
+    return COPIES * sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run in this folder has a checkpoint to go on from."""
+    return checkpointing.newest(folder) is not None
+
+
+def summary(stage: Stage, folder: Path) -> str:
+    """What is going to be trained, on what and where."""
+    groups = {name: sum(p.numel() for _, p in group) for name, group in stage.groups().items()}
+    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in groups.items())
+    plan, data = stage.plan, stage.data
+    where = f"{plan.ranks} {'GPU' if plan.on_gpu else 'CPU'} process{'es' * (plan.ranks > 1)}, {plan.precision}"
+    lines = [
+        f"trained: {sizes}",
+        f"data: {len(data)} samples an epoch, {data.batch_size} a step in {plan.accumulate * plan.ranks} parts",
+        f"plan: {plan.steps} steps on {where}",
+        f"run: {folder}, {disk_needed(stage) / 1e6:.0f} MB a checkpoint",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""How long, where and how precisely to train: the `trainer` of a configuration, and Lightning's made from it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ldm.models.layers import check_positive
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
+
+@dataclass(kw_only=True, frozen=True)
+class Plan:
+    """The same numbers on one process and on many: `steps` and every interval count optimiser steps."""
+
+    steps: int
+    accumulate: int = 1  # micro-batches that a rank's part of the global batch is split into
+    clip: float | None = None  # largest norm of a gradient
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = "auto"  # on each node; auto is every GPU, or one process on the CPU
+    nodes: int = 1
+    strategy: Literal["ddp", "fsdp2"] = "ddp"  # where there is more than one device
+    compile: bool = False  # block by block
+    channels_last: bool = False
+    log_every: int = 50
+    validate_every: int = 1000
+    validate_images: int = 64
+    save_every: int = 1000
+    keep: int = 2  # checkpoints, the newest ones
+
+    def __post_init__(self) -> None:
+        check_positive(**{name: getattr(self, name) for name in POSITIVE})
+        if self.devices != "auto":
+            check_positive(devices=self.devices)
+        if self.keep < 2:
+            raise ValueError(f"keep: the newest may be cut off in writing; got {self.keep}; expected >= 2; try 2")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: a norm; got {self.clip}; expected > 0; try 1.0")
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError("accelerator: there is no GPU here; got gpu; try cpu")
+        if self.on_gpu and self.devices != "auto" and self.devices > torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(f"devices: more than there are; got {self.devices}; expected at most {count}; try {count}")
+        if self.on_gpu and self.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(False):
+            raise ValueError("precision: this GPU has no bfloat16; got bf16-mixed; try 32-true")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether GPUs do the work."""
+        return self.accelerator != "cpu" and torch.cuda.is_available()
+
+    @property
+    def devices_per_node(self) -> int:
+        """How many processes each node runs."""
+        if self.devices == "auto":
+            return torch.cuda.device_count() if self.on_gpu else 1
+        return self.devices
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there are in all."""
+        return self.devices_per_node * self.nodes
+
+    def trainer(self, callbacks: list[Callback], unused: bool) -> Trainer:
+        """Lightning's Trainer, which runs until it is told to stop; `unused`: some steps leave some weights alone."""
+        import lightning.pytorch as pl
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # advice and advertisements
+        logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = pl.Trainer(
+            accelerator="gpu" if self.on_gpu else "cpu",
+            devices=self.devices_per_node,
+            num_nodes=self.nodes,
+            strategy=self._strategy(unused),
+            # float64, for proofs of equality, is the module's own: Lightning refuses it with FSDP2
+            precision="32-true" if self.precision == "64-true" else self.precision,
+            callbacks=callbacks,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+        )
+        # it would ask the device once per batch whether a signal came; ours rides along with the gradient norm
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        return trainer
+
+    def _strategy(self, unused: bool) -> Any:
+        """Lightning's strategy: one process, DDP, or FSDP2 with all ranks along the data."""
+        if self.ranks == 1:
+            return "auto"
+        if self.strategy == "ddp":
+            from lightning.pytorch.strategies import DDPStrategy
+
+            return DDPStrategy(find_unused_parameters=unused, gradient_as_bucket_view=True)
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        return ModelParallelStrategy(data_parallel_size=self.ranks, tensor_parallel_size=1)
+
+
+POSITIVE = ("steps", "accumulate", "nodes", "log_every", "validate_every", "validate_images", "save_every")
