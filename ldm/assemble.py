@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ldm import checkpoint
+from ldm import config as configuration
 from ldm.checkpoint import Opened, load_weights
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import Text
@@ -17,7 +21,9 @@ from ldm.config import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
 from ldm.diffusion.solvers import Step, check
+from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.empty import empty
 
 
 @dataclass(kw_only=True)
@@ -44,19 +50,58 @@ class Model(NamedTuple):
     autoencoder: Autoencoder | None
 
 
+class Encoders(NamedTuple):
+    """What turns pictures and what is said of them into what a denoiser reads; a model may lack either."""
+
+    autoencoder: Autoencoder | None
+    conditioner: Conditioner | None
+
+
 def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a checkpoint, checked, with overrides in the place of what it says."""
     return stored(values, origin, overrides, Schema)
 
 
+def load(file: str | FilePath, overrides: Sequence[str], schema: type) -> tuple[Config, dict[str, Opened]]:
+    """A configuration where `autoencoder: PATH` or `conditioner: PATH` is what a checkpoint has there, and these."""
+    opened: dict[str, Opened] = {}
+
+    def resolve(key: str, path: str) -> Any:
+        """The node of a checkpoint in the place of its path."""
+        if key not in ("autoencoder", "conditioner"):
+            return path
+        opened[key] = checkpoint.open(FilePath(path).expanduser())
+        if not opened[key].config.get(key):
+            raise CheckpointError(f"{key}: none inside", path, opened[key].family, "a checkpoint with one")
+        return opened[key].config[key]
+
+    return configuration.load(file, overrides, schema, resolve), opened
+
+
 def model(config: Config) -> Model:
     """All networks of a configuration; under `torch.device("meta")`, without memory for their weights."""
-    autoencoder = config.build("autoencoder") if config["autoencoder"] else None
+    autoencoder, conditioner = encoders(config)
     channels = config["channels"] if autoencoder is None else autoencoder.latent_channels
-    conditioner = config.build("conditioner", **first_stage(autoencoder, channels)) if config["conditioner"] else None
     told = {name: getattr(conditioner, name, None) for name in ("context", "pooled", "classes")}
     extra = 0 if conditioner is None else conditioner.concat_channels
     return Model(denoiser(config, in_channels=channels, extra_channels=extra, **told), conditioner, autoencoder)
+
+
+def encoders(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> Encoders:
+    """The encoders of a configuration, with the weights of what was opened for them."""
+
+    def build(key: str, **given: Any) -> Any:
+        """One of the two; what a checkpoint fills needs no first numbers."""
+        if not config[key] or key not in opened:
+            return config.build(key, **given) if config[key] else None
+        with empty():
+            module = config.build(key, **given)
+        fill_part(module, opened[key], key)
+        return module.float()
+
+    autoencoder = build("autoencoder")
+    channels = config["channels"] if autoencoder is None else autoencoder.latent_channels
+    return Encoders(autoencoder, build("conditioner", **first_stage(autoencoder, channels)))
 
 
 def first_stage(autoencoder: Autoencoder | None, channels: int) -> dict[str, Any]:
@@ -76,12 +121,13 @@ def fill(model: Model, opened: Opened) -> None:
     }
     for prefix, module in modules.items():
         if module is not None:
-            load_weights(module, opened.state, prefix)
-    text = (
-        next((part for part in model.conditioner.modules() if isinstance(part, Text)), None)
-        if model.conditioner
-        else None
-    )
+            fill_part(module, opened, prefix)
+
+
+def fill_part(module: nn.Module, opened: Opened, prefix: str) -> None:
+    """The same of one network, with the tokenizer if it reads text."""
+    load_weights(module, opened.state, prefix)
+    text = next((part for part in module.modules() if isinstance(part, Text)), None)
     if text is not None and opened.tokenizer is not None:
         carried = opened.tokenizer  # JSON in a file of ours, a folder beside a diffusers model
         text.use(from_json(carried) if carried.startswith("{") else from_folder(carried))

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -134,9 +134,18 @@ def stored(values: dict[str, Any], origin: str, overrides: Sequence[str], schema
     return Config(configfile.amend(configfile.Source(values, {"": origin}), overrides), schema)
 
 
-def load(file: str | Path, overrides: Sequence[str], schema: type) -> Config:
-    """Read a file and its overrides and check them against a command's schema."""
-    return Config(configfile.read(file, overrides), schema)
+def load(
+    file: str | Path,
+    overrides: Sequence[str],
+    schema: type,
+    read: Callable[[str, str], Any] = lambda key, path: path,
+) -> Config:
+    """Read a file and its overrides and check them against a command's schema; a node may be a path to `read`."""
+    source = configfile.read(file, overrides)
+    for key, value in source.values.items():
+        if isinstance(value, str):
+            source.values[key] = read(key, value)
+    return Config(source, schema)
 
 
 def _schema(target: Any) -> dict[str, inspect.Parameter]:

@@ -82,7 +82,9 @@ TABLES: dict[str, dict[str, str] | str] = {
     },
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
+        "scenes": "ldm.data.scenes:Scenes",
         "images": "ldm.data.images:Images",
+        "latents": "ldm.data.latents:Latents",
     },
 }
 

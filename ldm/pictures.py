@@ -24,7 +24,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 def to_float(images: Tensor) -> Tensor:
     """Pictures uint8 (..., C, H, W) as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place: large buffers cost more than sums
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:

@@ -82,7 +82,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
         raise CheckpointError("the file is empty", where, "0 bytes", FORMAT, AGAIN)
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError("a Git LFS pointer, not the file itself", where, f"{size} bytes", FORMAT, "git lfs pull")
-    if start.startswith(PICKLES):
+    if pickled(start):
         hint = "`ldm convert SRC DST.safetensors`, which reads weights and runs nothing"
         raise CheckpointError("a pickle, which is not opened here", where, expected=FORMAT, hint=hint)
     length = int.from_bytes(start[:8], "little")
@@ -109,7 +109,12 @@ def truncated(where: str, size: int, expected: str) -> None:
 def is_pickle(path: str | Path) -> bool:
     """Whether a file is a pickle, whatever its name says."""
     with readable(Path(path)) as file:
-        return file.read(4).startswith(PICKLES)
+        return pickled(file.read(9))
+
+
+def pickled(start: bytes) -> bool:
+    """Whether a file that begins so is a pickle; the length that begins a safetensors file may look like one's."""
+    return start.startswith(PICKLES) and start[8:9] != b"{"
 
 
 def open_pickle(path: str | Path) -> Tensors:

@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "make pictures from prompts, with any checkpoint",
     "replay": "make a picture again from what its PNG remembers",
     "convert": "carry a checkpoint from one format to another",
+    "cache": "encode a data set once, for stage two to train on",
     "fetch": "say which weights files metrics need, and check or get them",
     "demo": "learn a swiss roll in a minute and draw what four solvers make of it",
 }

@@ -66,8 +66,12 @@ class Compose(Conditioner):
     def forward(self, batch: Mapping[str, Any], drop: Mapping[str, Tensor] | None = None) -> Condition:
         """Each part's condition, or its nothing where `drop[part]` (B,) is True."""
         drop = drop or {}
-        inside = [{name: drop[here] for name, here in names if here in drop} for names in self.names]
-        conditions = [member(batch, flags) for member, flags in zip(self.members, inside)]
+        conditions = []
+        for member, names in zip(self.members, self.names):
+            states, flags = (
+                {name: x[here] for name, here in names if here in x} for x in (batch.get("states", {}), drop)
+            )
+            conditions.append(member({**batch, "states": states}, flags))
         self.check_drop(drop, batch_size(conditions[0]))
         return self.join(conditions)
 

@@ -42,14 +42,22 @@ class Conditioner(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Mapping[str, Any], drop: Mapping[str, Tensor] | None = None) -> Condition:
-        """The condition of a batch, with nothing in its place where `drop[part]` (B,) is True."""
+        """The condition of a batch, with nothing in its place where `drop[part]` (B,) is True.
+
+        A cache has read it before: batch["states"][part] are its fields.
+        """
+        states = batch.get("states", {}).get(self.part)
+        condition = self.online(batch) if states is None else Condition(**states).map(as_float)
+        self.check_drop(drop or {}, batch_size(condition))
+        return self.without(condition, drop or {})
+
+    def online(self, batch: Mapping[str, Any]) -> Condition:
+        """`read`, of a batch that has what it takes."""
         for key in self.reads:
             if key not in batch:
                 got, expected = ", ".join(batch) or "nothing", ", ".join(self.reads)
                 raise ValueError(f"batch: no {key!r} in it; got {got}; expected {expected}; try adding {key!r}")
-        condition = self.read(batch)
-        self.check_drop(drop or {}, batch_size(condition))
-        return self.without(condition, drop or {})
+        return self.read(batch)
 
     def without(self, condition: Condition, drop: Mapping[str, Tensor]) -> Condition:
         """A condition, fresh or from a cache, with nothing in its place where `drop` says so."""
@@ -75,6 +83,11 @@ class Conditioner(nn.Module):
         """Fix all weights, for good."""
         self.frozen = True
         self.requires_grad_(False).eval()
+
+
+def as_float(value: Tensor) -> Tensor:
+    """Float32, whatever type it was stored in; masks as they are."""
+    return value.float() if value.is_floating_point() else value
 
 
 def batch_size(condition: Condition) -> int:

@@ -80,18 +80,22 @@ class Images:
         self.buckets = nearest(columns["height"][self.rows], columns["width"][self.rows], self.sizes)
         self.groups = columns["group"][self.rows] if self.source.grouped else None
         self.classes: list[str] = self.manifest.about["classes"]
+        self.digest = self.manifest.digest
         self.labelled = bool((columns["label"][self.rows] >= 0).all())
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def captions(self, index: int) -> list[str]:
+        """All that may be drawn as a sample's caption: what a cache keeps."""
+        return self.manifest.captions(int(self.rows[index])) or [""]
+
     def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
         """The pictures asked for, which share a bucket, with what belongs to each; random choices by sample number."""
-        u, _ = draws.draw(draws.stream(seed, "data"), [ask.number for ask in asks], UNIFORMS, (0,))
         height, width = self.sizes[asks[0].bucket]
         image = torch.empty(len(asks), 3, height, width, dtype=torch.uint8)
         captions, sizes, crops, labels = [], [], [], []
-        for i, (ask, (which, mirror, top, left)) in enumerate(zip(asks, u.tolist())):
+        for i, (ask, (which, mirror, top, left)) in enumerate(zip(asks, drawn(asks, seed))):
             entry = self.manifest.entry(int(self.rows[ask.index]))
             place = (top, left) if self.crop == "random" else None
             picture = self.picture(entry, (height, width), place, self.flip and mirror < 0.5)
@@ -116,6 +120,12 @@ class Images:
     def longer_than(self, limit: int, count_tokens: Callable[[str], int]) -> int:
         """How many captions of the used pictures are longer than an encoder reads."""
         return sum(count_tokens(text) > limit for row in self.rows for text in self.manifest.captions(int(row)))
+
+
+def drawn(asks: Sequence[Ask], seed: int) -> list[list[float]]:
+    """All that is random about each sample: which caption, whether mirrored, and the top and left of its crop."""
+    u, _ = draws.draw(draws.stream(seed, "data"), [ask.number for ask in asks], UNIFORMS, (0,))
+    return u.tolist()
 
 
 def source_of(root: Any, image: str | None, caption: str | None) -> Source:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 import torch
@@ -50,10 +53,7 @@ class Loader(DataLoader):
     def __init__(self, data: Data, seed: int, sampler: Iterable[list[Ask]]):
         workers: dict[str, Any] = {}
         if data.workers:
-            # forked from a process that has no threads, locks or CUDA context of ours to inherit
-            context = get_context("forkserver")
-            context.set_forkserver_preload(["torch"])
-            workers = {"multiprocessing_context": context, "persistent_workers": True, "worker_init_fn": settle}
+            workers = {"multiprocessing_context": nursery(), "persistent_workers": True, "worker_init_fn": settle}
         super().__init__(
             Batches(data, seed),
             batch_size=None,
@@ -67,15 +67,40 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, LdmError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # a cycle of error and frame would leave the end of the workers to the collector
             yield batch
 
 
+def nursery() -> BaseContext:
+    """Workers are forked from a process without our threads, locks and CUDA contexts, which a SIGTERM to all spares."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    resource_tracker.ensure_running()  # else started below, where it would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
 def settle(worker: int) -> None:
-    """A worker has one thread, and outlives the signals that ask training to save and stop."""
+    """A worker has one thread, and a session of its own: who asks training to save and stop does not ask it."""
     torch.set_num_threads(1)
-    for request in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(request, signal.SIG_IGN)
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def follow() -> None:
+    """End with the process that the batches are for; torch would look at the one that forked us, which waits for us."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)
 
 
 def whole(batch: Any) -> Any:
@@ -83,7 +108,7 @@ def whole(batch: Any) -> Any:
 
 
 def loader(data: Data, seed: int, *, position: int = 0, rank: int = 0, ranks: int = 1, accumulate: int = 1) -> Loader:
-    """This rank's micro-batches from `position` (samples seen) on, without end; `loader.sampler.position` may be set."""
+    """This rank's micro-batches from `position` (samples seen) on, for ever; `loader.sampler.position` may be set."""
     order = Order(len(data), data.batch_size, seed, data.buckets, data.groups)
     return Loader(data, seed, Stream(order, position=position, rank=rank, ranks=ranks, accumulate=accumulate))
 

@@ -19,7 +19,7 @@ class Ask(NamedTuple):
     """One sample to make: its number in the endless stream, which sample of the source it is, and its bucket."""
 
     number: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method of this name is not for us
     bucket: int
 
 
@@ -120,7 +120,7 @@ def members_of(buckets: NDArray | None, length: int) -> list[NDArray]:
 
 
 class Stream:
-    """One rank's part of an order, from `position` (samples seen) on: of each global batch its micro-batches, for ever."""
+    """One rank's part of an order from `position` (samples seen) on: its micro-batches of every global batch."""
 
     def __init__(self, order: Order, *, position: int = 0, rank: int = 0, ranks: int = 1, accumulate: int = 1):
         self.share, beyond = divmod(order.batch_size, ranks * accumulate)

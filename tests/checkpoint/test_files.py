@@ -204,6 +204,17 @@ class Evil:
         return (os.system, ("touch ran",))
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_like_a_pickle_is_a_header(length, tmp_path):
+    path, x = tmp_path / "a.safetensors", torch.arange(3.0)
+    files.write_file(path, {"x": x}, {"fill": ""})
+    short = int.from_bytes(path.read_bytes()[:8], "little")
+    files.write_file(path, {"x": x}, {"fill": "." * (length - short)})
+    assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+    assert not files.is_pickle(path)
+    assert files.open_file(path)["x"].equal(x)
+
+
 def test_pickles_are_read_for_converting_only_and_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.write_compvis(tmp_path / "x.safetensors", *make("kl"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterable
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ MANY = 2**64 - 1
 
 def indices(asks: list[Ask]) -> list[int]:
     return [ask.index for ask in asks]
+
+
+def joined(lists: Iterable[list]) -> list:
+    return list(chain.from_iterable(lists))
 
 
 def walk(order: Order, batches: int) -> list[list[Ask]]:
@@ -79,7 +84,7 @@ def test_numbers_and_epochs(length, batch_size, position):
 
 def test_each_epoch_has_all_and_no_two_are_alike():
     order = Order(40, 8, 0)
-    epochs = [sum((indices(order.batch(e * 40 + k * 8)) for k in range(5)), []) for e in range(4)]
+    epochs = [joined(indices(order.batch(e * 40 + k * 8)) for k in range(5)) for e in range(4)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
     assert indices(Order(40, 8, 1).batch(0)) != epochs[0][:8]
@@ -113,7 +118,7 @@ def test_groups_change_the_order_within_a_bucket_only():
     buckets, groups = np.arange(600) % 3, np.repeat(np.arange(60), 10)
     order = Order(600, 20, 0, buckets, groups)
     batches = walk(order, 30)
-    assert sorted(sum(map(indices, batches), [])) == list(range(600))
+    assert sorted(joined(map(indices, batches))) == list(range(600))
     assert max(len(set(groups[indices(batch)])) for batch in batches) <= WINDOW + WINDOW
 
 
@@ -193,7 +198,7 @@ def test_ranks_and_micro_batches_join_to_the_global_batch(ranks, accumulate, sha
     for k in range(3):
         parts = [part for stream in streams for part in islice(stream, accumulate)]
         assert {len(part) for part in parts} == {share}
-        assert sum(parts, []) == order.batch(position + k * batch_size)
+        assert joined(parts) == order.batch(position + k * batch_size)
 
 
 def test_a_stream_begins_where_it_is_told():
@@ -244,4 +249,4 @@ def test_once_is_each_sample_once_in_order(buckets, batch_size, ranks, bucketed)
     alone = list(Once(len(buckets), batch_size, given_buckets))
     assert len(Once(len(buckets), batch_size, given_buckets)) == len(alone)
     if not bucketed:
-        assert sum(map(indices, alone), []) == list(range(len(buckets)))
+        assert joined(map(indices, alone)) == list(range(len(buckets)))

@@ -1,0 +1,163 @@
+"""Encode a data set once, to latents and text states that training reads instead of pictures and captions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import config_file, config_options, own_parts
+from ldm.cli.sample import show_warning, writable
+from ldm.config import Config, Part
+from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import Opened
+    from ldm.data.latents_writing import Cache
+
+NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # of the data's node: where and how it is read
+CUT = "the end of a text is cut off"  # one warning of this kind for each caption would be many
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(kw_only=True)
+class Schema:
+    """What a configuration of stage two may say; a cache depends on the first four."""
+
+    seed: int = 0
+    autoencoder: Part
+    conditioner: Part | None = None
+    data: Part
+    path: Part | None = None
+    prediction: Part | None = None
+    draw: Part | None = None
+    weight: Part | None = None
+    backbone: Part | None = None
+    guidance: Part | None = None
+    spacing: Part | None = None
+    solver: Part | None = None
+    optimizer: Part | None = None
+    schedule: Part | None = None
+    ema: Part | None = None
+    trainer: Part | None = None
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    config_options(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the cache; one begun is continued")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="what numbers are stored in (default bf16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time (default 16)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--rank", type=int, help="which of several processes this is; torchrun says it too")
+    parser.add_argument("--ranks", type=int, help="how many processes share the work")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that costs nothing, then encode what is not there yet."""
+    rank, ranks = share(arguments)
+    if arguments.config is None:
+        raise InputError("--config: missing", "command line", expected="stage two's configuration")
+    own_parts(arguments)
+    from ldm import assemble  # torch is only paid for once all options are right
+
+    config, opened = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, Schema)
+    check(config, opened)
+    if arguments.print_config:
+        print(json.dumps(config.values, indent=2))
+        return 0
+    out = writable(Path(arguments.out))
+    cut: list[str] = []
+    warnings.showwarning = lambda text, *_: cut.append("") if str(text).startswith(CUT) else show_warning(text)
+    from ldm.data import latents_writing
+
+    cache = prepare(config, opened, out, arguments)
+    missing = latents_writing.write(cache, rank, ranks)
+    if cut:
+        show_warning(f"{CUT} in {len(cut)} captions, as the text encoder reads no more")
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
+    there = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
+    print(f"{out}: {there}; {'the others are still to come' if missing else f'{len(cache.source)} samples, complete'}")
+    return 0
+
+
+def share(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is of how many, and that its numbers make sense."""
+    rank = int(os.environ.get("RANK", 0)) if arguments.rank is None else arguments.rank
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if arguments.ranks is None else arguments.ranks
+    if not 0 <= rank < ranks:
+        raise InputError("--rank: out of range", "command line", str(rank), f"0 to {ranks - 1}, below --ranks")
+    if arguments.batch_size < 1:
+        raise InputError("--batch-size: out of range", "command line", str(arguments.batch_size), "at least 1")
+    return rank, ranks
+
+
+def check(config: Config, opened: dict[str, Opened]) -> None:
+    """Refuse what cannot be cached."""
+    data = config["data"]
+    if "autoencoder" not in opened:
+        node, expected = config["autoencoder"]["type"], "the path of a checkpoint"
+        raise config.source.error("autoencoder: has no weights", "autoencoder", got=node, expected=expected)
+    if data["type"] == "latents":
+        raise config.source.error("data.type: is a cache already", "data.type", got="latents", hint="images")
+    if data.get("crop") == "random":
+        what, hint = "data.crop: random crops are too many to cache", "center"
+        raise config.source.error(what, "data.crop", got="random", expected="center", hint=hint)
+    if not 0 <= config["seed"] < 2**32:
+        raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to below 2**32")
+
+
+def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: argparse.Namespace) -> Cache:
+    """The source, the networks, and all that the cache depends on."""
+    import torch
+
+    from ldm import assemble, pipeline
+    from ldm.data import latents, latents_writing
+
+    flip = bool(config["data"].get("flip"))
+    source = (config.amended(["data.flip=false"]) if flip else config).build("data")
+    device, _ = pipeline.placement(arguments.device, "fp32")
+    torch.manual_seed(config["seed"])  # the weights of an encoder that has random ones
+    autoencoder, conditioner = assemble.encoders(config, opened)
+    assert autoencoder is not None  # the schema demands one
+    for module in (autoencoder, conditioner):
+        if module is not None:
+            module.eval().requires_grad_(False).to(device)
+    texts, keeps = latents.identities(conditioner, config["conditioner"])
+    check_sizes(config, source, autoencoder.factor)
+    check_reads(config, keeps)
+    key: dict[str, Any] = {
+        "autoencoder": autoencoder.fingerprint(),
+        "texts": texts,
+        "keeps": keeps,
+        "dtype": arguments.dtype,
+        "flip": flip,
+        "sizes": [list(size) for size in source.sizes],
+        "count": len(source),
+        "source": getattr(source, "digest", f"seed {config['seed']}"),  # scenes are a function of the seed
+        "data": {name: value for name, value in config["data"].items() if name not in NOT_SAMPLES},
+    }
+    encoders = {name: text for name, (text, _) in latents.frozen_texts(conditioner, config["conditioner"]).items()}
+    return latents_writing.Cache(out, source, config["seed"], autoencoder, encoders, key, arguments.batch_size, device)
+
+
+def check_sizes(config: Config, source: Any, factor: int) -> None:
+    """Refuse pictures that the first stage cannot divide."""
+    for height, width in source.sizes:
+        if height % factor or width % factor:
+            got, expected = f"{height}x{width}", f"multiples of {factor}"
+            raise config.source.error("data.resolution: not divisible", "data.resolution", got=got, expected=expected)
+
+
+def check_reads(config: Config, keeps: list[str]) -> None:
+    """Refuse a conditioner that reads more than a cache can keep."""
+    from ldm.data.latents_writing import KEEPS
+
+    if beyond := [name for name in keeps if name not in KEEPS]:
+        what = f"conditioner: reads {beyond[0]}, which is not cached"
+        expected = f"one that reads {' or '.join(KEEPS)}"
+        raise config.source.error(what, "conditioner", expected=expected, hint="training on pictures")
