@@ -31,7 +31,7 @@ class Named(NamedTuple):
 
 
 class Folder:
-    """All pictures below a folder, links followed, hidden ones left out; tables go before notes, notes before classes."""
+    """All pictures below a folder, links followed, hidden ones not; a table goes before notes, notes before classes."""
 
     grouped = False
 
