@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.data.parquet import columns, entry, stored
+from ldm.data.parquet import chosen, entry, stored
 from ldm.data.source import Entry
 from ldm.errors import DataError, InputError
 
@@ -23,7 +23,7 @@ class Rows:
         if not isinstance(dataset, datasets.Dataset):
             kinds = "a map-style datasets.Dataset"
             raise InputError("cannot read these rows", "data.root", type(dataset).__name__, kinds, "one of its splits")
-        self.image, names = columns(dataset.column_names, "data.root", image, caption)
+        self.image, names = chosen(dataset.column_names, "data.root", image, caption)
         if isinstance(dataset.features[self.image], datasets.Image):
             dataset = dataset.cast_column(self.image, datasets.Image(decode=False))
         dataset = dataset.with_format(None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ldm.data import source
-from ldm.data.source import BadCaption, Entry, mark
+from ldm.data.source import LOCK, BadCaption, Entry, mark
 from ldm.errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}  # others may hide behind these names, and are found out
@@ -31,7 +31,7 @@ class Named(NamedTuple):
 
 
 class Folder:
-    """All pictures below a folder, symbolic links followed, hidden ones left out."""
+    """All pictures below a folder, links followed, hidden ones not; a table goes before notes, notes before classes."""
 
     grouped = False
 
@@ -75,7 +75,7 @@ class Folder:
                 listed = [one for one in os.scandir(self.root / folder) if not hidden(one.name)]
             except OSError as error:
                 unreadable(error)
-            if (status.st_dev, status.st_ino) not in seen:
+            if (status.st_dev, status.st_ino) not in seen and not any(one.name == LOCK for one in listed):
                 seen.add((status.st_dev, status.st_ino))
                 below = {one.name for one in listed if is_folder(one)}
                 waiting += [os.path.join(folder, name) for name in sorted(below, key=os.fsencode, reverse=True)]

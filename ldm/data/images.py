@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,14 +16,12 @@ from ldm import draws
 from ldm.data import decode
 from ldm.data.datasets import Rows, saved
 from ldm.data.folder import SUFFIXES, Folder
-from ldm.data.manifest import SKIPS, USED, Manifest, manifest_of, place
+from ldm.data.manifest import SKIPS, USED, Manifest, cache_folder, manifest_of
 from ldm.data.parquet import Parquet
+from ldm.data.sampler import Ask
 from ldm.data.shards import Shards
 from ldm.data.source import Entry, Source
 from ldm.errors import DataError, InputError
-
-if TYPE_CHECKING:
-    from ldm.data.sampler import Ask
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # packed ones cannot be read in place, which Shards says
 TABLES = (".parquet",)
@@ -67,20 +65,18 @@ class Images:
         self.sizes = bucket_sizes(resolution, aspect, multiple)
         self.source = source_of(root, image, caption)
         options = {"image": image, "caption": caption, "captions": captions}
-        self.manifest = manifest_of(self.source, Path(manifest) if manifest else place(self.source, options), options)
+        folder = Path(manifest).expanduser() if manifest else cache_folder(self.source, options)
+        self.manifest = manifest_of(self.source, folder, options)
+        where = str(root) if isinstance(root, str | Path) else "data.root"
+        refuse_bad(self.manifest, bad, where)
         columns = self.manifest.columns
-        refuse_bad(self.manifest, bad, str(root))
-        enough = np.minimum(columns["height"], columns["width"]) >= min_side
-        self.rows = np.flatnonzero((columns["verdict"] == USED) & enough)
-        self.counts = {
-            "seen": len(self.manifest),
-            "used": len(self.rows),
-            "skipped": sum(self.manifest.reasons.values()),
-        }
-        self.counts["filtered"] = int(((columns["verdict"] == USED) & ~enough).sum())
+        good = columns["verdict"] == USED
+        self.rows = np.flatnonzero(good & (np.minimum(columns["height"], columns["width"]) >= min_side))
+        seen, unfiltered, used = len(good), int(good.sum()), len(self.rows)
+        self.counts = {"seen": seen, "used": used, "skipped": seen - unfiltered, "filtered": unfiltered - used}
         if len(self.rows) < batch_size:
             counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
-            raise DataError("the set is smaller than one batch", str(root), counts, f"at least {batch_size} used")
+            raise DataError("the set is smaller than one batch", where, counts, f"at least {batch_size} used")
         self.buckets = nearest(columns["height"][self.rows], columns["width"][self.rows], self.sizes)
         self.groups = columns["group"][self.rows] if self.source.grouped else None
         self.classes: list[str] = self.manifest.about["classes"]

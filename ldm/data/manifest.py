@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import files
 from ldm.data import decode
-from ldm.data.source import Entry, Source
+from ldm.data.source import LOCK, Entry, Source
 from ldm.errors import CheckpointError, DataError
 
 FORMAT = 1
@@ -179,7 +179,7 @@ def alone(folder: Path) -> Iterator[None]:
     """One process scans; others that want the same wait for what it finds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        lock = open(folder / LOCK, "w")  # noqa: SIM115
     except OSError as error:
         hint = "data.manifest=FOLDER for another place"
         raise DataError("a manifest cannot be kept there", str(folder), error.strerror or "", hint=hint) from error
@@ -248,7 +248,7 @@ def digest(arrays: dict[str, NDArray]) -> str:
     return total.hexdigest()
 
 
-def place(source: Source, options: dict[str, Any]) -> Path:
+def cache_folder(source: Source, options: dict[str, Any]) -> Path:
     """The folder of a source's manifest in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = json.dumps([FORMAT, source.identity(), options], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Parquet tables with a column of pictures, whose row groups are read a few at a time."""
+"""Parquet tables with a column of pictures, whose row groups are read as few at a time as the order mixes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from threading import Lock
 from typing import Any
 
 from ldm.data import source
+from ldm.data.sampler import WINDOW
 from ldm.data.source import BadCaption, Entry, distinct, mark
 from ldm.errors import DataError, InputError
-
-HELD = 8  # row groups that a process holds in memory: as many as the order mixes
 
 
 class Parquet:
@@ -21,14 +20,9 @@ class Parquet:
     grouped = True
 
     def __init__(self, files: list[Path], image: str | None = None, caption: str | None = None):
-        self.files, self.names = files, distinct(files)
+        self.files, self.caption = dict(zip(distinct(files), files)), caption
         self.classes: list[str] = []
-        self.parts: list[tuple[int, int]] = []  # group -> (file, row group in it)
-        for number, file in enumerate(files):
-            table = opened(file)
-            self.image, self.columns = columns(table.schema_arrow.names, str(file), image, caption)
-            self.caption = caption
-            self.parts += [(number, group) for group in range(table.num_row_groups)]
+        self.image, _ = columns(files[0], image, caption)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("pictures", "lock")}
@@ -38,35 +32,41 @@ class Parquet:
         return Lock()
 
     @cached_property
-    def pictures(self) -> Callable[[int], Any]:
-        """The pictures of a row group, of the last few that were asked for."""
-        return lru_cache(maxsize=HELD)(lambda group: self.column(group, [self.image]).column(self.image))
+    def pictures(self) -> Callable[[str, int], Any]:
+        """The pictures of a file's row group, of the last few that were asked for."""
+        return lru_cache(maxsize=WINDOW)(lambda name, part: self.part(name, part, [self.image]).column(self.image))
 
-    def column(self, group: int, names: Sequence[str]) -> Any:
-        number, part = self.parts[group]
+    def part(self, name: str, part: int, columns: Sequence[str]) -> Any:
+        """Some columns of a row group."""
         try:
-            return opened(self.files[number]).read_row_group(part, columns=list(names), use_threads=False)
+            return opened(self.files[name]).read_row_group(part, columns=list(columns), use_threads=False)
         except (OSError, ValueError) as error:
-            raise DataError("the table cannot be read", str(self.files[number]), str(error)) from error
+            raise DataError("the table cannot be read", str(self.files[name]), str(error)) from error
 
     def identity(self) -> str:
-        return "\n".join(str(file.resolve()) for file in self.files)
+        return "\n".join(str(file.resolve()) for file in self.files.values())
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
-        return {name: mark(file) for name, file in zip(self.names, self.files)}
+        return {name: mark(file) for name, file in self.files.items()}
 
     def entries(self) -> Iterator[Entry]:
-        for group, (number, part) in enumerate(self.parts):
-            rows = opened(self.files[number]).metadata.row_group(part).num_rows
-            others = self.column(group, self.columns)
-            for row in range(rows):
-                fields = partial(cells, others, self.columns, row)
-                yield entry(f"{self.names[number]}/{part}/{row}", group, row, fields, self.caption)
+        """Row by row; the key says which file, row group and row."""
+        group = 0
+        for name, file in self.files.items():
+            _, others = columns(file, self.image, self.caption)
+            rows = opened(file).metadata
+            for part in range(rows.num_row_groups):
+                table = self.part(name, part, others)
+                for row in range(rows.row_group(part).num_rows):
+                    fields = partial(cells, table, others, row)
+                    yield entry(f"{name}/{part}/{row}", group, row, fields, self.caption)
+                group += 1
 
     def read(self, entry: Entry) -> bytes:
+        name, part, _ = entry.key.rsplit("/", 2)
         with self.lock:
-            pictures = self.pictures(entry.group)
-        return stored(pictures[entry.offset].as_py(), self.files[self.parts[entry.group][0]].parent)
+            pictures = self.pictures(name, int(part))
+        return stored(pictures[entry.offset].as_py(), self.files[name].parent)
 
 
 def opened(file: Path) -> Any:
@@ -79,7 +79,11 @@ def opened(file: Path) -> Any:
         raise DataError("the table cannot be read", str(file), str(error), "a parquet file") from error
 
 
-def columns(names: Sequence[str], where: str, image: str | None, caption: str | None) -> tuple[str, list[str]]:
+def columns(file: Path, image: str | None, caption: str | None) -> tuple[str, list[str]]:
+    return chosen(opened(file).schema_arrow.names, str(file), image, caption)
+
+
+def chosen(names: Sequence[str], where: str, image: str | None, caption: str | None) -> tuple[str, list[str]]:
     """The column of pictures and those of captions and labels."""
     for option, name in (("data.image", image), ("data.caption", caption)):
         if name is not None and name not in names:

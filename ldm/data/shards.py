@@ -46,7 +46,8 @@ class Shards:
 
     def read(self, entry: Entry) -> bytes:
         """A member's bytes, read at their offset, so that threads and forked processes may share a descriptor."""
-        data = os.pread(self.opened(entry.group).fileno(), entry.size, entry.offset)
+        file = self.opened(entry.group)  # held, as another thread may push it out
+        data = os.pread(file.fileno(), entry.size, entry.offset)
         if len(data) < entry.size:
             raise DataError("the shard changed after the scan", str(self.files[entry.group]))
         return data

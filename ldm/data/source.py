@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 CAPTIONS = ("caption", "captions", "text", "prompt")  # the usual names, the first that there is
+LOCK = "manifest.lock"  # a folder with this file in it is a manifest's, not a part of the source
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")
 
 

@@ -59,7 +59,7 @@ def pictures(tmp_path_factory):
     scanned = Scanned(root, base / "cache", captions="optional")
     assert time.monotonic() - begin < 60
     new = {os.path.relpath(path, base) for path in everything(base) - before}
-    assert new == {"cache", "cache/manifest.safetensors", "cache/skipped.jsonl", "cache/.lock"}
+    assert new == {"cache", "cache/manifest.safetensors", "cache/skipped.jsonl", "cache/manifest.lock"}
     return scanned
 
 

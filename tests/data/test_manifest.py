@@ -142,6 +142,19 @@ def test_a_manifest_may_live_beside_its_data_and_move_with_it(root, capsys):
     assert not (root.parent / "cache").exists()
 
 
+def test_a_manifest_inside_its_source_is_no_part_of_it(root, capsys):
+    first = images(root, manifest=str(root / "index"))
+    scans(capsys)
+    assert images(root, manifest=str(root / "index")).manifest.digest == first.manifest.digest
+    assert scans(capsys) == ""
+
+
+def test_a_true_manifest_is_only_read(root, monkeypatch):
+    images(root)
+    monkeypatch.setattr(manifest, "alone", None)  # nothing is locked, so that it may lie where nobody may write
+    assert images(root).counts["used"] == 6
+
+
 def test_other_options_are_another_manifest(root):
     assert images(root).manifest.folder != images(root, captions="optional").manifest.folder
     assert images(root, captions="optional").counts["used"] == 7
@@ -204,7 +217,7 @@ def test_several_processes_scan_once(root, monkeypatch):
 
 
 def test_a_scan_that_is_killed_leaves_nothing_half_made(root):
-    """Only the lock's file, and no manifest: the next scan begins afresh."""
+    """Only the lock and the list of the skipped: the next scan begins afresh."""
     code = f"""
 import os
 from ldm.data import manifest

@@ -47,11 +47,11 @@ def test_rows_are_read_in_place(stored, tmp_path):
 def test_a_row_needs_its_row_group_alone(tmp_path, monkeypatch):
     pq.write_table(table(), tmp_path / "0.parquet", row_group_size=2)
     source, reads = Parquet([tmp_path / "0.parquet"]), []
-    entries, column = list(source.entries()), source.column
-    monkeypatch.setattr(source, "column", lambda group, names: reads.append((group, names)) or column(group, names))
+    entries, part = list(source.entries()), source.part
+    monkeypatch.setattr(source, "part", lambda *asked: reads.append(asked) or part(*asked))
     for i in (5, 4, 9, 5, 8):
         assert source.read(entries[i]) == PICTURES[i]
-    assert reads == [(2, ["image"]), (4, ["image"])]
+    assert reads == [("0.parquet", 2, ["image"]), ("0.parquet", 4, ["image"])]
 
 
 def made() -> datasets.Dataset:

@@ -49,7 +49,7 @@ def test_few_shards_are_open_at_once(files, monkeypatch):
     expected = [source.read(entry) for entry in entries]
     begin = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:  # a shard that falls out is closed only when it has been read
-        for _ in range(5):
+        for _ in range(20):
             assert list(pool.map(source.read, entries[::3] + entries[::-1])) == expected[::3] + expected[::-1]
     assert len(os.listdir("/proc/self/fd")) <= begin + 2
 
