@@ -35,7 +35,7 @@ from ldm.checkpoint.files import DIGEST, open_file, write_file
 from ldm.data.images import Images
 from ldm.data.latents import FORMAT, MANIFEST, Latents
 from ldm.data.loader import Data, loader, once
-from ldm.data.scenes.source import Scenes
+from ldm.data.scenes import Scenes
 from ldm.pictures import to_float
 from tests.data.photographs import encoded, photograph
 
