@@ -22,6 +22,7 @@ from ldm.models.lpips import LPIPS
 from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
+from ldm.training.ema import at_least_float32
 from ldm.training.reconstructions import Reconstructions
 from ldm.training.stage import Report, Stage, Turn, named
 from ldm.training.statistics import measured, share
@@ -119,7 +120,8 @@ class AutoencoderStage(Stage):
     @torch.no_grad()
     def describe(self, z: Tensor, chosen: Tensor | None) -> Report:
         """Of the latents their mean and standard deviation, and how much of the codebook this batch uses."""
-        report = {"mean": z.float().mean(), "std": z.float().std()}
+        z = z.to(at_least_float32(z))
+        report = {"mean": z.mean(), "std": z.std()}
         bottleneck = self.autoencoder.bottleneck
         if chosen is None or not isinstance(bottleneck, VectorQuantizer):
             return report

@@ -27,11 +27,11 @@ COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row")
 
 def write(run: Path, stage: Stage, images: int) -> None:
     """Write a checkpoint and `model.safetensors`, after `images` since the last; every rank calls, the first writes."""
+    check_finite(stage)
     config, model = stage.export(images)
     state = stage.whole(tensors_of(stage))
     if stage.global_rank == 0:
         folder = run / "checkpoints" / f"{stage.step:08d}"
-        check_finite({**state, **model}, stage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -111,11 +111,12 @@ def like(x: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(x, target.device_mesh, target.placements)  # type: ignore[attr-defined]
 
 
-def check_finite(state: Mapping[str, Tensor], stage: Stage) -> None:
-    """Never write NaN or infinity."""
-    broken = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
-    if broken:
-        got = f"{len(broken)} tensors, such as {broken[0]}"
+def check_finite(stage: Stage) -> None:
+    """Never write NaN or infinity; all ranks learn what one of them finds in its pieces."""
+    pieces = {name: x.to_local() if hasattr(x, "to_local") else x for name, x in tensors_of(stage).items()}
+    broken = [name for name, x in pieces.items() if not x.isfinite().all()]
+    if stage.mean(torch.tensor(float(len(broken)), device=stage.device)):
+        got = f"{len(broken)} tensors, such as {broken[0]}" if broken else "some on another rank"
         hint = "the same command with a lower optimizer.lr; it begins at the last checkpoint"
         raise DivergedError("weights are not finite, nothing was saved", f"step {stage.step}", got, hint=hint)
 

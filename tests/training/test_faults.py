@@ -1,0 +1,181 @@
+"""Signals, full disks, gradients that are not finite, a second run, another configuration."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+
+from ldm import checkpoint
+from ldm.checkpoint import files
+from ldm.cli import main
+from ldm.models.autoencoder import Autoencoder
+from ldm.training import checkpointing
+from tests.training.killing import await_step, command, last_step, manifest, rows, start, toy_data, wait
+
+__all__ = ["toy_data"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(number, code, tmp_path):
+    straight, broken = command(tmp_path / "straight", "trainer.steps=25"), command(tmp_path / "run", "trainer.steps=25")
+    assert wait(start(straight)) == [0]
+    (pid,) = start(broken)
+    await_step(tmp_path / "run", 13, pid)
+    os.kill(pid, number)
+    assert wait([pid]) == [code]
+    assert 13 <= manifest(tmp_path / "run")["step"] == last_step(tmp_path / "run") < 25
+    assert wait(start(broken)) == [0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    assert manifest(tmp_path / "run") == manifest(tmp_path / "straight")
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+    argv = command(tmp_path / "run", "trainer.steps=100000", "trainer.devices=2")
+    pids = start(argv, ranks=2)
+    await_step(tmp_path / "run", 3, pids[0])
+    os.kill(pids[1], signal.SIGTERM)
+    assert wait(pids) == [143, 143]
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
+    argv = command(tmp_path / "run", "trainer.steps=100000")
+    (pid,) = start(argv)
+    await_step(tmp_path / "run", 1, pid)
+    monkeypatch.setattr("ldm.training.run.PATIENCE", 0.3)
+    assert main(argv[:-1]) == 2
+    assert "another process trains here" in capsys.readouterr().err
+    os.kill(pid, signal.SIGTERM)
+    assert wait([pid]) == [143]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch, capsys):
+    argv, write_file = command(tmp_path / "run"), files.write_file
+
+    def full(path, state, *others):
+        if "00000010" in str(path):
+            write_file(path, dict(list(state.items())[:3]), *others)
+            raise files.CheckpointError("cannot be written", str(path), os.strerror(errno.ENOSPC))
+        return write_file(path, state, *others)
+
+    monkeypatch.setattr(checkpointing, "write_file", full)
+    assert main(argv[:-1]) == 4
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in text and "the last whole checkpoint is" in text and "00000005" in text
+    found = checkpointing.newest(tmp_path / "run")
+    assert found and found[1]["step"] == 5
+    monkeypatch.undo()
+    assert main(argv[:-1]) == 0
+    assert manifest(tmp_path / "run")["step"] == 10
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    argv = command(tmp_path / "run")
+    assert main(argv[:-1]) == 0
+    before = manifest(tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "00000010" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+    assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
+    assert main(argv[:-1]) == 0
+    assert manifest(tmp_path / "run") == before
+
+
+def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    assert main(command(tmp_path / "run")[:-1]) == 2
+    assert "--run: cannot be written to" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
+    assert main(command(tmp_path / "run")[:-1]) == 2
+    assert "the disk is too small" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+class Usage:
+    """A full disk."""
+
+    free = 10_000
+
+
+def poison(monkeypatch, steps: set[int]) -> None:
+    """Reconstructions that are not finite in these forward passes in training, counted from 0."""
+    forward, count = Autoencoder.forward, [0]
+
+    def broken(self, x, noise=None):
+        reconstruction, bottled = forward(self, x, noise)
+        if torch.is_grad_enabled():
+            bad, count[0] = count[0] in steps, count[0] + 1
+            reconstruction = reconstruction * (float("inf") if bad else 1.0)
+        return reconstruction, bottled
+
+    monkeypatch.setattr(Autoencoder, "forward", broken)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 6, 7})
+    assert main(command(tmp_path / "run")[:-1]) == 0
+    counters = manifest(tmp_path / "run")
+    assert (counters["step"], counters["images_seen"], counters["skipped"]) == (10, 13 * 8, 3)
+    steps = [int(row["step"]) for row in rows(tmp_path / "run")]
+    assert steps == [1, 2, 3, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10]
+
+
+def test_five_in_a_row_stop_and_name_the_samples(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, set(range(7, 12)))
+    assert main(command(tmp_path / "run")[:-1]) == 5
+    assert "samples 56 to 95" in capsys.readouterr().err.splitlines()[-1]
+    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    assert all(x.isfinite().all() for x in opened.state.values())
+    assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path, monkeypatch, capsys):
+    from ldm.training.ema import EMA
+
+    update = EMA.update
+
+    def broken(self, step):
+        update(self, step)
+        if step == 8:
+            next(iter(self.shadows.values())).fill_(float("nan"))
+
+    monkeypatch.setattr(EMA, "update", broken)
+    assert main(command(tmp_path / "run")[:-1]) == 5
+    assert "weights are not finite, nothing was saved" in capsys.readouterr().err
+    assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
+
+
+def test_another_configuration_is_refused_and_says_what_differs(tmp_path, capsys):
+    assert main(command(tmp_path / "run", "trainer.steps=2")[:-1]) == 0
+    assert main(command(tmp_path / "run", "trainer.steps=2", "optimizer.lr=0.5", "trainer.save_every=7")[:-1]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "optimizer.lr=0.5 for 0.001" in error and "save_every" not in error and "steps" not in error
+
+
+def test_more_steps_go_on(tmp_path):
+    assert main(command(tmp_path / "run", "schedule.type=constant", "trainer.steps=4")[:-1]) == 0
+    assert main(command(tmp_path / "run", "schedule.type=constant", "trainer.steps=9")[:-1]) == 0
+    assert main(command(tmp_path / "once", "schedule.type=constant", "trainer.steps=9")[:-1]) == 0
+    assert manifest(tmp_path / "run")["sha256"] == manifest(tmp_path / "once")["sha256"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "00000003"
+    folder.mkdir(parents=True)
+    left = [tmp_path / "run" / ".model.safetensors.1.tmp", folder / ".state.safetensors.1.tmp"]
+    for file in left:
+        file.write_bytes(b"half")
+    assert main(command(tmp_path / "run", "trainer.steps=2")[:-1]) == 0
+    assert not any(file.exists() for file in left)
