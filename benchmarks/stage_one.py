@@ -182,6 +182,8 @@ def job(step: Callable[[Game], object], players: Game, dtype: torch.dtype) -> Ca
     def run() -> None:
         with torch.autocast(DEVICE, dtype) if dtype != torch.float32 else nullcontext():
             step(players)
+        for optimizer in players.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # what a call holds afterwards cannot be counted in the next
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
