@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.data.scenes import Camera, Scene, captions, draw, edit, render
-from ldm.data.scenes.description import Table
 
 PAPER, INK = (255, 255, 255), (40, 44, 52)
 GAP, WIDTH = 4, 1024  # pixels

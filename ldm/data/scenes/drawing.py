@@ -47,7 +47,7 @@ def uniforms(seed: int, numbers: Integers, first: int, count: int) -> Floats:
     """(B, count) numbers in [0, 1): those from `first` on in the sequence of each number, by hashing twice."""
     row = _mixed(numbers.astype(np.uint64) + (np.uint64(seed) << np.uint64(32)))
     slot = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mixed(row[:, None] + slot) >> np.uint64(11)) * 2.0**-53
+    return (_mixed(row[:, None] + slot) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -116,10 +116,9 @@ def _attributes(u: Floats, held_out: bool) -> tuple[Table, Wanted]:
     camera = np.stack([30 * u[:, 15] - 15, 27 + 8 * u[:, 16], np.full(rows, 9.0)], 1)
     turn = np.where(absent, 0.0, 90 * (u[:, 3:6] * 997 % 1))  # the digits that the choice of a shape leaves unused
     floor = (u[:, 17] * len(FLOORS)).astype(np.int64)
-    places = (np.zeros((rows, OBJECTS)) for _ in range(3))
-    return Table(shape, colour, material, size, *places, turn, floor, light, camera, np.zeros(rows)), Wanted(
-        triple, stack
-    )
+    x, y, z = (np.zeros((rows, OBJECTS)) for _ in range(3))
+    table = Table(shape, colour, material, size, x, y, z, turn, floor, light, camera, np.zeros(rows))
+    return table, Wanted(triple, stack)
 
 
 def _relation(triple: Integers) -> Integers:
@@ -166,7 +165,8 @@ def clear(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     visible = _distance(across, up) > OVERLAP * _sums(radius)
     reach, tall = _spans(table, depth)
     inside = ((np.abs(across) + reach < EDGE) & (np.abs(up) + tall < EDGE)) | ~table.there
-    return inside.all(1) & ((apart & visible & seen.any(1)) | stacked | ~pair).all((1, 2))
+    clear = (apart & visible & seen.any(1)) | stacked | ~pair
+    return np.asarray(inside.all(1) & clear.all((1, 2)))
 
 
 def _spans(table: Table, depth: Floats) -> tuple[Floats, Floats]:
@@ -187,7 +187,7 @@ def _held_out_relations(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.boo
     named = [
         seen[:, relation] & (table.shape[:, :, None] == a) & (table.shape[:, None] == b) for a, relation, b in TRIPLES
     ]
-    return np.stack(named, 1).any((2, 3))
+    return np.asarray(np.stack(named, 1).any((2, 3)))
 
 
 def _distance(x: Floats, y: Floats) -> Floats:
@@ -202,4 +202,4 @@ def _sums(radius: Floats) -> Floats:
 def held_out(table: Table) -> NDArray[np.bool_]:
     """(B,) whether a scene shows a combination that only the split of this name has."""
     rare = table.there & (table.colour == RARE[table.shape])
-    return rare.any(1) | _held_out_relations(table, related(table)).any(1)
+    return np.asarray(rare.any(1) | _held_out_relations(table, related(table)).any(1))

@@ -57,7 +57,7 @@ class Scenes:
         return {**made, "number": torch.tensor(numbers), "index": torch.tensor(indices), **where}
 
     def _rendered(self, scenes: Sequence[Scene] | Table) -> dict[str, Tensor]:
-        wanted = [name for name in self.adds if name != "source"]
+        wanted: list[str] = [name for name in self.adds if name != "source"]
         wanted += ["box_labels"] * ("boxes" in wanted)
         made = render(scenes, self.resolution, want=("image", *wanted))
         if "mask" in made:  # what is to be painted anew: the objects

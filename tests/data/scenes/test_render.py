@@ -81,7 +81,7 @@ def test_mask_and_depth_are_those_of_walked_rays(index, scenes, made):
 
 @pytest.mark.parametrize("index", range(6))
 def test_shadows_fall_where_the_lamp_is_hidden(index, scenes):
-    """On a plain floor in full light, what cannot see the lamp's middle is darker than half light, the rest brighter."""
+    """On a plain floor, what cannot see the middle of the lamp is dark, and the rest is bright."""
     scene = replace(scenes[index], floor="gray")
     size = 96
     made = render([scene], size, want=("image", "mask", "depth"))
