@@ -22,12 +22,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array[..., :3]) for array in arrays]
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Pictures uint8 (..., C, H, W) as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
     """A picture as (1, 3, H, W) in [-1, 1], resized to (height, width)."""
     image = ImageOps.exif_transpose(image).convert("RGB")
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, H, W)
+    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])  # (1, 3, H, W)
 
 
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
