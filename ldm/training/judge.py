@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ldm.data.scenes.description import Table
 from ldm.data.scenes.drawing import draw
+from ldm.data.scenes.render import render
 from ldm.draws import stream
 from ldm.metrics.scenes import NAMES, places
 from ldm.models.judge import CELLS, SIDE, Judge, Maps, take
+from ldm.pictures import to_float
 
 HELD_OUT = 0.25  # of the scenes: a judge that has not met a combination would judge against it
 BLOCK = 256  # scenes rendered at once
@@ -61,7 +63,7 @@ class Pool(NamedTuple):
         pool = cls(table, torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8), torch.empty(count, SIDE, SIDE, dtype=torch.uint8))
         for start in range(0, count, BLOCK):
             rows = slice(start, min(start + BLOCK, count))
-            for name, x in render(table[rows].scenes(), SIDE, device, ("image", "mask")).items():
+            for name, x in render(table[rows], SIDE, device, ("image", "mask")).items():
                 (pool.images if name == "image" else pool.instances)[rows] = x.cpu()
             if start // BLOCK % 20 == 0:
                 report(f"rendered {rows.stop} of {count}")
@@ -148,7 +150,6 @@ def train(
     average = copy.deepcopy(judge).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
-    seen = 0.0
     pool = Pool.rendered(seed, pictures, device, report)
     for step in range(1, steps + 1):
         images, answers = pool.batch(torch.randint(pictures, (BATCH,), generator=generator), generator)
