@@ -1,0 +1,42 @@
+"""An endless source of captioned pictures whose truth is known: small ray-traced scenes on a table."""
+
+from ldm.data.scenes.captions import caption, captions
+from ldm.data.scenes.description import (
+    COLOURS,
+    FLOORS,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    Camera,
+    Light,
+    Object,
+    Scene,
+    Table,
+)
+from ldm.data.scenes.drawing import SPLITS, draw, held_out, scene
+from ldm.data.scenes.edits import edit
+from ldm.data.scenes.relations import RELATIONS, relations
+from ldm.data.scenes.render import render
+
+__all__ = [
+    "COLOURS",
+    "FLOORS",
+    "MATERIALS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Camera",
+    "Light",
+    "Object",
+    "Scene",
+    "Table",
+    "caption",
+    "captions",
+    "draw",
+    "edit",
+    "held_out",
+    "relations",
+    "render",
+    "scene",
+]

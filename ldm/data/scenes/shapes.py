@@ -1,0 +1,152 @@
+"""The four solids, each in a frame of its own: where a ray meets them, their normals, and the shadows they cast.
+
+Only + - * / sqrt, comparisons and choices, each of which is rounded alike on every device, thread and place in a batch.
+Vectors are (3, N), so that each coordinate is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BEVEL = 0.1  # of a half width: what the edges of cubes and cylinders are rounded by, to catch the light
+NOWHERE = 1e9  # the depth of a ray that meets nothing
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """(3, N), (3, N) -> (N,), added in this order."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def cross(a: Tensor, b: Tensor) -> Tensor:
+    """(3, N), (3, N) -> (3, N)."""
+    return torch.stack((a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]))
+
+
+def unit(a: Tensor) -> Tensor:
+    """(3, N) of length one."""
+    return a / dot(a, a).sqrt().clamp(min=1e-6)
+
+
+def smooth(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """0 below low, 1 above high, a cubic between."""
+    x = ((x - low) / (high - low)).clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+# --------------------------------------------------- where the ray o + t d is within: (from, to), empty if from > to
+
+
+def sphere(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """A ball of this radius."""
+    return _roots(dot(d, d), dot(o, d), dot(o, o) - width * width)
+
+
+def cube(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """A box along the axes, by slabs (Kay & Kajiya, 1986)."""
+    (x0, x1), (y0, y1), (z0, z1) = (_slab(o[i], d[i], width) for i in range(3))
+    return torch.maximum(torch.maximum(x0, y0), z0), torch.minimum(torch.minimum(x1, y1), z1)
+
+
+def cylinder(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """An upright cylinder: an endless one between two planes."""
+    a = d[0] * d[0] + d[1] * d[1]
+    b = o[0] * d[0] + o[1] * d[1]
+    c = o[0] * o[0] + o[1] * o[1] - width * width
+    return _between(_roots(a, b, c), _slab(o[2], d[2], height))
+
+
+def cone(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """An upright cone, for rays that are less steep than its side."""
+    slope = width / (2 * height)
+    k, above = slope * slope, height - o[2]
+    a = d[0] * d[0] + d[1] * d[1] - k * d[2] * d[2]
+    b = o[0] * d[0] + o[1] * d[1] + k * above * d[2]
+    c = o[0] * o[0] + o[1] * o[1] - k * above * above
+    return _between(_roots(a, b, c), _slab(o[2], d[2], height))
+
+
+def _roots(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a t^2 + 2 b t + c < 0."""
+    inside = b * b - a * c
+    root = inside.clamp(min=0).sqrt()
+    return torch.where(inside > 0, (-b - root) / a, NOWHERE), (root - b) / a
+
+
+def _slab(o: Tensor, d: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Where |o + t d| < half."""
+    d = torch.where(d.abs() < 1e-7, 1e-7, d)
+    middle, reach = -o / d, half / d.abs()
+    return middle - reach, middle + reach
+
+
+def _between(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
+
+
+# ------------------------------------------------------------------------------ normals (3, N) at points on the surface
+
+
+def sphere_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
+    """From the middle."""
+    return p / width
+
+
+def cube_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
+    """That of a box with rounded edges."""
+    return _rounded(p / width, bevel)
+
+
+def cylinder_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
+    """That of a cylinder with rounded rims."""
+    across = (p[0] * p[0] + p[1] * p[1]).sqrt().clamp(min=1e-6)
+    side = (across / width - (1 - bevel)).clamp(min=0) / across
+    top = (p[2].abs() / height - (1 - bevel)).clamp(min=0) * p[2].sign()
+    return unit(torch.stack((p[0] * side, p[1] * side, top)))
+
+
+def cone_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
+    """Out from the axis and up; at the tip, straight up."""
+    across = (p[0] * p[0] + p[1] * p[1]).sqrt().clamp(min=1e-6)
+    out = 2 * height / across * smooth(across / width, 0, 0.5 * bevel)
+    return unit(torch.stack((p[0] * out, p[1] * out, width.expand_as(across))))
+
+
+def _rounded(p: Tensor, bevel: Tensor) -> Tensor:
+    return unit((p.abs() - (1 - bevel)).clamp(min=0) * p.sign())
+
+
+# ------------------- the distance from points (3, N) to an object's outline, seen along the light; negative inside of it
+
+
+def box_outline(p: Tensor, light: Tensor, turn: Tensor, width: Tensor) -> Tensor:
+    """Of a cube: the outline is a hexagon, whose sides stand on (light x axis) for each of the three axes."""
+    cos, sin, zero = turn[0], turn[1], torch.zeros_like(turn[0])
+    axes = [torch.stack((cos, sin, zero)), torch.stack((-sin, cos, zero)), torch.stack((zero, zero, zero + 1))]
+    furthest = None
+    for axis in axes:
+        side = unit(cross(light, axis))
+        reach = sum((dot(other, side).abs() for other in axes), start=zero) * width
+        beyond = dot(p, side).abs() - reach
+        furthest = beyond if furthest is None else torch.maximum(furthest, beyond)
+    assert furthest is not None
+    return furthest
+
+
+def round_outline(
+    p: Tensor, light: Tensor, bottom: Tensor, length: Tensor, low: Tensor, high: Tensor, drawn: Tensor
+) -> Tensor:
+    """Of a ball, cylinder or cone: the hull of two circles along the axis, of radius `low` and `high`.
+
+    Seen along the light, circles are flattened; `drawn` is what draws them out again (1 for a ball, which stays round).
+    """
+    flat = (light[0] * light[0] + light[1] * light[1]).sqrt()
+    v = ((p[0] * light[1] - p[1] * light[0]) / flat).abs()
+    u = (p[2] * flat - (p[0] * light[0] + p[1] * light[1]) / flat * light[2]) * drawn
+    u, length = u - bottom * flat * drawn, length * flat * drawn
+    b = (low - high) / length.clamp(min=1e-6)
+    a = (1 - b * b).clamp(min=0).sqrt()
+    along = a * u - b * v
+    below = (v * v + u * u).sqrt() - low
+    above = (v * v + (u - length) * (u - length)).sqrt() - high
+    return torch.where(along < 0, below, torch.where(along > a * length, above, a * v + b * u - low))
