@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, each summed up by its mean and covariance (Heusel et al., 2017)."""
+"""The Frechet distance between two sets of features, by their means and covariances (Heusel et al., 2017)."""
 
 from __future__ import annotations
 

@@ -1,66 +1,38 @@
-"""Whether a picture shows what was said of it: the judge's reading against claims, by attribute, relation and whole."""
+"""Whether pictures show what is said of them: the judge's readings against claims, by attribute, relation and whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import permutations
+from math import hypot
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.checkpoint import pretrained
-from ldm.data.scenes.description import COLOURS, MATERIALS, SHAPES, SIZES, Scene, Table
-from ldm.data.scenes.relations import FOCAL, MARGIN, RELATIONS, SLANT, project, relations, view
+from ldm.data.scenes.description import Scene, Table
+from ldm.data.scenes.relations import FOCAL, MARGIN, RELATIONS, SLANT, project, view
+from ldm.metrics.claims import NAMES, Claim
 from ldm.models.judge import Reading
 
-NAMES = {"shape": SHAPES, "colour": COLOURS, "material": MATERIALS, "size": SIZES}
 CERTAIN = 0.5  # the least score of an object that is there
-TOLERANCE = 0.75  # of the margins that a relation had to have to be described
-Relation = tuple[int, str, int]
-
-
-@dataclass(frozen=True)
-class Described:
-    """What is said of one object; None for what is left out."""
-
-    shape: str | None = None
-    colour: str | None = None
-    material: str | None = None
-    size: str | None = None
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What is said of a picture: its objects, and which of them stand how to each other."""
-
-    objects: tuple[Described, ...]
-    relations: frozenset[Relation] = frozenset()
-    alone: bool = True  # nothing else is on the table
-
-    @classmethod
-    def of(cls, scene: Scene) -> Claim:
-        """All that is true of a scene."""
-        objects = (Described(o.shape, o.colour, o.material, o.size) for o in scene.objects)
-        return cls(tuple(objects), frozenset(relations(scene)))
+TOLERANCE = 0.8  # of the margins that relations keep in scenes
+BESIDE, ABOVE = 0.75, 0.5  # stacked objects are less than this apart along the floor, and more than that in height
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One object as the judge sees it: its names, its place as the camera looks, its centre in the picture."""
+    """One object as the judge sees it."""
 
     shape: str
     colour: str
     material: str
     size: str
-    place: tuple[float, float, float]  # to the right, away, up
-    centre: tuple[float, float]
+    place: tuple[float, float, float]  # to the right, away, up, in world units
+    centre: tuple[float, float]  # in the picture, 0 to 1 from its left and top
     score: float
-
-    def __str__(self) -> str:
-        across, down = self.centre
-        return f"{self.size} {self.material} {self.colour} {self.shape} at {across:.0%}, {down:.0%} ({self.score:.0%})"
 
 
 @dataclass(frozen=True)
@@ -68,33 +40,30 @@ class Verdict:
     """Which parts of a claim a picture fulfils."""
 
     count: bool
-    attributes: tuple[tuple[str, str, bool], ...]  # (attribute, what was said, whether it is seen)
+    attributes: tuple[tuple[str, bool], ...]  # one for each that was said of an object
     relations: tuple[tuple[str, bool], ...]
 
     @property
-    def whole(self) -> bool:
-        """Whether all of it is seen."""
-        return self.count and all(right for _, _, right in self.attributes) and all(right for _, right in self.relations)
+    def parts(self) -> tuple[tuple[str, bool], ...]:
+        """All of them by name."""
+        return (("count", self.count), *self.attributes, *self.relations)
 
     @property
-    def right(self) -> int:
-        """How many of its parts are seen."""
-        return sum(right for _, _, right in self.attributes) + sum(right for _, right in self.relations)
+    def whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(right for _, right in self.parts)
 
 
 def objects(reading: Reading) -> list[list[Seen]]:
-    """The objects of each picture, in words."""
+    """What is seen in each picture, in words."""
     names = [np.array(NAMES[name])[getattr(reading, name).argmax(-1).cpu().numpy()].tolist() for name in NAMES]
     numbers = [x.double().cpu().tolist() for x in (reading.place, reading.centre, reading.score)]
-    pictures = zip(*names, *numbers)
-    return [
-        [Seen(*row[:4], tuple(row[4]), tuple(row[5]), row[6]) for row in zip(*picture) if row[6] > CERTAIN]
-        for picture in pictures
-    ]
+    candidates = ([Seen(*row) for row in zip(*picture)] for picture in zip(*names, *numbers))
+    return [[one for one in row if one.score > CERTAIN] for row in candidates]
 
 
 def places(table: Table) -> NDArray[np.float64]:
-    """(B, 3, 3) of each object: to the right in the picture, away along the floor, up, in world units."""
+    """(B, 3, 3) where the objects are as the camera looks: to the right, away along the floor, up."""
     across = project(table, view(table))[0] * (table.camera[:, 2:] / FOCAL)
     azimuth = np.radians(table.camera[:, 0, None])
     return np.stack([across, table.y * np.cos(azimuth) - table.x * np.sin(azimuth), table.z], -1)
@@ -103,7 +72,7 @@ def places(table: Table) -> NDArray[np.float64]:
 def holds(relation: str, a: Seen, b: Seen) -> bool:
     """Whether a is seen in this relation to b."""
     right, away, up = (p - q for p, q in zip(a.place, b.place))
-    stacked = abs(up) > 0.5 and np.hypot(right, away) < 0.75
+    stacked = abs(up) > ABOVE and hypot(right, away) < BESIDE
     if relation == "on top of":
         return stacked and up > 0
     along, across = {
@@ -116,16 +85,16 @@ def holds(relation: str, a: Seen, b: Seen) -> bool:
 
 
 def judged(seen: Sequence[Seen], claim: Claim) -> Verdict:
-    """The verdict under the assignment of seen objects to described ones that fulfils most."""
-    missing: list[Seen | None] = [None] * max(0, len(claim.objects) - len(seen))
-    count = not missing and (not claim.alone or len(seen) == len(claim.objects))
-    order = permutations([*seen, *missing], len(claim.objects))
-    return max((_verdict(assigned, claim, count) for assigned in order), key=lambda verdict: verdict.right)
+    """The verdict where described objects are taken to be those seen that make most of the claim true."""
+    missing = [None] * (len(claim.objects) - len(seen))
+    count = len(seen) == len(claim.objects)
+    verdicts = [_verdict(row, claim, count) for row in permutations([*seen, *missing], len(claim.objects))]
+    return max(verdicts, key=lambda verdict: sum(right for _, right in verdict.parts))
 
 
 def _verdict(assigned: Sequence[Seen | None], claim: Claim, count: bool) -> Verdict:
     attributes = [
-        (name, said, getattr(seen, name, None) == said)
+        (name, getattr(seen, name, None) == said)
         for seen, described in zip(assigned, claim.objects)
         for name in NAMES
         if (said := getattr(described, name)) is not None
@@ -145,7 +114,7 @@ def score(reading: Reading, claims: Sequence[Claim | Scene]) -> list[Verdict]:
 
 
 def accepts(pictures: Tensor, claims: Sequence[Claim | Scene]) -> list[bool]:
-    """Whether the shipped judge sees all of each claim in its picture (B, 3, H, W) in [-1, 1]."""
+    """Whether the shipped judge sees all of each claim in its picture, (B, 3, H, W) in [-1, 1]."""
     return [verdict.whole for verdict in score(pretrained.judge()(pictures), claims)]
 
 
@@ -153,21 +122,7 @@ def tally(verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
     """(right, of how many) for the count, each attribute, each relation and the whole."""
     counts = {name: [0, 0] for name in ("count", *NAMES, *RELATIONS, "whole")}
     for verdict in verdicts:
-        parts = [("count", verdict.count), ("whole", verdict.whole), *verdict.relations]
-        for name, right in parts + [(name, right) for name, _, right in verdict.attributes]:
+        for name, right in (*verdict.parts, ("whole", verdict.whole)):
             counts[name][0] += right
             counts[name][1] += 1
     return {name: (right, total) for name, (right, total) in counts.items()}
-
-
-def swaps(claim: Claim) -> Iterator[tuple[str, Claim]]:
-    """Every false claim that differs from a scene's true one in one attribute, or states one relation, falsely."""
-    for i, described in enumerate(claim.objects):
-        for name, values in NAMES.items():
-            for value in set(values) - {getattr(described, name)}:
-                others = (*claim.objects[:i], replace(described, **{name: value}), *claim.objects[i + 1 :])
-                yield name, replace(claim, objects=others)
-    for i, j in permutations(range(len(claim.objects)), 2):
-        for relation in RELATIONS:
-            if (i, relation, j) not in claim.relations:
-                yield relation, replace(claim, relations=frozenset({(i, relation, j)}))

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import check_multiple, check_positive, group_norm
+from ldm.models.layers import group_norm
 
 SIDE, CELLS = 64, 32  # it reads at 64 x 64 pixels, and says what it sees in each of 32 x 32 cells
 SEEN = 6  # candidates in a reading
-GROUPS = 8
+KINDS = (4, 8, 2, 2)  # of shapes, colours, materials, sizes
+WIDTH, GROUPS, QUERY = 32, 8, 16
 
 
 class Reading(NamedTuple):
@@ -81,27 +82,15 @@ class Judge(nn.Module):
     """Peaks of a map are objects and their cells say which (CenterNet, Zhou et al., 2019); a mask is the product of an
     object's query with features of each pixel (YOLACT, Bolya et al., 2019)."""
 
-    def __init__(
-        self,
-        *,
-        shapes: int = 4,
-        colours: int = 8,
-        materials: int = 2,
-        sizes: int = 2,
-        channels: int = 16,
-        queries: int = 16,
-    ):
+    def __init__(self) -> None:
         super().__init__()
-        check_multiple("channels", channels, GROUPS, f"cannot be split into {GROUPS} norm groups")
-        check_positive(shapes=shapes, colours=colours, materials=materials, sizes=sizes, queries=queries)
-        one, two, four, eight = (channels * factor for factor in (1, 2, 4, 8))
-        self.stages = nn.ModuleList([nn.Conv2d(3, one, 3, padding=1), down(one, two, 1), down(two, four, 2)])
-        self.stages.append(down(four, eight, 2))
-        self.up = nn.ModuleList([nn.Conv2d(eight, four, 1), nn.Conv2d(four, two, 1)])
-        self.join = Block(four)
-        self.widths = [1, shapes, colours, materials, sizes, 2, 3, queries, queries]
+        half, quarter, eighth = WIDTH, 2 * WIDTH, 4 * WIDTH  # by resolution
+        self.stages = nn.ModuleList([down(3, half, 1), down(half, quarter, 1), down(quarter, eighth, 2)])
+        self.up = nn.ModuleList([nn.Conv2d(eighth, quarter, 1), nn.Conv2d(quarter, half, 1)])
+        self.join = Block(quarter)
+        self.widths = [1, *KINDS, 2, 3, QUERY, QUERY]  # of Maps
         self.cells = nn.Sequential(
-            nn.SiLU(), nn.Conv2d(two, four, 3, padding=1), nn.SiLU(), nn.Conv2d(four, sum(self.widths), 1)
+            nn.SiLU(), nn.Conv2d(half, half, 3, padding=1), nn.SiLU(), nn.Conv2d(half, sum(self.widths), 1)
         )
 
     def forward(self, x: Tensor) -> Reading:
@@ -110,7 +99,7 @@ class Judge(nn.Module):
 
     def maps(self, x: Tensor) -> Maps:
         """What is seen where, in float32."""
-        _, half, quarter, eighth = self.features(resized(x))  # (B, 32, 32, 32), (B, 64, 16, 16), (B, 128, 8, 8)
+        half, quarter, eighth = self.features(resized(x))  # (B, 32, 32, 32), (B, 64, 16, 16), (B, 128, 8, 8)
         h = self.join(quarter + double(self.up[0](F.silu(eighth))))  # (B, 64, 16, 16)
         h = self.cells(half + double(self.up[1](F.silu(h)))).float()  # (B, sum of widths, 32, 32)
         *cells, pixels = h.split(self.widths, 1)
@@ -118,22 +107,21 @@ class Judge(nn.Module):
         return Maps(score[..., 0], *others, pixels)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Maps of 1, 1/2, 1/4 and 1/8 of the picture's own size, for a perceptual loss."""
+        """Maps of 1/2, 1/4 and 1/8 of the picture's own size, for a perceptual loss."""
         maps = []
         for stage in self.stages:
-            x = stage(x)  # (B, C, H, W), then (B, 2C, H/2, W/2) and so on
+            x = stage(x)  # (B, C, H/2, W/2), then (B, 2C, H/4, W/4) and (B, 4C, H/8, W/8)
             maps.append(x)
         return maps
 
     def pooled(self, x: Tensor) -> Tensor:
         """(B, 192) what is in the picture on the whole, for Frechet distances."""
-        return torch.cat([each.mean((2, 3)) for each in self.features(resized(x))[2:]], 1)
+        return torch.cat([each.mean((2, 3)) for each in self.features(resized(x))[1:]], 1)
 
 
 def down(inward: int, outward: int, blocks: int) -> nn.Sequential:
     """Halve height and width, then look again."""
-    conv = nn.Conv2d(inward, outward, 3, stride=2, padding=1)
-    return nn.Sequential(nn.SiLU(), conv, *(Block(outward) for _ in range(blocks)))
+    return nn.Sequential(nn.Conv2d(inward, outward, 3, stride=2, padding=1), *(Block(outward) for _ in range(blocks)))
 
 
 def double(x: Tensor) -> Tensor:

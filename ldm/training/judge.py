@@ -16,7 +16,9 @@ from ldm.data.scenes.description import Table
 from ldm.data.scenes.drawing import draw
 from ldm.data.scenes.render import render
 from ldm.draws import stream
-from ldm.metrics.scenes import NAMES, places
+from ldm.metrics.claims import NAMES
+from ldm.metrics.reading import blurred
+from ldm.metrics.scenes import places
 from ldm.models.judge import CELLS, SIDE, Judge, Maps, take
 from ldm.pictures import to_float
 
@@ -60,7 +62,11 @@ class Pool(NamedTuple):
         rare = int(count * HELD_OUT)
         tables = [draw(seed, range(count - rare)), draw(seed, range(rare), "held_out")]
         table = Table(*(np.concatenate([getattr(t, field.name) for t in tables]) for field in fields(Table)))
-        pool = cls(table, torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8), torch.empty(count, SIDE, SIDE, dtype=torch.uint8))
+        pool = cls(
+            table,
+            torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8),
+            torch.empty(count, SIDE, SIDE, dtype=torch.uint8),
+        )
         for start in range(0, count, BLOCK):
             rows = slice(start, min(start + BLOCK, count))
             for name, x in render(table[rows], SIDE, device, ("image", "mask")).items():
@@ -131,17 +137,7 @@ def spoilt(x: Tensor, generator: torch.Generator) -> Tensor:
     return (x + torch.randn(x.shape, generator=generator) * 0.12 * u[5] ** 2).clamp(-1, 1)
 
 
-def blurred(x: Tensor, sigma: float) -> Tensor:
-    """Pictures convolved with a Gaussian of so many pixels."""
-    weight = torch.exp(-torch.arange(-4.0, 5.0).square() / (2 * sigma**2))
-    weight = (weight / weight.sum()).repeat(3, 1, 1, 1)  # (3, 1, 1, 9)
-    x = F.conv2d(F.pad(x, (4, 4, 0, 0), "replicate"), weight, groups=3)
-    return F.conv2d(F.pad(x, (0, 0, 4, 4), "replicate"), weight.transpose(2, 3), groups=3)
-
-
-def train(
-    *, steps: int, pictures: int, seed: int, device: str = "cpu", report: Callable[[str], None] = print
-) -> Judge:
+def train(*, steps: int, pictures: int, seed: int, device: str = "cpu", report: Callable[[str], None] = print) -> Judge:
     """A judge, averaged over the last of its steps."""
     generator = torch.Generator().manual_seed(stream(seed, "judge"))
     with torch.random.fork_rng(devices=[]):
