@@ -24,7 +24,12 @@ WORDS = {  # in the shares in which they are said; the rest go by their own name
     "right of": ("right of", "to the right of", "on the right of"),
     "on top of": ("on top of", "sitting on", "standing on"),
 }
-FLOORS = {"gray": "a gray floor", "wooden": "a wooden floor", "checkered": "a checkered floor", "striped": "a striped floor"}
+FLOORS = {
+    "gray": "a gray floor",
+    "wooden": "a wooden floor",
+    "checkered": "a checkered floor",
+    "striped": "a striped floor",
+}
 SIZE_SAID, MATERIAL_SAID, COLOUR_SAID, SHAPE_SAID = 0.5, 0.5, 0.85, 0.95
 FLOOR_SAID, LISTED, STACK_SAID = 0.15, 0.1, 0.8
 ALONE = ("{}", "{}", "a picture of {}", "there is {}")

@@ -36,7 +36,7 @@ ON = RELATIONS.index("on top of")
 FLAT = [SHAPES.index("cube"), SHAPES.index("cylinder")]  # what something can stand on
 COUNTS = np.array([0.25, 0.7])  # of one object, of at most two
 STACKED = 0.9  # of the pairs that could stand on each other
-SPREAD = 2.0  # centres lie within a square of twice this
+SPREAD = 1.9  # centres lie within a square of twice this
 GAP = 0.12  # between objects, in world units
 OVERLAP = 0.72  # centres are so far apart in the picture, in sums of radii
 EDGE = 0.93  # of the picture's half, that all objects stay within
@@ -111,12 +111,15 @@ def _attributes(u: Floats, held_out: bool) -> tuple[Table, Wanted]:
     stack = np.where(triple >= 0, _relation(triple) == ON, stack)
     absent = np.arange(OBJECTS) >= count[:, None]
     shape, colour, material, size = (np.where(absent, -1, names) for names in (shape, colour, material, size))
-    light = np.stack([200 + 140 * u[:, 13], 38 + 14 * u[:, 14]], 1)
+    side = 270 + np.where(u[:, 13] < 0.5, -72, 22) + 100 * (u[:, 13] % 0.5)  # from the left or the right
+    light = np.stack([side, 38 + 14 * u[:, 14]], 1)
     camera = np.stack([30 * u[:, 15] - 15, 27 + 8 * u[:, 16], np.full(rows, 9.0)], 1)
     turn = np.where(absent, 0.0, 90 * (u[:, 3:6] * 997 % 1))  # the digits that the choice of a shape leaves unused
     floor = (u[:, 17] * len(FLOORS)).astype(np.int64)
     places = (np.zeros((rows, OBJECTS)) for _ in range(3))
-    return Table(shape, colour, material, size, *places, turn, floor, light, camera, np.zeros(rows)), Wanted(triple, stack)
+    return Table(shape, colour, material, size, *places, turn, floor, light, camera, np.zeros(rows)), Wanted(
+        triple, stack
+    )
 
 
 def _relation(triple: Integers) -> Integers:

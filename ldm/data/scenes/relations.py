@@ -13,7 +13,7 @@ RELATIONS = ("left of", "right of", "in front of", "behind", "on top of")
 MARGIN = 0.6  # world units, about a ninth of the picture's width
 SLANT = 0.5  # a relation holds along its axis by at least so much of what the pair is apart across it
 LOOKS_AT = 0.5  # height above the middle of the table
-FOCAL = 3.1  # distance over half of the picture's width
+FOCAL = 3.4  # distance over half of the picture's width
 
 
 class View(NamedTuple):

@@ -2,119 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.data.scenes import shading, shapes
+from ldm.data.scenes import shading, shapes, truth
 from ldm.data.scenes.description import OBJECTS, SHAPES, Scene, Table
+from ldm.data.scenes.rays import RAYS, Hits, centres, directions, meet
 from ldm.data.scenes.relations import FOCAL
-from ldm.data.scenes.shapes import NOWHERE, dot, unit
-from ldm.data.scenes.solids import Solid, World, unpacked, world
+from ldm.data.scenes.shapes import dot, unit
+from ldm.data.scenes.solids import Solid, World, pick, world
 
-RAYS = 4  # to a pixel's side, where an object ends
-MEET = (shapes.sphere, shapes.cube, shapes.cylinder, shapes.cone)  # in the order of SHAPES
-NORMAL = (shapes.sphere_normal, shapes.cube_normal, shapes.cylinder_normal, shapes.cone_normal)
 CUBE = SHAPES.index("cube")
-CHUNK = {"cpu": 2**16}  # pixels at a time: what stays in a core's cache
-CHUNK_ELSEWHERE = 2**22
-WANTS = ("image", "mask")
-
-
-class Hits(NamedTuple):
-    """What the rays of the M pixels in which objects may be meet first; S = RAYS^2."""
-
-    scene: Tensor  # (M,)
-    pixel: Tensor  # (M,)
-    ray: Tensor  # (3, M, S), one long along the camera's axis
-    depth: Tensor  # (M, S) NOWHERE for the floor
-    slot: Tensor  # (M, S) which object
+CHUNK, CHUNK_ELSEWHERE = 2**16, 2**22  # pixels at a time: what stays in a core's cache, what fills a GPU
+WANTS = ("image", *truth.MAPS)
 
 
 def render(
     scenes: Sequence[Scene] | Table, size: int, device: torch.device | str = "cpu", want: Sequence[str] = ("image",)
 ) -> dict[str, Tensor]:
-    """Pictures of these scenes: image uint8 (B, 3, H, W); mask int64 (B, H, W), 0 for the floor, else object + 1."""
+    """Pictures of these scenes: `image` uint8 (B, 3, H, W), and what else is wanted of truth.MAPS."""
     if size < 1:
         raise ValueError(f"size: must be positive; got {size}")
     if unknown := set(want) - set(WANTS):
         raise ValueError(f"want: unknown name; got {', '.join(sorted(unknown))}; expected some of {', '.join(WANTS)}")
     everything = world(scenes if isinstance(scenes, Table) else Table.of(scenes), device)
+    step = max(1, (CHUNK if everything.eye.device.type == "cpu" else CHUNK_ELSEWHERE) // size**2)
     count = everything.eye.shape[1]
-    step = max(1, CHUNK.get(everything.eye.device.type, CHUNK_ELSEWHERE) // size**2)
     parts = [_render(everything.take(slice(i, min(i + step, count))), size, want) for i in range(0, count, step)]
     return {name: torch.cat([part[name] for part in parts]) for name in want}
 
 
 def _render(some: World, size: int, want: Sequence[str]) -> dict[str, Tensor]:
     hits = meet(some, size)
-    made = {}
+    made = truth.maps(some, hits, size) if set(want) - {"image"} else {}
     if "image" in want:
-        made["image"] = _image(some, hits, size)
-    if "mask" in want:
-        made["mask"] = _mask(some, hits, size)
-    return made
+        made["image"] = image(some, hits, size)
+    return {name: made[name] for name in want}
 
 
-def directions(some: World, scene: Tensor | None, across: Tensor, up: Tensor) -> Tensor:
-    """Rays through points of the picture, one long along the camera's axis, so that t is depth."""
-    right, upward, forward = (
-        (axis[:, :, None] if scene is None else axis[:, scene, None]) for axis in (some.right, some.up, some.forward)
-    )
-    return forward + right * (across / FOCAL) + upward * (up / FOCAL)
-
-
-def centres(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right and up, from -1 to 1, of pixels row by row, each (size^2,)."""
-    place = (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1 - size) / size
-    return place.repeat(size), (-place).repeat_interleave(size)
-
-
-def meet(some: World, size: int) -> Hits:
-    """Send rays where objects may be, and keep the nearest of what each meets."""
-    edges = torch.arange(size, device=some.box.device)
-    left, top, right, bottom = (some.box * size)[:, :, None]
-    across = (edges + 1 > left) & (edges < right)  # (B * 3, W)
-    down = (edges + 1 > top) & (edges < bottom)
-    inside = (down[:, :, None] & across[:, None] & (some.shape >= 0)[:, None, None]).reshape(-1, OBJECTS, size**2)
-    scene, pixel = inside.any(1).nonzero().unbind(1)  # (M,)
-    x, y = (place[pixel, None] for place in centres(size, edges.device))
-    step = (torch.arange(RAYS, device=edges.device, dtype=torch.float32) * 2 + 1 - RAYS) / (RAYS * size)
-    ray = directions(some, scene, x + step.repeat(RAYS), y - step.repeat_interleave(RAYS))  # (3, M, S)
-    depth, slot = torch.full(ray.shape[1:], NOWHERE, device=ray.device), torch.zeros_like(ray[0], dtype=torch.int64)
-    for i in range(OBJECTS):
-        shape = torch.where(inside[scene, i, pixel], some.shape[scene * OBJECTS + i], -1)
-        found = torch.full_like(depth, NOWHERE)
-        for j, within in enumerate(MEET):
-            rows = (shape == j).nonzero()[:, 0]
-            solid = some.solid(scene[rows, None] * OBJECTS + i)
-            origin = some.eye[:, scene[rows], None] - solid.centre
-            start, end = within(solid.local(origin), solid.local(ray[:, rows]), solid.width, solid.height)
-            found[rows] = torch.where(start < end, start, NOWHERE)
-        slot = torch.where(found < depth, i, slot)
-        depth = torch.minimum(depth, found)
-    return Hits(scene, pixel, ray, depth, slot)
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def _image(some: World, hits: Hits, size: int) -> Tensor:
+def image(some: World, hits: Hits, size: int) -> Tensor:
     """(B, 3, H, W) uint8."""
-    picture = _floor(some, size)  # (3, B, P) linear
-    hit = hits.depth < NOWHERE  # (M, S)
-    sharp = _whole(hits, hit)[:, None] & ~_few(hits.ray.device)  # rays that a pixel within an object can spare
-    pixel, ray = (hit & ~sharp).nonzero().unbind(1)
+    picture = floors(some, size)  # (3, B * P) linear
+    plain, few = _plain(some, hits), _few(hits.ray.device)
+    chosen = (hits.hit & (~plain[:, None] | few)).reshape(-1).nonzero()[:, 0]
     colour = torch.zeros_like(hits.ray)
-    colour[:, pixel, ray] = _objects(some, hits, pixel, ray, size)
-    count = torch.where(_whole(hits, hit), int(_few(hits.ray.device).sum()), RAYS**2)
-    missed = (RAYS**2 - _total(hit.float()[None])[0]) / RAYS**2
-    seen = _total(colour) / count + picture[:, hits.scene, hits.pixel] * missed
-    picture[:, hits.scene, hits.pixel] = seen
+    colour.view(3, -1).index_copy_(1, chosen, objects(some, hits, chosen, size))
+    count = torch.where(plain, 4, RAYS**2)
+    missed = 1 - total(hits.hit.float()[None]) / RAYS**2  # (1, M)
+    where = hits.scene * size**2 + hits.pixel
+    picture.index_copy_(1, where, total(colour) / count + pick(picture, where) * missed)
     shown = (shading.encoded(picture) * 255 + 0.5).to(torch.uint8)
-    return shown.permute(1, 0, 2).reshape(-1, 3, size, size)
+    return shown.reshape(3, -1, size, size).transpose(0, 1).contiguous()
+
+
+def _plain(some: World, hits: Hits) -> Tensor:
+    """(M,) pixels that show one dull object and nothing else: few rays are enough."""
+    shiny = pick(some.body[-1], hits.scene * OBJECTS + hits.slot[:, 0]) > 0
+    return (hits.hit & (hits.slot == hits.slot[:, :1])).all(1) & ~shiny
 
 
 def _few(device: torch.device) -> Tensor:
@@ -124,96 +71,140 @@ def _few(device: torch.device) -> Tensor:
     return (some[:, None] & some).reshape(-1)
 
 
-def _whole(hits: Hits, hit: Tensor) -> Tensor:
-    """(M,) pixels that show one object and nothing else."""
-    return (hit & (hits.slot == hits.slot[:, :1])).all(1)
-
-
-def _total(values: Tensor) -> Tensor:
+def total(values: Tensor) -> Tensor:
     """(C, M, S) -> (C, M), added in one order whatever the batch."""
-    total = values[..., 0].clone()
+    sums = values[..., 0].clone()
     for i in range(1, values.shape[-1]):
-        total += values[..., i]
-    return total
+        sums += values[..., i]
+    return sums
 
 
-def _floor(some: World, size: int) -> Tensor:
-    """The floor's colours (3, B, P)."""
-    ray = directions(some, None, *centres(size, some.eye.device))
-    depth = some.eye[2, :, None] / (-ray[2]).clamp(min=0.02)
+# ------------------------------------------------------------------------------------------------------------ the floor
+
+
+def floors(some: World, size: int) -> Tensor:
+    """The floor's colours (3, B * P)."""
+    ray = directions(some, *centres(size, some.eye.device))
+    down = (-ray[2]).clamp(min=0.02)
+    depth = some.eye[2, :, None] / down
     p = some.eye[:, :, None] + ray * depth
-    p[2] = 0
     wide = depth * (2 / (FOCAL * size))  # what a pixel covers of the floor
-    long = wide * (dot(ray, ray).sqrt() / (-ray[2]).clamp(min=0.02))
-    albedo = torch.empty_like(p)
+    lamp, sky = _open(some, p)
+    albedo = patterns(some.floor, p[0], p[1], wide, wide * (dot(ray, ray).sqrt() / down))
+    away = p[0] * p[0] + p[1] * p[1]
+    return shading.floor(albedo, some.light[:, :, None], 1 - lamp, 1 - sky, away).reshape(3, -1)
+
+
+def patterns(floor: Tensor, x: Tensor, y: Tensor, wide: Tensor, long: Tensor) -> Tensor:
+    """The floors' own colours (3, N, ...), averaged over `wide` by `long`."""
+    albedo = torch.empty(3, *x.shape, device=x.device)
     for i, pattern in enumerate(shading.FLOOR):
-        rows = (some.floor == i).nonzero()[:, 0]
-        albedo[:, rows] = pattern(p[0, rows], p[1, rows], wide[rows], long[rows])
-    shadow, hidden = _shade_floor(some, p)
-    return shading.lit_floor(albedo, shadow, hidden, some.light[:, :, None], p[0] * p[0] + p[1] * p[1])
+        rows = (floor == i).nonzero()[:, 0]
+        albedo.index_copy_(1, rows, pattern(*(values.index_select(0, rows) for values in (x, y, wide, long))))
+    return albedo
 
 
-def _shade_floor(some: World, p: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the lamp and of the sky objects hide from the floor, each (B, P)."""
+def _open(some: World, p: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the lamp and of the sky the floor sees past the objects, each (B, P)."""
     lamp, sky = torch.ones_like(p[0]), torch.ones_like(p[0])
-    up = torch.zeros_like(p[:, :1, :1])
-    up[2] = 1
-    shape = some.shape.reshape(-1, OBJECTS)
+    up = torch.tensor((0.0, 0.0, 1.0), device=p.device)[:, None, None]
     for i in range(OBJECTS):
-        for box in (True, False):
-            rows = ((shape[:, i] == CUBE) if box else (shape[:, i] >= 0) & (shape[:, i] != CUBE)).nonzero()[:, 0]
-            solid = some.solid(rows[:, None] * OBJECTS + i)
-            there = p[:, rows]
-            lamp[rows] *= 1 - shading.occlusion(there, some.light[:, rows, None], solid, box)
-            sky[rows] *= 1 - shading.closeness(there, up, solid)
-    return 1 - lamp, 1 - sky
+        for rows, box in by_kind(some.shape[i::OBJECTS]):
+            number = rows[:, None] * OBJECTS + i
+            there, solid = p.index_select(1, rows), some.solid(number)
+            light = pick(some.light, rows)[:, :, None]
+            shadow = shading.occlusion(there, solid.centre, light, pick(some.outline, number), box)
+            hidden = shading.closeness(there, up, solid.centre, torch.maximum(solid.width, solid.height))
+            lamp[rows] *= 1 - shadow
+            sky[rows] *= 1 - hidden
+    return lamp, sky
 
 
-def _objects(some: World, hits: Hits, pixel: Tensor, ray: Tensor, size: int) -> Tensor:
-    """The colours (3, N) of objects where these rays meet them."""
-    scene, slot, depth = hits.scene[pixel], hits.slot[pixel, ray], hits.depth[pixel, ray]
-    number = scene * OBJECTS + slot
-    solid, light = some.solid(number), some.light[:, scene]
-    towards = hits.ray[:, pixel, ray]
-    p = some.eye[:, scene] + towards * depth
-    normal = _normals(some, solid, number, p, depth, size)
-    lamp, sky = torch.ones_like(depth), torch.ones_like(depth)
+def by_kind(shape: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """Which of these are cubes, then which are round: their outlines differ."""
+    yield (shape == CUBE).nonzero()[:, 0], True
+    yield ((shape >= 0) & (shape != CUBE)).nonzero()[:, 0], False
+
+
+# ---------------------------------------------------------------------------------------------------------- the objects
+
+
+class Points(NamedTuple):
+    """Where rays meet objects, one in each of the last places."""
+
+    number: Tensor  # (N,) of the object
+    p: Tensor  # (3, N)
+    towards: Tensor  # (3, N) the ray, of length one
+    normal: Tensor  # (3, N)
+    light: Tensor  # (3, N)
+    depth: Tensor  # (N,)
+
+    def take(self, rows: Tensor) -> Points:
+        """Some of them."""
+        return Points(*(pick(field, rows) for field in self))
+
+
+def objects(some: World, hits: Hits, chosen: Tensor, size: int) -> Tensor:
+    """The colours (3, N) where the chosen of the M * S rays meet objects."""
+    scene = pick(hits.scene, chosen // RAYS**2)
+    number = scene * OBJECTS + pick(hits.slot.reshape(-1), chosen)
+    solid, depth = some.solid(number), pick(hits.depth.reshape(-1), chosen)
+    ray = pick(hits.ray.reshape(3, -1), chosen)
+    p = pick(some.eye, scene) + ray * depth
+    pixel = depth * (2 / (FOCAL * size))  # what it covers there: a narrower bevel would glitter
+    bevel = torch.maximum(pixel / solid.width, torch.full_like(depth, shapes.BEVEL))
+    normal = truth.normals(some, solid, number, p, bevel)
+    points = Points(number, p, unit(ray), normal, pick(some.light, scene), depth)
+    lamp, sky = _open_to(some, points)
+    colour = shading.lit(solid.albedo, normal, points.light, 1 - lamp, 1 - sky, p[2])
+    shiny = (solid.shiny > 0).nonzero()[:, 0]
+    polished = _polished(
+        some, points.take(shiny), pick(colour, shiny), pick(solid.albedo, shiny), pick(lamp, shiny), size
+    )
+    return colour.index_copy_(1, shiny, polished)
+
+
+def _open_to(some: World, points: Points) -> tuple[Tensor, Tensor]:
+    """How much of the lamp and of the sky each point sees past the other objects, each (N,)."""
+    lamp, sky = torch.ones_like(points.depth), torch.ones_like(points.depth)
+    scene = points.number // OBJECTS
     for i in range(1, OBJECTS):
-        other = scene * OBJECTS + (slot + i) % OBJECTS
-        for box in (True, False):
-            shape = some.shape[other]
-            rows = ((shape == CUBE) if box else (shape >= 0) & (shape != CUBE)).nonzero()[:, 0]
-            there, hider = p[:, rows], some.solid(other[rows])
-            lamp[rows] *= 1 - shading.occlusion(there, light[:, rows], hider, box)
-            sky[rows] *= 1 - shading.closeness(there, normal[:, rows], hider)
-    colour = shading.lit(solid.albedo, normal, light, 1 - lamp, 1 - sky, p[2])
-    rows = (solid.shiny > 0).nonzero()[:, 0]
-    return _polish(some, colour, rows, p, unit(towards), normal, light, 1 - lamp, solid, scene)
+        other = scene * OBJECTS + (points.number + i - scene * OBJECTS) % OBJECTS
+        for rows, box in by_kind(pick(some.shape, other)):
+            number, here = pick(other, rows), points.take(rows)
+            shadow, hidden = _hidden(some, number, here, box)
+            lamp.index_copy_(0, rows, pick(lamp, rows) * (1 - shadow))
+            sky.index_copy_(0, rows, pick(sky, rows) * (1 - hidden))
+    return lamp, sky
 
 
-def _polish(some, colour, rows, p, towards, normal, light, shadow, solid: Solid, scene) -> Tensor:  # type: ignore[no-untyped-def]
-    towards, normal, albedo = towards[:, rows], normal[:, rows], solid.albedo[:, rows]
-    ground = torch.full_like(albedo, 0.4)
-    mirror = shading.mirrored(p[:, rows], towards, normal, light[:, rows], ground, shadow[rows])
-    colour[:, rows] = shading.polished(colour[:, rows], albedo, mirror, -dot(towards, normal))
-    return colour
+def _hidden(some: World, number: Tensor, here: Points, box: bool) -> tuple[Tensor, Tensor]:
+    """How much of the lamp and of the sky these objects hide from the points."""
+    body = pick(some.body[:7], number)
+    shadow = shading.occlusion(here.p, body[:3], here.light, pick(some.outline, number), box)
+    return shadow, shading.closeness(here.p, here.normal, body[:3], torch.maximum(body[5], body[6]))
 
 
-def _normals(some: World, solid: Solid, number: Tensor, p: Tensor, depth: Tensor, size: int) -> Tensor:
-    """(3, N) in the world; a bevel is at least as wide as a pixel, or it would glitter."""
-    own = solid.local(p - solid.centre)
-    bevel = torch.maximum(depth * (2 / (FOCAL * size)) / solid.width, torch.full_like(depth, shapes.BEVEL))
-    normal = torch.empty_like(own)
-    for i, of in enumerate(NORMAL):
-        rows = (some.shape[number] == i).nonzero()[:, 0]
-        normal[:, rows] = of(own[:, rows], solid.width[rows], solid.height[rows], bevel[rows])
-    return solid.world(normal)
+def _polished(some: World, points: Points, dull: Tensor, albedo: Tensor, lamp: Tensor, size: int) -> Tensor:
+    """The colours (3, N) of shiny points: what they mirror over what they are."""
+    ray = shading.reflection(points.towards, points.normal)
+    mirror = shading.sky(ray, points.light).expand_as(ray).clone()
+    down = (ray[2] < 0).nonzero()[:, 0]
+    mirror.index_copy_(1, down, _mirrored_floor(some, points.take(down), pick(ray, down), size))
+    cos = -dot(points.towards, points.normal)
+    return shading.polished(dull, albedo, mirror, shading.lamp_in(ray, points.light) * lamp, cos)
 
 
-def _mask(some: World, hits: Hits, size: int) -> Tensor:
-    """(B, H, W) which object covers most of each pixel, if not the floor."""
-    hit = hits.depth < NOWHERE
-    mask = torch.zeros(some.eye.shape[1], size * size, dtype=torch.int64, device=hit.device)
-    shares = torch.stack([(~hit).sum(1), *((hit & (hits.slot == i)).sum(1) for i in range(OBJECTS))])
-    mask[hits.scene, hits.pixel] = shares.argmax(0)
-    return mask.reshape(-1, size, size)
+def _mirrored_floor(some: World, points: Points, ray: Tensor, size: int) -> Tensor:
+    """The floor (3, N) where mirrored rays meet it, with the shadow of the thing that mirrors it."""
+    far = points.p[2].clamp(min=0) / (-ray[2]).clamp(min=0.03)
+    ground = points.p + ray * far
+    wide = (points.depth + 2 * far) * (2 / (FOCAL * size))
+    albedo = patterns(pick(some.floor, points.number // OBJECTS), ground[0], ground[1], wide, 2 * wide)
+    near, shadow = 1 - shapes.smooth(far, -0.6, 2.2), torch.zeros_like(far)
+    for rows, box in by_kind(pick(some.shape, points.number)):
+        number, light = pick(points.number, rows), pick(points.light, rows)
+        centre, outline = pick(some.body[:3], number), pick(some.outline, number)
+        shadow.index_copy_(0, rows, shading.occlusion(pick(ground, rows), centre, light, outline, box))
+    away = ground[0] * ground[0] + ground[1] * ground[1]
+    return shading.floor(albedo, points.light, shadow, near, away) * (1 - 0.6 * near)

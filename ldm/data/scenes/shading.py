@@ -8,32 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.data.scenes.shapes import box_outline, dot, round_outline, smooth, unit
-from ldm.data.scenes.solids import Solid
+from ldm.data.scenes.shapes import box_outline, dot, round_outline, smooth
 
-LAMP, SKY, FILL = 0.80, 0.42, 0.16  # brightness of the lamp, of the sky and of a weak light from the lamp's other side
+LAMP, SKY = (0.84, 0.80, 0.74), (0.40, 0.42, 0.46)  # warm and cool
+FILL = 0.16  # a weak light from beside the lamp
 SOFT = 0.11  # half of the lamp's width over its distance: what makes a shadow's edge wider the further it falls
 BACKDROP = (0.50, 0.53, 0.58)  # what the floor fades into
 
 
-def occlusion(p: Tensor, light: Tensor, solid: Solid, box: bool) -> Tensor:
+def occlusion(p: Tensor, centre: Tensor, light: Tensor, outline: Tensor, box: bool) -> Tensor:
     """How much of the lamp an object hides from points p (3, ...), from 0 to 1."""
-    to = p - solid.centre
-    if box:
-        beyond = box_outline(to, light, solid.turn, solid.width)
-    else:
-        drawn = torch.where(solid.ball > 0, 1.0, 1 / light[2])
-        beyond = round_outline(to, light, solid.bottom, solid.length, solid.low, solid.high, drawn)
+    to = p - centre
+    beyond = box_outline(to, outline) if box else round_outline(to, outline)
     towards = -dot(to, light)  # how far along the light the object is
     edge = SOFT * towards.clamp(min=0.08)
     return smooth(-beyond, -edge, edge) * (towards > 0)
 
 
-def closeness(p: Tensor, normal: Tensor, solid: Solid) -> Tensor:
+def closeness(p: Tensor, normal: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
     """The part of the sky above p that a ball in the object's place hides: cos / distance^2 (its form factor)."""
-    to = solid.centre - p
+    to = centre - p
     square = dot(to, to).clamp(min=1e-4)
-    radius = torch.maximum(solid.width, solid.height)
     return (dot(normal, to).clamp(min=0) * radius * radius / (square * square.sqrt())).clamp(max=1)
 
 
@@ -83,26 +78,29 @@ def _tone(plank: Tensor) -> Tensor:
 
 def checkered(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
     """Squares in two close grays."""
-    tone = 0.46 + 0.12 * wave(0.9 * x, 0.9 * wx) * wave(0.9 * y, 0.9 * wy)
+    tone = 0.46 + 0.075 * wave(0.9 * x, 0.9 * wx) * wave(0.9 * y, 0.9 * wy)
     return torch.stack((tone, tone, tone * 0.98))
 
 
 def striped(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
     """Broad stripes away from the camera, of a cool and a warm tone."""
     side = wave(1.1 * x, 1.1 * wx)
-    return torch.stack((0.52 + 0.05 * side, 0.50 + 0.08 * side, 0.46 + 0.13 * side))
+    return torch.stack((0.50 + 0.03 * side, 0.48 + 0.05 * side, 0.45 + 0.09 * side))
 
 
 FLOOR = (gray, wooden, checkered, striped)  # in the order of description.FLOORS
 
 
-def lit_floor(albedo: Tensor, shadow: Tensor, hidden: Tensor, light: Tensor, away: Tensor) -> Tensor:
+def floor(albedo: Tensor, light: Tensor, shadow: Tensor, hidden: Tensor, away: Tensor) -> Tensor:
     """The floor's colour (3, ...): lamp and sky, fading into the backdrop by the squared distance from the middle."""
-    lamp = (LAMP * 1.15) * light[2] * (1 - shadow)
-    colour = albedo * (lamp + SKY * (1 - 0.85 * hidden))
-    fade = smooth(away, 4.0, 150.0)
-    backdrop = torch.tensor(BACKDROP, device=albedo.device).reshape(3, *[1] * (albedo.ndim - 1))
-    return colour + (backdrop * colour.new_ones(()) - colour) * fade
+    lamp = coloured(LAMP, albedo) * (1.15 * light[2] * (1 - shadow))
+    colour = albedo * (lamp + coloured(SKY, albedo) * (1 - 0.85 * hidden))
+    return colour + (coloured(BACKDROP, albedo) - colour) * smooth(away, 4.0, 150.0)
+
+
+def coloured(colour: tuple[float, float, float], like: Tensor) -> Tensor:
+    """A constant as (3, 1, ...)."""
+    return torch.tensor(colour, device=like.device).reshape(3, *[1] * (like.ndim - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------- objects
@@ -110,39 +108,46 @@ def lit_floor(albedo: Tensor, shadow: Tensor, hidden: Tensor, light: Tensor, awa
 
 def lit(albedo: Tensor, normal: Tensor, light: Tensor, shadow: Tensor, hidden: Tensor, height: Tensor) -> Tensor:
     """A dull surface's colour: the lamp, the sky above, the floor's light from below, and a little from behind."""
-    lamp = LAMP * 1.35 * dot(normal, light).clamp(min=0) * (1 - shadow)
+    lamp = coloured(LAMP, albedo) * (1.35 * _facing(dot(normal, light), 0.15) * (1 - shadow))
     across = (light[0] * light[0] + light[1] * light[1]).sqrt()
-    behind = FILL * (-(normal[0] * light[1] - normal[1] * light[0]) / across).clamp(min=0)
+    behind = 0.5 - 0.5 * (normal[0] * light[1] - normal[1] * light[0]) / across
     near = smooth(height, -0.3, 0.8)  # just above the floor there is little light
     above = 0.5 + 0.5 * normal[2]
-    sky = SKY * above * (1 - 0.8 * hidden) + 0.30 * (1 - above) * near
-    return albedo * (lamp + sky * (0.55 + 0.45 * near) + behind)
+    sky = coloured(SKY, albedo) * (above * (1 - 0.8 * hidden) * (0.55 + 0.45 * near))
+    return albedo * (lamp + sky + (0.28 * (1 - above) * near + FILL * behind * behind))
 
 
-def mirrored(p: Tensor, ray: Tensor, normal: Tensor, light: Tensor, floor: Tensor, shadow: Tensor) -> Tensor:
-    """What is seen along the mirrored ray: a dark ceiling with a wide lamp in it, a bright horizon, the floor."""
-    r = ray - normal * (2 * dot(ray, normal))
-    up = r[2]
-    reach = p[2].clamp(min=0) / (-up).clamp(min=1e-3)
-    below = floor * (0.25 + 0.75 * smooth(reach, 0.0, 1.2))
-    sky = 0.16 + 0.50 * smooth(up, -0.05, 0.35) - 0.30 * smooth(up, 0.35, 0.9)
-    towards = dot(r, light)
-    lamp = 3.2 * smooth(towards, 0.955, 0.985) * (1 - shadow) + 0.5 * smooth(towards, 0.6, 1.0)
-    return torch.where(up < 0, below, sky.expand_as(below)) + lamp * (up > 0)
+def _facing(cos: Tensor, soft: float) -> Tensor:
+    """cos where positive, without the crease: a wide lamp sets slowly."""
+    dusk = cos + soft
+    return torch.where(cos > soft, cos, dusk.clamp(min=0) * dusk / (4 * soft))
 
 
-def polished(colour: Tensor, albedo: Tensor, mirror: Tensor, facing: Tensor) -> Tensor:
-    """A coloured mirror over a dull ground: more of it at grazing angles (Schlick, 1994)."""
-    grazing = (1 - facing).clamp(0, 1)
-    grazing = grazing * grazing
-    grazing = grazing * grazing * (1 - facing).clamp(0, 1)
-    tint = 0.30 + 0.70 * albedo
-    return colour * 0.62 + mirror * tint * (0.34 + 0.5 * grazing)
+def sky(ray: Tensor, light: Tensor) -> Tensor:
+    """What a mirrored ray (3, N) sees above: a dim ceiling, a bright horizon, a glow where the lamp is."""
+    up = ray[2]
+    glow = smooth(dot(ray, light), 0.5, 1.0)
+    return 0.22 + 0.60 * smooth(up, -0.02, 0.30) - 0.50 * smooth(up, 0.30, 0.85) + 1.1 * glow
+
+
+def polished(dull: Tensor, albedo: Tensor, mirror: Tensor, lamp: Tensor, cos: Tensor) -> Tensor:
+    """A mirror of the object's colour over a dull ground, whiter at grazing angles (Schlick, 1994), and the lamp in it."""
+    grazing = (1 - cos).clamp(0, 1)
+    grazing = grazing * grazing * grazing * grazing * grazing
+    tint = albedo * 1.05 + 0.025
+    return dull * 0.42 + mirror * (tint * 1.1 + (1 - tint) * 0.5 * grazing) + lamp
+
+
+def reflection(ray: Tensor, normal: Tensor) -> Tensor:
+    """The ray (3, N) mirrored at a surface."""
+    return ray - normal * (2 * dot(ray, normal))
+
+
+def lamp_in(ray: Tensor, light: Tensor) -> Tensor:
+    """How brightly a mirrored ray meets the lamp."""
+    return 1.6 * smooth(dot(ray, light), 0.965, 0.99)
 
 
 def encoded(colour: Tensor) -> Tensor:
     """Linear light to what a screen shows, from 0 to 1."""
     return colour.clamp(0, 1).sqrt()
-
-
-__all__ = ["FLOOR", "closeness", "encoded", "lit", "lit_floor", "mirrored", "occlusion", "polished", "unit"]

@@ -1,7 +1,6 @@
 """The four solids, each in a frame of its own: where a ray meets them, their normals, and the shadows they cast.
 
 Only + - * / sqrt, comparisons and choices, each of which is rounded alike on every device, thread and place in a batch.
-Vectors are (3, N), so that each coordinate is contiguous.
 """
 
 from __future__ import annotations
@@ -16,11 +15,6 @@ NOWHERE = 1e9  # the depth of a ray that meets nothing
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """(3, N), (3, N) -> (N,), added in this order."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-def cross(a: Tensor, b: Tensor) -> Tensor:
-    """(3, N), (3, N) -> (3, N)."""
-    return torch.stack((a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]))
 
 
 def unit(a: Tensor) -> Tensor:
@@ -116,37 +110,21 @@ def _rounded(p: Tensor, bevel: Tensor) -> Tensor:
     return unit((p.abs() - (1 - bevel)).clamp(min=0) * p.sign())
 
 
-# ------------------- the distance from points (3, N) to an object's outline, seen along the light; negative inside of it
+# ----------------------- how far points (3, N) are outside of an object's outline, seen along the light, from its centre
 
 
-def box_outline(p: Tensor, light: Tensor, turn: Tensor, width: Tensor) -> Tensor:
-    """Of a cube: the outline is a hexagon, whose sides stand on (light x axis) for each of the three axes."""
-    cos, sin, zero = turn[0], turn[1], torch.zeros_like(turn[0])
-    axes = [torch.stack((cos, sin, zero)), torch.stack((-sin, cos, zero)), torch.stack((zero, zero, zero + 1))]
-    furthest = None
-    for axis in axes:
-        side = unit(cross(light, axis))
-        reach = sum((dot(other, side).abs() for other in axes), start=zero) * width
-        beyond = dot(p, side).abs() - reach
-        furthest = beyond if furthest is None else torch.maximum(furthest, beyond)
-    assert furthest is not None
-    return furthest
+def box_outline(p: Tensor, outline: Tensor) -> Tensor:
+    """A cube is seen as a hexagon: three directions, and how far from the centre its sides are along each."""
+    first, second, third = (dot(p, outline[3 * i : 3 * i + 3]).abs() - outline[9 + i] for i in range(3))
+    return torch.maximum(torch.maximum(first, second), third)
 
 
-def round_outline(
-    p: Tensor, light: Tensor, bottom: Tensor, length: Tensor, low: Tensor, high: Tensor, drawn: Tensor
-) -> Tensor:
-    """Of a ball, cylinder or cone: the hull of two circles along the axis, of radius `low` and `high`.
-
-    Seen along the light, circles are flattened; `drawn` is what draws them out again (1 for a ball, which stays round).
-    """
-    flat = (light[0] * light[0] + light[1] * light[1]).sqrt()
-    v = ((p[0] * light[1] - p[1] * light[0]) / flat).abs()
-    u = (p[2] * flat - (p[0] * light[0] + p[1] * light[1]) / flat * light[2]) * drawn
-    u, length = u - bottom * flat * drawn, length * flat * drawn
-    b = (low - high) / length.clamp(min=1e-6)
-    a = (1 - b * b).clamp(min=0).sqrt()
-    along = a * u - b * v
-    below = (v * v + u * u).sqrt() - low
-    above = (v * v + (u - length) * (u - length)).sqrt() - high
-    return torch.where(along < 0, below, torch.where(along > a * length, above, a * v + b * u - low))
+def round_outline(p: Tensor, outline: Tensor) -> Tensor:
+    """A ball, cylinder or cone is seen as the hull of two circles (or of a circle and a point) on its axis."""
+    bottom, length, low, high, slant, upright = outline[6:]
+    v, u = dot(p, outline[:3]).abs(), dot(p, outline[3:6]) - bottom
+    along = upright * u - slant * v
+    top = u - length
+    below, above = (v * v + u * u).sqrt() - low, (v * v + top * top).sqrt() - high
+    side = upright * v + slant * u - low
+    return torch.where(along < 0, below, torch.where(along > upright * length, above, side))
