@@ -17,6 +17,7 @@ COMMANDS = {
     "replay": "make a picture again from what its PNG remembers",
     "convert": "carry a checkpoint from one format to another",
     "fetch": "say which weights files metrics need, and check or get them",
+    "judge": "train, measure or ask the judge that reads pictures of scenes",
     "demo": "learn a swiss roll in a minute and draw what four solvers make of it",
 }
 

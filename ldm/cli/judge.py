@@ -19,9 +19,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--read", metavar="FILE", help="say what the shipped judge sees in a picture, and stop")
     parser.add_argument("--check", action="store_true", help="measure the shipped judge on new renders, and stop")
-    parser.add_argument("--renders", type=int, default=2000, help="of each kind to measure on (default 2000)")
+    parser.add_argument("--renders", type=int, default=2000, help="for each trial (default 2000)")
     parser.add_argument("--out", default="judge.safetensors", help="where a trained judge goes")
-    parser.add_argument("--steps", type=int, default=2500, help="of training, 64 pictures each (default 2500)")
+    parser.add_argument("--steps", type=int, default=8000, help="of training, 16 pictures each (default 8000)")
     parser.add_argument("--pictures", type=int, default=60_000, help="to render and train on (default 60000)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and their order (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
@@ -64,9 +64,9 @@ def read(file: str) -> int:
 
 def check(judge: Judge, renders: int) -> dict[str, dict[str, float]]:
     """Print how much is read right."""
-    from ldm.metrics.reading import TESTS, measure, table
+    from ldm.metrics.reading import measures, table
 
-    columns = {str(test): measure(judge, test, renders, CHECK_SEED) for test in TESTS}
+    columns = measures(judge, renders, CHECK_SEED)
     print(table(columns))
     return columns
 
@@ -79,12 +79,15 @@ def train(arguments: argparse.Namespace) -> int:
             "not a name for a file of weights", "--out", str(out), "NAME.safetensors in a folder that exists"
         )
 
-    from ldm.checkpoint.pretrained import save_judge
+    from ldm.checkpoint.pretrained import open_judge, save_judge
+    from ldm.metrics.claims import NAMES
     from ldm.training import judge as training
 
     chosen = {name: getattr(arguments, name) for name in ("steps", "pictures", "seed")}
-    judge = training.train(**chosen, device=arguments.device).cpu()
     command = " ".join(["ldm judge", *(f"--{name} {value}" for name, value in chosen.items())])
-    save_judge(out, judge, command=command, accuracy=json.dumps(check(judge.half().float(), arguments.renders)))
+    metadata = {"command": command, "names": json.dumps(NAMES)}
+    save_judge(out, training.train(**chosen, device=arguments.device), **metadata)
+    judge = open_judge(out)  # as it is stored
+    save_judge(out, judge, **metadata, accuracy=json.dumps(check(judge, arguments.renders)))
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -24,7 +24,7 @@ from ldm.pictures import to_float
 
 HELD_OUT = 0.25  # of the scenes: a judge that has not met a combination would judge against it
 BLOCK = 256  # scenes rendered at once
-BATCH, RATE, DECAY = 64, 2e-3, 0.998
+BATCH, RATE, DECAY = 16, 2e-3, 0.999
 
 
 class Truth(NamedTuple):
@@ -144,7 +144,7 @@ def train(*, steps: int, pictures: int, seed: int, device: str = "cpu", report: 
         torch.manual_seed(stream(seed, "judge weights"))
         judge = Judge().to(device)
     average = copy.deepcopy(judge).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     pool = Pool.rendered(seed, pictures, device, report)
     for step in range(1, steps + 1):
