@@ -104,7 +104,7 @@ class Judge(nn.Module):
         h = self.cells(half + double(self.up[1](F.silu(h)))).float()  # (B, sum of widths, 32, 32)
         *cells, pixels = h.split(self.widths, 1)
         score, *others = (each.permute(0, 2, 3, 1) for each in cells)
-        return Maps(score[..., 0], *others, pixels)
+        return Maps._make([score[..., 0], *others, pixels])
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps of 1/2, 1/4 and 1/8 of the picture's own size, for a perceptual loss."""
