@@ -81,6 +81,9 @@ TABLES: dict[str, dict[str, str] | str] = {
         "unipc": "ldm.diffusion.solvers:unipc",
     },
     "guidance": "ldm.diffusion.guidance:Guidance",
+    "data": {
+        "scenes": "ldm.data.scenes:Scenes",
+    },
 }
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML

@@ -1,4 +1,4 @@
-"""Learn a swiss roll with a small network, sample it with four solvers, and draw both in one picture."""
+"""Small things to look at: `ldm demo` learns a swiss roll and draws it, `ldm demo scenes` shows the built-in scenes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
@@ -15,7 +16,7 @@ from ldm.errors import InputError
 
 @dataclass(kw_only=True)
 class Schema:
-    """What a configuration of the demo may say."""
+    """What a configuration of the swiss roll may say."""
 
     seed: int = 0
     path: Part
@@ -29,29 +30,51 @@ class Schema:
     lr: float
 
 
+@dataclass(kw_only=True)
+class Sheet:
+    """What a configuration of the scenes may say."""
+
+    seed: int = 0
+    split: Literal["train", "validation", "held_out"] = "train"
+
+
+SCHEMAS = {"swiss_roll": Schema, "scenes": Sheet}
+LEAST = {"seed": 0, "steps": 1, "batch_size": 1, "lr": 0}
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    config_options(parser, default="swiss_roll")
-    parser.add_argument("--out", default="swiss_roll.png", help="where the picture goes")
+    config_options(parser)
+    parser.add_argument("--out", help="where the picture goes (default: the demo's name, .png)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, sample, draw."""
+    """Check everything, then make the picture."""
     own_parts(arguments)
-    config = configuration.load(config_file(arguments.config, "demo"), arguments.overrides, Schema)
-    for name, least in {"seed": 0, "steps": 1, "batch_size": 1, "lr": 0}.items():
-        if config[name] < least:
-            raise config.source.error(f"{name}: must be at least {least}", name, got=str(config[name]))
+    name = arguments.overrides.pop(0) if arguments.overrides[:1] == ["scenes"] else "swiss_roll"
+    config = configuration.load(config_file(arguments.config or name, "demo"), arguments.overrides, SCHEMAS[name])
+    for key, least in LEAST.items():
+        if key in config.values and config[key] < least:
+            raise config.source.error(f"{key}: must be at least {least}", key, got=str(config[key]))
     if config["seed"] >= 2**32:
         raise config.source.error("seed: must be below 2**32", "seed", got=str(config["seed"]))
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
-    out = Path(arguments.out)
+    out = Path(arguments.out or f"{name}.png")
     if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
-    from ldm.cli import swiss_roll  # torch is only paid for once all options are right
-
-    swiss_roll.draw_picture(swiss_roll.learn(config), config, out)
+    _draw(name, config, out)  # torch is only paid for once all options are right
     print(f"wrote {out}")
     return 0
+
+
+def _draw(name: str, config: configuration.Config, out: Path) -> None:
+    if name == "scenes":
+        from ldm.cli import contact_sheet
+
+        contact_sheet.sheet(config["seed"], config["split"]).save(out)
+    else:
+        from ldm.cli import swiss_roll
+
+        swiss_roll.draw_picture(swiss_roll.learn(config), config, out)

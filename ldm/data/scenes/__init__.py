@@ -17,6 +17,7 @@ from ldm.data.scenes.drawing import SPLITS, draw, held_out, scene
 from ldm.data.scenes.edits import edit
 from ldm.data.scenes.relations import RELATIONS, relations
 from ldm.data.scenes.render import render
+from ldm.data.scenes.source import Scenes
 
 __all__ = [
     "COLOURS",
@@ -30,6 +31,7 @@ __all__ = [
     "Light",
     "Object",
     "Scene",
+    "Scenes",
     "Table",
     "caption",
     "captions",

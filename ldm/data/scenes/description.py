@@ -125,8 +125,8 @@ class Table:
         objects = np.array([_row(scene) for scene in scenes])  # (B, 8, 3)
         names = objects[:, :4].astype(np.int64)
         return Table(
-            *(names[:, i] for i in range(4)),
-            *(objects[:, i] for i in range(4, 8)),
+            *(names[:, 0], names[:, 1], names[:, 2], names[:, 3]),
+            *(objects[:, 4], objects[:, 5], objects[:, 6], objects[:, 7]),
             floor=np.array([FLOORS.index(scene.floor) for scene in scenes]),
             light=np.array([(scene.light.azimuth, scene.light.elevation) for scene in scenes]),
             camera=np.array([(s.camera.azimuth, s.camera.elevation, s.camera.distance) for s in scenes]),
@@ -146,9 +146,11 @@ def _scene(shape, colour, material, size, x, y, z, turn, floor, light, camera, t
 def _row(scene: Scene) -> list[list[float]]:
     """(8, 3): the names as positions, then places and turn."""
     rows = [
-        [SHAPES.index(o.shape), COLOURS.index(o.colour), MATERIALS.index(o.material), SIZES.index(o.size)]
-        + [o.x, o.y, o.z, o.turn]
-        for o in scene.objects
+        [
+            *(SHAPES.index(each.shape), COLOURS.index(each.colour), MATERIALS.index(each.material)),
+            *(SIZES.index(each.size), each.x, each.y, each.z, each.turn),
+        ]
+        for each in scene.objects
     ]
     rows += [[-1, -1, -1, -1, 0, 0, 0, 0]] * (OBJECTS - len(rows))
     return [list(column) for column in zip(*rows)]

@@ -38,8 +38,8 @@ COUNTS = np.array([0.25, 0.7])  # of one object, of at most two
 STACKED = 0.9  # of the pairs that could stand on each other
 SPREAD = 1.9  # centres lie within a square of twice this
 GAP = 0.12  # between objects, in world units
-OVERLAP = 0.72  # centres are so far apart in the picture, in sums of radii
-EDGE = 0.93  # of the picture's half, that all objects stay within
+OVERLAP = 0.82  # centres are so far apart in the picture, in sums of radii
+EDGE = 0.92  # of the picture's half, that all objects stay within
 TRIES, SLOTS = 6, 20  # places drawn at a time, uniform numbers of a scene before them
 
 
@@ -47,7 +47,7 @@ def uniforms(seed: int, numbers: Integers, first: int, count: int) -> Floats:
     """(B, count) numbers in [0, 1): those from `first` on in the sequence of each number, by hashing twice."""
     row = _mixed(numbers.astype(np.uint64) + (np.uint64(seed) << np.uint64(32)))
     slot = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mixed(row[:, None] + slot) >> np.uint64(11)) * 2.0**-53
+    return (_mixed(row[:, None] + slot) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -116,10 +116,9 @@ def _attributes(u: Floats, held_out: bool) -> tuple[Table, Wanted]:
     camera = np.stack([30 * u[:, 15] - 15, 27 + 8 * u[:, 16], np.full(rows, 9.0)], 1)
     turn = np.where(absent, 0.0, 90 * (u[:, 3:6] * 997 % 1))  # the digits that the choice of a shape leaves unused
     floor = (u[:, 17] * len(FLOORS)).astype(np.int64)
-    places = (np.zeros((rows, OBJECTS)) for _ in range(3))
-    return Table(shape, colour, material, size, *places, turn, floor, light, camera, np.zeros(rows)), Wanted(
-        triple, stack
-    )
+    x, y, z = (np.zeros((rows, OBJECTS)) for _ in range(3))
+    table = Table(shape, colour, material, size, x, y, z, turn, floor, light, camera, np.zeros(rows))
+    return table, Wanted(triple, stack)
 
 
 def _relation(triple: Integers) -> Integers:
@@ -164,8 +163,17 @@ def clear(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     apart = _distance(table.x, table.y) - _sums(table.extent(REACH)) > GAP
     radius = FOCAL * table.radius / depth
     visible = _distance(across, up) > OVERLAP * _sums(radius)
-    inside = (np.maximum(np.abs(across), np.abs(up)) + radius < EDGE) | ~table.there
-    return inside.all(1) & ((apart & visible & seen.any(1)) | stacked | ~pair).all((1, 2))
+    reach, tall = _spans(table, depth)
+    inside = ((np.abs(across) + reach < EDGE) & (np.abs(up) + tall < EDGE)) | ~table.there
+    clear = (apart & visible & seen.any(1)) | stacked | ~pair
+    return np.asarray(inside.all(1) & clear.all((1, 2)))
+
+
+def _spans(table: Table, depth: Floats) -> tuple[Floats, Floats]:
+    """(B, 3) at most half of the width and of the height of each object in the picture, from its middle."""
+    reach, elevation = table.extent(REACH), np.radians(table.camera[:, 1, None])
+    tall = table.extent(HALF_HEIGHT) * np.cos(elevation) + reach * np.sin(elevation)
+    return FOCAL * reach / (depth - reach), FOCAL * tall / (depth - reach)
 
 
 def _as_wanted(table: Table, seen: NDArray[np.bool_], triple: Integers) -> NDArray[np.bool_]:
@@ -179,7 +187,7 @@ def _held_out_relations(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.boo
     named = [
         seen[:, relation] & (table.shape[:, :, None] == a) & (table.shape[:, None] == b) for a, relation, b in TRIPLES
     ]
-    return np.stack(named, 1).any((2, 3))
+    return np.asarray(np.stack(named, 1).any((2, 3)))
 
 
 def _distance(x: Floats, y: Floats) -> Floats:
@@ -194,4 +202,4 @@ def _sums(radius: Floats) -> Floats:
 def held_out(table: Table) -> NDArray[np.bool_]:
     """(B,) whether a scene shows a combination that only the split of this name has."""
     rare = table.there & (table.colour == RARE[table.shape])
-    return rare.any(1) | _held_out_relations(table, related(table)).any(1)
+    return np.asarray(rare.any(1) | _held_out_relations(table, related(table)).any(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def _changes(scene: Scene) -> Iterator[Change]:
         for kind in kinds:
             for value in VALUES[kind]:
                 if value != getattr(old, kind):
-                    new = _standing(replace(old, **{kind: value}), old)
+                    new = _standing(replace(old, **dict[str, Any]({kind: value})), old)
                     yield Change(kind, old, value, replace(scene, objects=_with(scene, i, new)))
         if len(scene.objects) > 1 and not stands[:, i].any():
             yield Change("removed", old, "", replace(scene, objects=_with(scene, i)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,9 +35,9 @@ def centres(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return place.repeat(size), (-place).repeat_interleave(size)
 
 
-def directions(some: World, across: Tensor, up: Tensor) -> Tensor:
-    """(3, B, P) rays through these places of the picture, (P,) or (B, P)."""
-    right, upward, forward = (axis[:, :, None] for axis in (some.right, some.up, some.forward))
+def directions(axes: Sequence[Tensor], across: Tensor, up: Tensor) -> Tensor:
+    """(3, B, P) rays of cameras (B) through these places of the picture, (P,) or (B, P)."""
+    right, upward, forward = (axis[:, :, None] for axis in axes)
     return forward + right * (across / FOCAL) + upward * (up / FOCAL)
 
 
@@ -46,8 +47,8 @@ def meet(some: World, size: int) -> Hits:
     scene, pixel = inside.any(1).nonzero().unbind(1)  # (M,)
     x, y = (pick(place, pixel)[:, None] for place in centres(size, inside.device))
     step = (torch.arange(RAYS, device=inside.device, dtype=torch.float32) * 2 + 1 - RAYS) / (RAYS * size)
-    per_pixel = World(*(pick(axis, scene) for axis in some[:6]), *some[6:])
-    ray = directions(per_pixel, x + step.repeat(RAYS), y - step.repeat_interleave(RAYS))  # (3, M, S)
+    axes = [pick(axis, scene) for axis in some.axes]
+    ray = directions(axes, x + step.repeat(RAYS), y - step.repeat_interleave(RAYS))  # (3, M, S)
     depth, slot = torch.full_like(ray[0], NOWHERE), torch.zeros_like(ray[0], dtype=torch.int64)
     for i in range(OBJECTS):
         shape = torch.where(inside[:, i].reshape(-1).index_select(0, scene * size**2 + pixel), 0, -OBJECTS)

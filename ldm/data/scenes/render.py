@@ -13,7 +13,7 @@ from ldm.data.scenes.description import OBJECTS, SHAPES, Scene, Table
 from ldm.data.scenes.rays import RAYS, Hits, centres, directions, meet
 from ldm.data.scenes.relations import FOCAL
 from ldm.data.scenes.shapes import dot, unit
-from ldm.data.scenes.solids import Solid, World, pick, world
+from ldm.data.scenes.solids import World, pick, world
 
 CUBE = SHAPES.index("cube")
 CHUNK, CHUNK_ELSEWHERE = 2**16, 2**22  # pixels at a time: what stays in a core's cache, what fills a GPU
@@ -84,7 +84,7 @@ def total(values: Tensor) -> Tensor:
 
 def floors(some: World, size: int) -> Tensor:
     """The floor's colours (3, B * P)."""
-    ray = directions(some, *centres(size, some.eye.device))
+    ray = directions(some.axes, *centres(size, some.eye.device))
     down = (-ray[2]).clamp(min=0.02)
     depth = some.eye[2, :, None] / down
     p = some.eye[:, :, None] + ray * depth

@@ -131,7 +131,7 @@ def sky(ray: Tensor, light: Tensor) -> Tensor:
 
 
 def polished(dull: Tensor, albedo: Tensor, mirror: Tensor, lamp: Tensor, cos: Tensor) -> Tensor:
-    """A mirror of the object's colour over a dull ground, whiter at grazing angles (Schlick, 1994), and the lamp in it."""
+    """A coloured mirror over a dull ground, whiter at grazing angles (Schlick, 1994), and the lamp in it."""
     grazing = (1 - cos).clamp(0, 1)
     grazing = grazing * grazing * grazing * grazing * grazing
     tint = albedo * 1.05 + 0.025

@@ -110,7 +110,7 @@ def _rounded(p: Tensor, bevel: Tensor) -> Tensor:
     return unit((p.abs() - (1 - bevel)).clamp(min=0) * p.sign())
 
 
-# ----------------------- how far points (3, N) are outside of an object's outline, seen along the light, from its centre
+# ---------------------- how far points (3, N) are outside of an object's outline, seen along the light, from its centre
 
 
 def box_outline(p: Tensor, outline: Tensor) -> Tensor:

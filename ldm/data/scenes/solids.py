@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data.scenes.description import HALF_HEIGHT, HALF_WIDTH, MATERIALS, SHAPES, Floats, Table
@@ -71,6 +72,11 @@ class World(NamedTuple):
     shape: Tensor  # (B * 3,)
     box: Tensor  # (4, B * 3) left, top, right, bottom in the picture, from 0 to 1: nothing of the object is outside
 
+    @property
+    def axes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the cameras."""
+        return self.right, self.up, self.forward
+
     def solid(self, index: Tensor) -> Solid:
         """The objects of these numbers; one number may come often."""
         rows = pick(self.body, index)
@@ -79,13 +85,13 @@ class World(NamedTuple):
     def take(self, rows: slice) -> World:
         """The scenes from here to there."""
         objects = slice(rows.start * 3, rows.stop * 3)
-        return World(*(field[..., rows] for field in self[:6]), *(field[..., objects] for field in self[6:]))
+        return World._make([*(field[..., rows] for field in self[:6]), *(field[..., objects] for field in self[6:])])
 
 
 def world(table: Table, device: torch.device | str) -> World:
     """A table as tensors."""
 
-    def tensor(array: Floats, dtype: torch.dtype = torch.float32) -> Tensor:
+    def tensor(array: NDArray, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
 
     at = view(table)
@@ -93,8 +99,7 @@ def world(table: Table, device: torch.device | str) -> World:
     light = np.stack((np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)))
     turn = np.radians(np.where(table.shape == SHAPES.index("cube"), table.turn, 0.0))  # the others are round
     return World(
-        *(tensor(axis.T) for axis in at),
-        tensor(light),
+        *(tensor(at.eye.T), tensor(at.right.T), tensor(at.up.T), tensor(at.forward.T), tensor(light)),
         tensor(table.floor, torch.int64),
         tensor(_body(table, turn).reshape(11, -1)),
         tensor(_outline(table, turn, light[:, :, None]).reshape(12, -1)),

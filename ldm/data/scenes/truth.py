@@ -52,7 +52,7 @@ def _mask(some: World, hits: Hits, size: int) -> Tensor:
 
 def _surface(some: World, hits: Hits, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Depth (B, P) along the camera's axis and normals (3, B, P) as the camera sees them: right, up, towards it."""
-    ray = directions(some, *centres(size, mask.device))
+    ray = directions(some.axes, *centres(size, mask.device))
     depth = some.eye[2, :, None] / (-ray[2]).clamp(min=0.02)
     up = torch.tensor((0.0, 0.0, 1.0), device=mask.device)[:, None, None]
     normal = up.expand_as(ray).reshape(3, -1).clone()

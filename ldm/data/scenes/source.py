@@ -1,0 +1,71 @@
+"""Scenes as a source of training data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.data.scenes.captions import captions
+from ldm.data.scenes.description import Scene, Table
+from ldm.data.scenes.drawing import SPLITS, draw
+from ldm.data.scenes.edits import edit
+from ldm.data.scenes.render import render
+
+Addition = Literal["mask", "segmentation", "boxes", "depth", "normals", "edges", "source"]
+
+
+class Scenes:
+    """An epoch of `size` scenes, drawn as they are asked for; `adds` are conditions that go with the pictures."""
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        batch_size: int,
+        size: int = 1_000_000,
+        split: Literal["train", "validation", "held_out"] = "train",
+        adds: Sequence[Addition] = (),
+        workers: int = 2,
+    ):
+        for name, value in {"resolution": resolution, "batch_size": batch_size, "size": size}.items():
+            if value < 1:
+                raise ValueError(f"{name}: must be positive; got {value}")
+        if workers < 0:
+            raise ValueError(f"workers: must not be negative; got {workers}")
+        if split not in SPLITS:
+            raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
+        self.resolution, self.batch_size, self.size, self.workers = resolution, batch_size, size, workers
+        self.split, self.adds = split, tuple(adds)
+        self.buckets, self.groups, self.sizes = None, None, [(resolution, resolution)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, asks: Sequence[tuple[int, int, int]], seed: int) -> dict[str, Any]:
+        """The samples asked for, each by its number in the stream, its index here, and its bucket."""
+        numbers, indices, _ = zip(*asks)
+        table = draw(seed, indices, self.split)
+        if "source" in self.adds:
+            made = self._edited(table.scenes(), seed, indices)
+        else:
+            made = {**self._rendered(table), "caption": captions(table, seed, indices)}
+        square = torch.full((len(asks), 2), self.resolution)
+        where = {"original_size": square, "crop": torch.zeros_like(square)}
+        return {**made, "number": torch.tensor(numbers), "index": torch.tensor(indices), **where}
+
+    def _rendered(self, scenes: Sequence[Scene] | Table) -> dict[str, Tensor]:
+        wanted: list[str] = [name for name in self.adds if name != "source"]
+        wanted += ["box_labels"] * ("boxes" in wanted)
+        made = render(scenes, self.resolution, want=("image", *wanted))
+        if "mask" in made:  # what is to be painted anew: the objects
+            made["mask"] = (made["mask"] > 0)[:, None].float()  # (B, 1, H, W)
+        return made
+
+    def _edited(self, scenes: list[Scene], seed: int, indices: Sequence[int]) -> dict[str, Any]:
+        """The edited twins with their instructions, and the pictures before."""
+        twins, instructions = zip(*(edit(scene, seed, index) for scene, index in zip(scenes, indices)))
+        source = render(scenes, self.resolution)["image"] / 127.5 - 1  # (B, 3, H, W)
+        return {**self._rendered(twins), "source": source, "caption": list(instructions)}

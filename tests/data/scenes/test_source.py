@@ -1,0 +1,72 @@
+"""Scenes as training data: one batch, the same from every worker, and what a YAML may get wrong."""
+
+import math
+
+import pytest
+import torch
+
+from ldm import parts
+from ldm.data.scenes import Scenes, captions, draw, edit, render
+
+ASKS = [(100 + i, index, 0) for i, index in enumerate((5, 0, 9, 5))]
+
+
+def test_a_batch_is_pictures_captions_and_where_they_come_from():
+    data = Scenes(resolution=32, batch_size=4, size=10)
+    batch = data.batch(ASKS, 3)
+    table = draw(3, [5, 0, 9, 5])
+    assert torch.equal(batch["image"], render(table, 32)["image"])
+    assert batch["caption"] == captions(table, 3, [5, 0, 9, 5])
+    assert batch["number"].tolist() == [100, 101, 102, 103]
+    assert batch["index"].tolist() == [5, 0, 9, 5]
+    assert batch["original_size"].tolist() == [[32, 32]] * 4
+    assert batch["crop"].tolist() == [[0, 0]] * 4
+    assert batch.keys() == {"image", "caption", "number", "index", "original_size", "crop"}
+    assert (len(data), data.batch_size, data.workers, data.buckets, data.groups) == (10, 4, 2, None, None)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    data = Scenes(
+        resolution=32,
+        batch_size=4,
+        split="held_out",
+        adds=["boxes", "mask", "normals", "edges", "segmentation", "depth"],
+    )
+    batch = data.batch(ASKS, 1)
+    for i, ask in enumerate(ASKS):
+        for name, value in data.batch([ask], 1).items():
+            assert (
+                torch.equal(value[0], batch[name][i]) if isinstance(value, torch.Tensor) else value[0] == batch[name][i]
+            )
+    assert batch["mask"].shape == (4, 1, 32, 32)
+    assert set(batch["mask"].unique().tolist()) == {0.0, 1.0}
+    assert batch["box_labels"].shape == (4, 3)
+
+
+def test_an_edit_comes_with_the_picture_before_it():
+    batch = Scenes(resolution=32, batch_size=4, adds=["source", "mask"]).batch(ASKS, 3)
+    scenes = draw(3, [5, 0, 9, 5]).scenes()
+    twins, said = zip(*(edit(scene, 3, index) for scene, index in zip(scenes, (5, 0, 9, 5))))
+    assert batch["caption"] == list(said)
+    assert torch.equal(batch["image"], render(twins, 32)["image"])
+    torch.testing.assert_close(batch["source"], render(scenes, 32)["image"].float() / 127.5 - 1)
+    assert torch.equal(batch["mask"][:, 0] > 0, render(twins, 32, want=("mask",))["mask"] > 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"resolution": 0}, "resolution: must be positive; got 0"),
+        ({"batch_size": 0}, "batch_size: must be positive; got 0"),
+        ({"size": -1}, "size: must be positive; got -1"),
+        ({"workers": -1}, "workers: must not be negative; got -1"),
+        ({"split": "test"}, "split: unknown name; got test; expected one of train, validation, held_out"),
+    ],
+)
+def test_wrong_numbers_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        parts.find("data", "scenes")(**{"resolution": 32, "batch_size": 4, **arguments})
+
+
+def test_an_epoch_has_its_size():
+    assert len(Scenes(resolution=8, batch_size=1)) == math.prod([1000, 1000])
