@@ -23,7 +23,7 @@ LEAVES = {  # what a leaf may import itself, and the lowest floor that may impor
     "errors": ("", "condition"),
     "parts": ("errors", "assemble"),
     "plainyaml": ("errors", ""),
-    "configfile": ("errors plainyaml", ""),
+    "configfile": ("errors plainyaml", "training"),
     "config": ("errors parts configfile", "assemble"),
     "pictures": ("errors", "pipeline"),
     "draws": ("", "data"),

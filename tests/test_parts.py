@@ -30,6 +30,12 @@ SHIPPED = [
     for name, target in ({"": table} if isinstance(table, str) else table).items()
 ]
 PLAIN = (int, float, bool, str, types.NoneType)
+LATER = {  # what a part is called with when training or sampling goes on
+    "solver": ["denoise", "x", "grid", "noise"],
+    "optimizer": ["parameters"],
+    "schedule": ["step", "steps"],
+    "ema": ["parameters"],
+}
 
 
 class Bag:
@@ -93,10 +99,10 @@ def is_plain(kind: Any) -> bool:
 
 @pytest.mark.parametrize(("axis", "target"), SHIPPED)
 def test_a_shipped_part_has_a_schema_that_a_yaml_can_meet(axis, target):
-    """Keyword-only; what is not given is plain or a part, with a plain default; a solver is called with more, later."""
+    """Keyword-only; what is not given is plain or a part, with a plain default."""
     rows = inspect.signature(parts.load(target), eval_str=True).parameters.values()
     called_with = [row.name for row in rows if row.kind is not row.KEYWORD_ONLY]
-    assert called_with == (["denoise", "x", "grid", "noise"] if axis == "solver" else [])
+    assert called_with == LATER.get(axis, [])
     for row in rows:
         if row.kind is row.KEYWORD_ONLY and row.name not in parts.GIVEN.get(axis, {}):
             assert is_plain(row.annotation), row
@@ -110,7 +116,9 @@ def test_the_judge_of_schemas_can_say_no():
 
 def test_what_is_given_are_parameters_that_exist():
     for axis, owners in parts.GIVEN.items():
-        schemas = [inspect.signature(parts.load(target)).parameters for target in parts.TABLES[axis].values()]
+        table = parts.TABLES[axis]
+        targets = [table] if isinstance(table, str) else table.values()
+        schemas = [inspect.signature(parts.load(target)).parameters for target in targets]
         assert owners.keys() <= set().union(*schemas)
 
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "cache": "encode a data set once, for stage two to train on",
     "fetch": "say which weights files metrics need, and check or get them",
     "judge": "train, measure or ask the judge that reads pictures of scenes",
-    "demo": "learn a swiss roll in a minute and draw what four solvers make of it",
+    "demo": "learn a swiss roll in a minute, or look at the built-in scenes",
 }
 
 

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
-    out = Path(arguments.out or f"{name}.png")
+    out = Path(f"{name}.png" if arguments.out is None else arguments.out)
     if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
     _draw(name, config, out)  # torch is only paid for once all options are right

@@ -58,7 +58,7 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise InputError(
             "--run: cannot be written to", str(folder), error.strerror or "", "a folder of yours"

@@ -124,7 +124,7 @@ def test_help_and_version_end_with_0(arguments, capsys):
 def test_help_lists_every_command_and_every_option():
     ended = python("-m", "ldm", "--help")
     assert ended.returncode == 0
-    assert all(f"  {name:12} {line}\n" in ended.stdout for name, line in cli.COMMANDS.items())
+    assert all(f"  {name:17} {line}\n" in ended.stdout for name, line in cli.COMMANDS.items())
     ended = python("-m", "ldm", "demo", "--help")
     assert ended.returncode == 0
     assert all(word in ended.stdout for word in ("--config", "--print-config", "--plugin", "--out", "key=value"))
@@ -139,7 +139,7 @@ def test_version_is_the_package_s():
 def test_every_command_is_a_module_with_options_and_run(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    module = sys.modules[f"ldm.cli.{name}"]
+    module = sys.modules[f"ldm.cli.{name.replace('-', '_')}"]
     assert capsys.readouterr().out.startswith(f"usage: ldm {name} ")
     assert callable(module.options)
     assert callable(module.run)

@@ -75,7 +75,9 @@ def finish(network, optimizer, gradients, step: int, clip: float | None) -> None
         p.grad = gradient
     if clip:
         torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-    optimizer.param_groups[0]["lr"] = 1e-3 * ((step + 1) / 3 if step < 2 else 0.5 * (1 + math.cos((step - 2) / 4 * math.pi)))
+    optimizer.param_groups[0]["lr"] = 1e-3 * (
+        (step + 1) / 3 if step < 2 else 0.5 * (1 + math.cos((step - 2) / 4 * math.pi))
+    )
     optimizer.step()
 
 
@@ -185,7 +187,9 @@ def test_a_decoder_alone_keeps_latents_and_fingerprint(tmp_path, capsys):
 
 def test_init_from_another_shape_is_refused(tmp_path, capsys):
     assert main(command(tmp_path / "first", "trainer.steps=1")[:-1]) == 0
-    other = command(tmp_path / "second", "autoencoder.latent=8", "--init-from", str(tmp_path / "first/model.safetensors"))
+    other = command(
+        tmp_path / "second", "autoencoder.latent=8", "--init-from", str(tmp_path / "first/model.safetensors")
+    )
     assert main(other[:-1]) == 4
     assert "tensors of another shape" in capsys.readouterr().err
 
@@ -215,9 +219,11 @@ def test_dead_codes_come_back_and_nothing_remembers_them(tmp_path, revivals):
     assert main(argv[:-1]) == 0
     before, usage, after, memory = revivals[0]
     dead = usage == 0
-    assert 0 < dead.sum() < 64 and usage.sum() == 3 * 8 * 64
+    assert 0 < dead.sum() < 64
+    assert usage.sum() == 3 * 8 * 64
     assert ((before != after).any(1) == dead).all()
-    assert memory["exp_avg"][dead].abs().max() == 0 and memory["exp_avg_sq"][dead].abs().max() == 0
+    assert memory["exp_avg"][dead].abs().max() == 0
+    assert memory["exp_avg_sq"][dead].abs().max() == 0
     assert memory["exp_avg"][~dead].abs().min(1).values.max() > 0
     used = [float(row["latents/codes_used"]) for row in rows(tmp_path / "run")]
     assert used[3] > used[2]
@@ -258,7 +264,8 @@ def test_codes_come_back_alike_on_two_processes(tmp_path):
 def test_bad_input_is_one_line_before_anything_is_written(overrides, words, tmp_path, capsys):
     assert main(command(tmp_path / "run", *overrides)[:-1]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    assert words in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -281,7 +288,8 @@ def test_dry_run_builds_and_writes_nothing(tmp_path, capsys):
 def test_print_config_is_complete_and_plain(tmp_path, capsys):
     assert main([*command(tmp_path / "run")[:-1], "--print-config"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["trainer"]["accumulate"] == 1 and values["seed"] == 3
+    assert values["trainer"]["accumulate"] == 1
+    assert values["seed"] == 3
 
 
 def test_bf16_compile_free_settings_train(tmp_path):

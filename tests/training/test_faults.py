@@ -69,9 +69,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch
     monkeypatch.setattr(checkpointing, "write_file", full)
     assert main(argv[:-1]) == 4
     text = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left" in text and "the last whole checkpoint is" in text and "00000005" in text
+    assert "No space left" in text
+    assert "the last whole checkpoint is" in text
+    assert "00000005" in text
     found = checkpointing.newest(tmp_path / "run")
-    assert found and found[1]["step"] == 5
+    assert found
+    assert found[1]["step"] == 5
     monkeypatch.undo()
     assert main(argv[:-1]) == 0
     assert manifest(tmp_path / "run")["step"] == 10
@@ -161,7 +164,9 @@ def test_another_configuration_is_refused_and_says_what_differs(tmp_path, capsys
     assert main(command(tmp_path / "run", "trainer.steps=2")[:-1]) == 0
     assert main(command(tmp_path / "run", "trainer.steps=2", "optimizer.lr=0.5", "trainer.save_every=7")[:-1]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "optimizer.lr=0.5 for 0.001" in error and "save_every" not in error and "steps" not in error
+    assert "optimizer.lr=0.5 for 0.001" in error
+    assert "save_every" not in error
+    assert "steps" not in error
 
 
 def test_more_steps_go_on(tmp_path):

@@ -30,7 +30,10 @@ def test_constant_stays():
 
 def test_adamw_without_decay_is_adam():
     ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -3.0])) for _ in range(2))
-    steps = adamw([ours], lr=0.1, betas=(0.5, 0.9), weight_decay=0), torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
+    steps = (
+        adamw([ours], lr=0.1, betas=(0.5, 0.9), weight_decay=0),
+        torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9)),
+    )
     for k in range(5):
         for weight, optimizer in zip((ours, theirs), steps):
             weight.grad = torch.tensor([1.0, k - 2.0])

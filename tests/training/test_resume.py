@@ -35,4 +35,5 @@ def test_the_epochs_differ():
     """Or a resume at the beginning of an epoch would pass for a resume in its middle."""
     order = Order(40, 8, 3)
     epochs = [[ask.index for k in range(5) for ask in order.batch(40 * epoch + 8 * k)] for epoch in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40)) and epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
+    assert epochs[0] != epochs[1]
