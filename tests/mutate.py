@@ -1,7 +1,9 @@
 """Break the code on purpose, one small sabotage at a time, and see that a test notices.
 
-python tests/mutate.py            all of them, in a copy of the tree; writes docs/mutations.md
-python tests/mutate.py heun       those whose name contains the word
+python tests/mutate.py            all of them, in a copy of the tree
+python tests/mutate.py heun       those whose name or file contains the word
+
+What it saw goes to docs/mutations.md, each sabotage a row.
 """
 
 from __future__ import annotations
@@ -92,6 +94,33 @@ SABOTAGES = [
     Sabotage("text: the penultimate layer without its norm", M + "transformer.py", 'last if self.layer == "last" else self.norm(x)', 'last if self.layer == "last" else x', "tests/models"),
     Sabotage("text: nothing is not put in the place of what is dropped", "ldm/conditioning/conditioner.py", "return choose(drop[self.part], self.null(batch_size(condition)), condition)", "return condition", "tests/conditioning"),
     Sabotage("edit: scaled latents", "ldm/assemble.py", 'names = ("encode", "posterior", "latent_channels", "factor")', 'names = ("encode", "latent_channels", "factor")', "tests/test_pipeline.py"),
+    Sabotage("order: every epoch is the first", "ldm/data/sampler.py", "mix32(seed, epoch) << 32", "mix32(seed, 0) << 32", "tests/data/test_sampler.py"),
+    Sabotage("order: ranks overlap", "ldm/data/sampler.py", "(rank * accumulate + m) * self.share", "(rank + m) * self.share", "tests/data"),
+    Sabotage("order: shards are not mixed", "ldm/data/sampler.py", "np.arange(len(shuffled)) // WINDOW", "np.arange(len(shuffled))", "tests/data/test_sampler.py"),
+    Sabotage("decoding: mirrored and turned swapped", "ldm/data/decode.py", "5: (), 6: (2,), 7: (1, 2), 8: (1,)", "5: (2,), 6: (), 7: (1, 2), 8: (1,)", "tests/data/test_decode.py"),
+    Sabotage("decoding: over black", "ldm/data/decode.py", 'image.size, "white")', 'image.size, "black")', "tests/data/test_decode.py"),
+    Sabotage("manifest: the digest forgets captions", "ldm/data/manifest.py", 'arrays.keys() - {"modified"}', 'arrays.keys() - {"modified", "caption_text"}', "tests/data"),
+    Sabotage("manifest: empty captions are captions", "ldm/data/manifest.py", "for caption in entry.captions if caption]", "for caption in entry.captions]", "tests/data"),
+    Sabotage("shards: a short read passes", "ldm/data/shards.py", "if len(data) < entry.size:", "if False:", "tests/data"),
+    Sabotage("cache: another mirror image than the pictures", "ldm/data/latents.py", 'self.key["flip"] and mirror < 0.5', 'self.key["flip"] and mirror > 0.5', "tests/data/test_latents.py"),
+    Sabotage("cache: stale ones are read", "ldm/data/latents.py", "    if names:\n        first, others", "    if False:\n        first, others", "tests/data/test_latents.py"),
+    Sabotage("scenes: left is right", "ldm/data/scenes/relations.py", "pairs = [left, left.swapaxes(1, 2),", "pairs = [left.swapaxes(1, 2), left,", "tests/data/scenes"),
+    Sabotage("scenes: the mask is one object off", "ldm/data/scenes/truth.py", "torch.where(covered > share, i + 1, most)", "torch.where(covered > share, i, most)", "tests/data/scenes"),
+    Sabotage("Frechet: half of the common part", "ldm/metrics/frechet.py", "- 2 * cross", "- cross", "tests/metrics/test_frechet.py"),
+    Sabotage("alignment: behind is in front", "ldm/metrics/scenes.py", '"behind": (away, right),', '"behind": (-away, right),', "tests/metrics/test_scenes.py"),
+    Sabotage("alignment: further objects are passed over", "ldm/metrics/scenes.py", "count = len(seen) == len(claim.objects)", "count = len(seen) >= len(claim.objects)", "tests/metrics/test_scenes.py"),
+    Sabotage("adaptive weight: upside down", "ldm/losses/adversarial.py", "distance.norm() / (adversarial.norm() + 1e-4)", "adversarial.norm() / (distance.norm() + 1e-4)", "tests/losses"),
+    Sabotage("hinge: no margin", "ldm/losses/adversarial.py", "F.relu(1 - at_least_float32(real))", "F.relu(-at_least_float32(real))", "tests/losses"),
+    Sabotage("discriminator: its loss trains the autoencoder", "ldm/training/autoencoder.py", "self.discriminator(reconstruction.detach())", "self.discriminator(reconstruction)", "tests/training/test_autoencoder.py"),
+    Sabotage("LPIPS: features not of length one", M + "lpips.py", "(unit(a) - unit(b)).square()", "(a - b).square()", "tests/models/test_lpips.py"),
+    Sabotage("micro-batches: summed, not averaged", "ldm/training/stage.py", "self.manual_backward(loss / self.plan.accumulate)", "self.manual_backward(loss)", "tests/training/test_autoencoder.py"),
+    Sabotage("guard: a step that is not finite is taken", "ldm/training/stage.py", "for group in turn if finite else ():", "for group in turn:", "tests/training/test_faults.py"),
+    Sabotage("EMA: the other way", "ldm/training/ema.py", "torch._foreach_lerp_(shadows, targets, 1 - decay)", "torch._foreach_lerp_(shadows, targets, decay)", "tests/training/test_ema.py"),
+    Sabotage("resume: the averages begin anew", "ldm/training/stage.py", "            self.ema.update(self.step)\n", "            self.ema.update(1)\n", "tests/training"),
+    Sabotage("checkpoint: half a one is whole", "ldm/training/checkpointing.py", 'if check_digest(folder / STATE) == manifest["sha256"][STATE]:', "if True:", "tests/training"),
+    Sabotage("dead codes: their averages stay", "ldm/training/codes.py", "shadow.copy_(torch.where(changed, bottleneck.codebook.to(shadow.dtype), shadow))", "pass", "tests/training/test_autoencoder.py"),
+    Sabotage("statistics: the variance is the scale", "ldm/training/statistics.py", "clamp(min=0).sqrt()", "clamp(min=0)", "tests/training/test_autoencoder.py"),
+    Sabotage("run: another configuration goes on", "ldm/training/run.py", "if different := [key for key in changed if key != \"format\"]:", "if different := []:", "tests/training"),
 ]  # fmt: skip
 
 
@@ -112,23 +141,29 @@ def sabotage(tree: Path, change: Sabotage) -> str:
 
 
 def main(word: str = "") -> int:
-    """Run the sabotages and report the survivors."""
-    chosen = [change for change in SABOTAGES if word in change.name]
+    """Run the sabotages, note what noticed them, and return how many nothing did."""
+    chosen = [change for change in SABOTAGES if word in change.name or word in change.file]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(
             ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", ".*_cache", "__pycache__", ".hypothesis")
         )
-        killers = []
+        killers = {}
         for change in chosen:
-            killers.append(sabotage(tree, change))
-            print(f"{'killed by ' + killers[-1] if killers[-1] else 'SURVIVED':60} {change.name}", flush=True)
-    if not word:
-        rows = [f"| {c.name} | `{c.file}` | {f'`{k}`' if k else '**survived**'} |" for c, k in zip(chosen, killers)]
-        head = "# Mutations\n\nSabotages of the code and the first test that noticed each, by `python tests/mutate.py`.\n\n"
-        table = "| sabotage | file | killed by |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
-        (ROOT / "docs/mutations.md").write_text(head + table)
-    return sum(not killer for killer in killers)
+            killers[change.name] = killer = sabotage(tree, change)
+            print(f"{'killed by ' + killer if killer else 'SURVIVED':60} {change.name}", flush=True)
+    note(killers)
+    return sum(not killer for killer in killers.values())
+
+
+def note(killers: dict[str, str]) -> None:
+    """Write the table, with the rows of sabotages that did not run now as they were."""
+    file = ROOT / "docs/mutations.md"
+    said = dict(re.findall(r"^\| (.*?) \| `.*?` \| (.*) \|$", file.read_text(), re.MULTILINE))
+    said |= {name: f"`{killer}`" if killer else "**survived**" for name, killer in killers.items()}
+    rows = [f"| {change.name} | `{change.file}` | {said.get(change.name, 'not run')} |\n" for change in SABOTAGES]
+    head = "# Mutations\n\nSabotages of the code and the first test that noticed each, by `python tests/mutate.py`.\n\n"
+    file.write_text(head + "| sabotage | file | killed by |\n| --- | --- | --- |\n" + "".join(rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""How well a first stage does at fixed images: distances, and a grid to look at."""
+"""How well a first stage does at fixed images: distances of pairs and of sets, and a grid to look at."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import groupby
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ldm import pictures
+from ldm.checkpoint.pretrained import judge
 from ldm.data.sampler import Ask
+from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
 from ldm.training.statistics import BATCH, Spread, shared
 
@@ -38,17 +42,38 @@ class Reconstructions:
     def measure(
         self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, spread: Spread
     ) -> dict[str, float]:
-        """The average of each measure over the images, which the ranks share; the first draws the grid."""
+        """The average of each measure over the images, which the ranks share; the first draws the grid.
+
+        The Frechet distance is that of the shipped judge's features: no download, and small numbers.
+        """
         sums: dict[str, Any] = {}
+        moments: list[tuple[Moments, Moments]] = []
         batches = self.batches()
         for k, counts in shared(len(batches), spread):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
             for name, values in found.items():
                 sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
+            if counts:
+                moments.append((features(x), features(y)))
             if k == 0 and spread.rank == 0:
                 pictures.write(grid(x[:SHOWN], y[:SHOWN]), file)
-        return averages(sums, self.count, spread)
+        return averages(sums, self.count, spread) | {"val/frechet": distance(moments, spread)}
+
+
+def features(x: Tensor) -> Moments:
+    """The moments of what the judge sees in pictures."""
+    return Moments.of(judge().pooled(x.float().clamp(-1, 1).cpu()))
+
+
+def distance(moments: list[tuple[Moments, Moments]], spread: Spread) -> float:
+    """Between all ranks' images and their reconstructions, always added up in the same order."""
+    if spread.ranks > 1:
+        parts: list[Any] = [None] * spread.ranks
+        distributed.all_gather_object(parts, moments)
+        moments = [pair for k in range(len(parts[0])) for part in parts for pair in part[k : k + 1]]
+    true, made = (reduce(add, side) for side in zip(*moments))
+    return frechet_distance(true, made)
 
 
 def averages(sums: dict[str, Any], count: int, spread: Spread) -> dict[str, float]:
