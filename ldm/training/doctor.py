@@ -12,7 +12,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,14 +22,13 @@ from ldm.errors import CheckpointError, DataError, InputError, LdmError
 from ldm.pictures import to_float
 from ldm.training.stage import Stage
 from ldm.training.trainer import Plan
-from ldm.training.trial import LEAST, State, Trial, follow, learned, resumed, trial
+from ldm.training.trial import LEAST, State, Trial, follow, learned, resumed, together, trial
 
 LOOKED_AT = 320  # samples
 FLAT = 0.02  # a channel's standard deviation, where pictures go from -1 to 1
 ENOUGH = 1.1  # of what training takes, what a loader should make that has a processor for itself
 FALL = 0.8  # the part of the loss that is left at most when one batch has been learned by heart
 ROOM = 0.9  # of the memory
-BUILD = Callable[[Config], Stage]
 
 
 class Verdict(NamedTuple):
@@ -92,12 +91,12 @@ class Report:
         except LdmError as error:
             self.verdicts.append(Verdict("error", str(error), error.code))
 
-    def say(self, good: bool, text: str, why: str) -> None:
-        """That something is well, or a warning with its reason."""
+    def say(self, text: str, good: bool = True, why: str = "") -> None:
+        """That something is well, or a warning and why."""
         self.verdicts.append(Verdict("ok", text) if good else Verdict("warning", f"{text}; {why}"))
 
 
-def examine(config: Config, build: BUILD, run: Path, minutes: float) -> Report:
+def examine(config: Config, build: Callable[[Config], Stage], run: Path, minutes: float) -> Report:
     """Try one process of a training out, in a temporary folder and within about so many minutes."""
     whole, seconds = build(config), 60 * minutes
     plan, data = whole.plan, whole.data
@@ -108,18 +107,35 @@ def examine(config: Config, build: BUILD, run: Path, minutes: float) -> Report:
     with report.check():
         report.survey = survey(data, whole.seed, plan, seconds / 10)
         look_at_data(report, report.survey)
-    with TemporaryDirectory(prefix="ldm-doctor-") as folder, report.check():
-        course = partial(trial, plan=plan, folder=Path(folder), seconds=seconds / 2)
-        report.trial, state = follow(build(config), course)
-        look_at_costs(report, report.trial, run)
-        look_at_resume(report, state, follow(build(config), partial(resumed, folder=Path(folder))))
-    if report.trial:
-        with report.check():
-            stage = build(config)
-            batch = list(islice(loader(stage.data, stage.seed, accumulate=plan.accumulate), plan.accumulate))
-            report.losses = follow(stage, partial(learned, seconds=seconds / 3), cycle(batch))
-            look_at_losses(report, stage.telling)
+    if report.survey:
+        with TemporaryDirectory(prefix="ldm-doctor-") as folder:
+            try_out(report, partial(build, config), Path(folder), run, seconds)
     return report
+
+
+def try_out(report: Report, build: Callable[[], Stage], folder: Path, run: Path, seconds: float) -> None:
+    """The trials, each of a stage that nothing has happened to."""
+    plan = report.plan
+    with report.check():
+        report.trial, state = follow(build(), partial(trial, plan=plan, folder=folder, seconds=seconds / 2))
+    if report.trial is None:
+        return
+    with report.check():
+        look_at_costs(report, report.trial)
+    with report.check():
+        look_at_disk(report, report.trial, run)
+    with report.check():
+        look_at_resume(report, state, follow(build(), partial(resumed, folder=folder)))
+    with report.check():
+        stage = build()
+        report.losses = follow(stage, partial(learned, seconds=seconds / 3), first_batch(stage))
+        look_at_losses(report, stage.telling)
+
+
+def first_batch(stage: Stage) -> Iterator[dict[str, Any]]:
+    """The micro-batches of the first batch, again and again."""
+    parts = stage.plan.accumulate
+    return cycle(list(islice(loader(stage.data, stage.seed, accumulate=parts), parts)))
 
 
 def survey(data: Data, seed: int, plan: Plan, seconds: float) -> Survey:
@@ -163,28 +179,34 @@ def look_at_data(report: Report, found: Survey) -> None:
         raise DataError("data: not all values are finite", "", f"standard deviations {found.std}", "numbers")
     flat = [str(channel) for channel, std in enumerate(found.std) if std < FLAT]
     text = f"data: values from {found.least:.2f} to {found.most:.2f}"
-    report.say(not flat, text, f"channel {', '.join(flat)} hardly varies: are these the pictures that you mean?")
+    report.say(text, not flat, f"channel {', '.join(flat)} hardly varies: are these the pictures that you mean?")
     if found.counts.get("skipped"):
         text = f"data: {found.counts['skipped']} of {found.counts['seen']} samples are skipped"
-        report.say(False, text, "skipped.jsonl beside their manifest names each")
+        report.say(text, False, "skipped.jsonl beside their manifest names each")
 
 
-def look_at_costs(report: Report, found: Trial, run: Path) -> None:
-    """Memory, a loader that keeps up, and a disk that has room."""
-    plan = report.plan
-    text = f"memory: {found.used / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
-    report.say(found.used < ROOM * found.memory, text, "little is left: think of a larger trainer.accumulate")
+def look_at_costs(report: Report, found: Trial) -> None:
+    """Room in memory, and a loader that keeps up."""
+    used = found.peak * together(report.plan)
+    text = f"memory: {used / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
+    report.say(text, used < ROOM * found.memory, "little is left: try a larger trainer.accumulate")
     if report.survey:
-        made, wanted = report.survey.images_per_second, report.images_per_second / plan.ranks
-        text = f"loader: {made:.0f} images/s alone, {wanted:.0f} with training"
-        report.say(made > ENOUGH * wanted, text, "training waits for it: more data.workers, or smaller files")
-    report.disk = (plan.keep + 1) * found.checkpoint_bytes + 2 * found.model_bytes
+        made, taken = report.survey.images_per_second, report.images_per_second / report.plan.ranks
+        text = f"loader: {made:.0f} images/s alone, {taken:.0f} are trained on"
+        report.say(text, made > ENOUGH * taken, "training waits for it: try more data.workers, or smaller files")
+
+
+def look_at_disk(report: Report, found: Trial, run: Path) -> None:
+    """Room for the checkpoints that are kept, the next one, and the model beside its successor."""
+    count = report.plan.keep + 1
+    report.disk = count * found.checkpoint_bytes + 2 * found.model_bytes
     place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
     report.free = shutil.disk_usage(place).free
-    need, free = f"{report.disk / 1e9:.2f} GB", f"{report.free / 1e9:.2f} GB free"
+    need, free = f"{report.disk / 1e9:.2f} GB for {count} checkpoints", f"{report.free / 1e9:.2f} GB free"
     if report.free < report.disk:
-        raise InputError("disk: too small for the checkpoints", str(place), free, need, "another --run, or fewer kept")
-    report.say(True, f"disk: {need} for {plan.keep + 1} checkpoints and the model, {free}", "")
+        hint = "another --run, or a smaller trainer.keep"
+        raise InputError("disk: too small for the checkpoints", str(place), free, need, hint)
+    report.say(f"disk: {need}, {free}")
 
 
 def look_at_resume(report: Report, straight: State, again: State) -> None:
@@ -197,7 +219,7 @@ def look_at_resume(report: Report, straight: State, again: State) -> None:
     text = (
         text if not different else f"resume: {len(different)} of {len(straight)} tensors are not bit for bit the same"
     )
-    report.say(not different, text, "a GPU may add in another order each time")
+    report.say(text, not different, "a GPU may add in another order each time")
 
 
 def look_at_losses(report: Report, name: str) -> None:
@@ -205,4 +227,4 @@ def look_at_losses(report: Report, name: str) -> None:
     first, last = (statistics.mean(part) for part in (report.losses[:LEAST], report.losses[-LEAST:]))
     text = f"one batch: {name} from {first:.4g} to {last:.4g} in {len(report.losses)} steps"
     why = "it should fall by a fifth at least: the learning rate is too low or too high, or something is not connected"
-    report.say(last < FALL * first, text, why)
+    report.say(text, last < FALL * first, why)

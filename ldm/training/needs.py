@@ -36,16 +36,15 @@ class Needs:
 def needs_of(stage: Stage, ranks: int) -> Needs:
     """Of a stage that stands for one of so many processes, at the step where it is."""
     trained = [p for group in stage.groups().values() for _, p in group]
-    parts = [
-        size([*stage.parameters(), *stage.buffers()]),
-        size(trained),
-        round(size(trained) * remembered(stage)),
-        size(stage.ema.shadows.values()),
-    ]
     shards = ranks if stage.plan.strategy == "fsdp2" else 1
     one, two = held(stage, 1), held(stage, 2)  # some of it, such as weights in bfloat16, does not grow with a batch
-    samples = stage.data.batch_size // stage.plan.accumulate
-    return Needs(*(part // shards for part in parts), one + (samples - 1) * (two - one))
+    return Needs(
+        weights=size([*stage.parameters(), *stage.buffers()]) // shards,
+        gradients=size(trained) // shards,
+        optimizer=round(size(trained) * remembered(stage)) // shards,
+        averages=size(stage.ema.shadows.values()) // shards,
+        activations=one + (stage.data.batch_size // stage.plan.accumulate - 1) * (two - one),
+    )
 
 
 def size(tensors: Iterable[Tensor]) -> int:

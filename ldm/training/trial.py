@@ -40,18 +40,17 @@ class Phase:
 
 @dataclass
 class Trial:
-    """What a few steps of a training cost one process, beside the state in which they ended."""
+    """What a few steps of a training cost one process."""
 
     needs: Needs
+    memory: int  # bytes that the machine or its GPU has
+    before: int  # of them, the most that this process had had before its first step
+    peak: int  # and after real steps
     phases: list[Phase]
     validation_seconds: float
     checkpoint_seconds: float
     checkpoint_bytes: int
     model_bytes: int
-    before: int  # bytes that the process had had at most when training began
-    peak: int  # and after real steps
-    memory: int  # that the machine has
-    used: int  # of it, by all processes together
 
 
 class Between(Callback):
@@ -107,33 +106,44 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
     """
     kinds = spans(stage)
     stage.step = kinds[-1][1]  # of the phases the one that needs most
-    needs, before = needs_of(stage, plan.ranks), peak(stage.device)
-    memory = machine_memory(stage.device)
+    needs, memory = needs_of(stage, plan.ranks), machine_memory(stage.device)
     check_memory(needs, plan, memory)
-    phases = []
+    before, phases = peak(stage.device), []
     for name, first, steps in kinds:
         stage.step = first
         flops = flops_of(stage) * stage.data.batch_size
         each = yield from timed(stage, seconds / len(kinds))
         phases.append(Phase(name, first, steps, flops, each))
     most = peak(stage.device)
-    used = most * (1 if plan.on_gpu else plan.devices_per_node)
     (folder / "samples").mkdir()
-    validation = clocked(lambda: stage.validate(folder / "samples"))
     images = plan.save_every * stage.data.batch_size * plan.ranks
-    checkpoint = clocked(lambda: checkpointing.write(folder, stage, images))
-    sizes = [sum(file.stat().st_size for file in folder.glob(where)) for where in ("checkpoints/*/*", MODEL)]
+    found = Trial(
+        needs=needs,
+        memory=memory,
+        before=before,
+        peak=most,
+        phases=phases,
+        validation_seconds=clocked(lambda: stage.validate(folder / "samples")) / plan.ranks,  # which share it
+        checkpoint_seconds=clocked(lambda: checkpointing.write(folder, stage, images)),
+        checkpoint_bytes=sum(file.stat().st_size for file in folder.glob("checkpoints/*/*")),
+        model_bytes=(folder / MODEL).stat().st_size,
+    )
     yield
-    return Trial(needs, phases, validation, checkpoint, *sizes, before, most, memory, used), state_of(stage)
+    return found, state_of(stage)
 
 
 def check_memory(needs: Needs, plan: Plan, there: int) -> None:
     """Refuse a step that no machine like this one can take."""
-    processes = 1 if plan.on_gpu else plan.devices_per_node  # that share it
-    if needs.total * processes > there:
-        got = f"about {needs.total * processes / 1e9:.1f} GB, {needs.activations * processes / 1e9:.1f} of activations"
+    need, activations = (count * together(plan) / 1e9 for count in (needs.total, needs.activations))
+    if need * 1e9 > there:
+        got = f"about {need:.2f} GB, {activations:.2f} of it activations"
         hint = "a larger trainer.accumulate, a smaller data.batch_size or data.resolution"
-        raise InputError("memory: a step needs more than there is", "", got, f"at most {there / 1e9:.1f} GB", hint)
+        raise InputError("memory: a step needs more than there is", "", got, f"at most {there / 1e9:.2f} GB", hint)
+
+
+def together(plan: Plan) -> int:
+    """How many processes have one memory."""
+    return 1 if plan.on_gpu else plan.devices_per_node
 
 
 def clocked(work: Callable[[], Any]) -> float:
@@ -151,16 +161,13 @@ def state_of(stage: Stage) -> State:
 
 def timed(stage: Stage, seconds: float) -> Course[float]:
     """Seconds of a step at which this stage is held, once the loader's queue is what it will be."""
-    held = stage.step
-    queued = 2 * stage.data.workers // stage.plan.accumulate
-    for _ in range(WARM + queued):
-        yield
-        stage.step = held
-    begun, count = time.perf_counter(), 0
-    while count < LEAST or (count < TIMED and time.perf_counter() - begun < seconds):
-        yield
-        stage.step = held
-        count += 1
+    held, warm = stage.step, WARM + 2 * stage.data.workers // stage.plan.accumulate
+    for least, most, share in ((1, warm, seconds / 3), (LEAST, TIMED, seconds * 2 / 3)):
+        begun, count = time.perf_counter(), 0
+        while count < least or (count < most and time.perf_counter() - begun < share):
+            yield
+            stage.step = held
+            count += 1
     return (time.perf_counter() - begun) / count
 
 
