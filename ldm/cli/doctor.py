@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ldm.cli import config_file, config_options, own_parts
@@ -49,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.run or f"runs/{file.stem}").expanduser()
     print(f"trying {file} for about {arguments.minutes:g} minutes", file=sys.stderr)
-    with leaving():
-        build = partial(autoencoder.build, init_from=arguments.init_from)
-        report = doctor.examine(config, build, folder, arguments.minutes)
+    build = partial(autoencoder.build, init_from=arguments.init_from)
+    with TemporaryDirectory(prefix="ldm-doctor-") as scratch, signals_clear(Path(scratch)):
+        report = doctor.examine(config, build, folder, Path(scratch), arguments.minutes)
     print(json.dumps(as_json(report), indent=2) if arguments.json else as_text(report))
     return next((verdict.code for verdict in report.verdicts if verdict.kind == "error"), 0)
 
@@ -67,11 +70,12 @@ def named(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
-    """Signals end this as an error would, so that nothing is left on the disk; Lightning's own would exit with 1."""
+def signals_clear(folder: Path) -> Iterator[None]:
+    """A signal removes the folder and ends the process: an exception may be lost where Python runs within torch."""
 
     def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

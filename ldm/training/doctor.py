@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ldm.config import Config
 from ldm.data.loader import Data, loader
@@ -96,8 +96,8 @@ class Report:
         self.verdicts.append(Verdict("ok", text) if good else Verdict("warning", f"{text}; {why}"))
 
 
-def examine(config: Config, build: Callable[[Config], Stage], run: Path, minutes: float) -> Report:
-    """Try one process of a training out, in a temporary folder and within about so many minutes."""
+def examine(config: Config, build: Callable[[Config], Stage], run: Path, scratch: Path, minutes: float) -> Report:
+    """Try one process of a training out, in an empty folder and within about so many minutes."""
     whole, seconds = build(config), 60 * minutes
     plan, data = whole.plan, whole.data
     report = Report(plan, data.batch_size)
@@ -108,16 +108,15 @@ def examine(config: Config, build: Callable[[Config], Stage], run: Path, minutes
         report.survey = survey(data, whole.seed, plan, seconds / 10)
         look_at_data(report, report.survey)
     if report.survey:
-        with TemporaryDirectory(prefix="ldm-doctor-") as folder:
-            try_out(report, partial(build, config), Path(folder), run, seconds)
+        try_out(report, partial(build, config), run, scratch, seconds)
     return report
 
 
-def try_out(report: Report, build: Callable[[], Stage], folder: Path, run: Path, seconds: float) -> None:
+def try_out(report: Report, build: Callable[[], Stage], run: Path, scratch: Path, seconds: float) -> None:
     """The trials, each of a stage that nothing has happened to."""
     plan = report.plan
     with report.check():
-        report.trial, state = follow(build(), partial(trial, plan=plan, folder=folder, seconds=seconds / 2))
+        report.trial, state = follow(build(), partial(trial, plan=plan, folder=scratch, seconds=seconds / 2))
     if report.trial is None:
         return
     with report.check():
@@ -125,7 +124,7 @@ def try_out(report: Report, build: Callable[[], Stage], folder: Path, run: Path,
     with report.check():
         look_at_disk(report, report.trial, run)
     with report.check():
-        look_at_resume(report, state, follow(build(), partial(resumed, folder=folder)))
+        look_at_resume(report, state, follow(build(), partial(resumed, folder=scratch)))
     with report.check():
         stage = build()
         report.losses = follow(stage, partial(learned, seconds=seconds / 3), first_batch(stage))
@@ -141,11 +140,13 @@ def first_batch(stage: Stage) -> Iterator[dict[str, Any]]:
 def survey(data: Data, seed: int, plan: Plan, seconds: float) -> Survey:
     """Look at some hundred samples as the loader of one process makes them."""
     batches = iter(loader(data, seed, ranks=plan.ranks, accumulate=plan.accumulate))
-    next(batches)  # the workers are there
-    begun, count, parts, captions = time.perf_counter(), 0, [], list[str]()
-    while count < LOOKED_AT and (not count or time.perf_counter() - begun < seconds):
+    queue = max(1, 2 * data.workers)  # what the workers have ready when they need not wait
+    for _ in range(queue):
+        next(batches)
+    begun, count, parts, captions = time.perf_counter(), 0, list[Tensor](), list[str]()
+    while not parts or (time.perf_counter() - begun < seconds and (count < LOOKED_AT or len(parts) < queue)):
         batch = next(batches)
-        x = to_float(batch["image"]).double() if "image" in batch else batch["latents"].double()  # (B, C, H, W)
+        x = to_float(batch["image"]) if "image" in batch else batch["latents"]  # (B, C, H, W)
         count += len(x)
         each = (x.mean((0, 2, 3)), x.square().mean((0, 2, 3)), x.amin((0, 2, 3)), x.amax((0, 2, 3)))
         parts.append(torch.stack(each))
