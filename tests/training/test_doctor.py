@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
+import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,10 @@ from ldm.training.autoencoder import AutoencoderStage, build
 from ldm.training.trainer import Plan
 from ldm.training.trial import Phase, Trial, follow, spans
 from tests.training import toy
-from tests.training.killing import toy_data
+from tests.training.killing import start, toy_data, wait
 
 __all__ = ["toy_data"]
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -301,13 +304,32 @@ def test_a_slow_loader_and_a_full_memory_are_warned_of(speed, peak, expected, to
     assert warned == [expected] * (expected != "ok")
 
 
-def test_one_of_two_processes_is_tried(examined):
-    report = examined("trainer.devices=2", "trainer.steps=4", "loss.adversarial_weight=0")
+def test_one_of_two_processes_is_tried(examined, config_of):
+    report = examined("trainer.devices=2", "trainer.steps=4")
     (phase,) = report.trial.phases
-    (alone,) = examined("trainer.steps=4", "loss.adversarial_weight=0").trial.phases
     assert report.batch_size == 8
-    assert phase.flops == alone.flops / 2
+    assert phase.flops == 4 * within(config_of(), needs.flops_of)
+    assert report.images_per_second == pytest.approx(4 * 8 / report.seconds)
     assert set(kinds(report).values()) == {"ok"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", [[], ["loss.start=0", "loss.warmup=0"]], ids=["no discriminator", "against it"])
+def test_the_next_200_steps_are_as_fast_as_was_said(game, tmp_path):
+    """On scenes, by the log of a training."""
+    quiet = ["trainer.validate_every=10000", "trainer.save_every=10000"]
+    config = configuration.load(ROOT / "configs" / "autoencoder" / "scenes.yaml", [*quiet, *game], AutoencoderSchema)
+    (tmp_path / "scratch").mkdir()
+    report = doctor.examine(config, build, tmp_path / "run", tmp_path / "scratch", minutes=4)
+    said = 32 / report.trial.phases[0].seconds
+    argv = ["train-autoencoder", "--config", "scenes", "--run", str(tmp_path / "run"), *quiet, *game]
+    assert wait(start([*argv, "trainer.steps=226"])) == [0]
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        speeds = [float(row["images_per_second"]) for row in csv.DictReader(file) if 25 < int(row["step"]) <= 225]
+    assert len(speeds) == 8
+    took = statistics.harmonic_mean(speeds)  # each is of 25 steps
+    print(f"said {said:.1f} images/s, took {took:.1f}")
+    assert abs(said / took - 1) < 0.2
 
 
 # ------------------------------------------------------------------------------------------------- the other trials
