@@ -351,6 +351,11 @@ def test_a_resume_that_forgets_is_an_error(examined, monkeypatch):
     assert kinds(report)["one batch"] == "ok"
 
 
+def test_a_resume_keeps_the_layout_of_memory(examined):
+    """Or a fused optimiser would read its moments in another order than it wrote them."""
+    assert kinds(examined("trainer.channels_last=true", "trainer.steps=4"))["resume"] == "ok"
+
+
 def test_what_does_not_learn_is_warned_of(examined):
     report = examined("optimizer.lr=0", "trainer.steps=4")
     assert kinds(report)["one batch"] == "warning"
