@@ -213,13 +213,11 @@ def look_at_disk(report: Report, found: Trial, run: Path) -> None:
 def look_at_resume(report: Report, straight: State, again: State) -> None:
     """The same step from a checkpoint as without one."""
     different = [name for name, x in straight.items() if not torch.equal(x, again[name])]
-    text = "resume: a step from a checkpoint is the step that would have come, bit for bit"
     if different and not report.plan.on_gpu:
         got = f"{len(different)} tensors differ, such as {different[0]}"
         raise CheckpointError("resume: a step from a checkpoint is another one", "", got, "the same, bit for bit")
-    text = (
-        text if not different else f"resume: {len(different)} of {len(straight)} tensors are not bit for bit the same"
-    )
+    text = "resume: a step from a checkpoint is the one that would have come, bit for bit"
+    text += f", but for {len(different)} of {len(straight)} tensors" * bool(different)
     report.say(text, not different, "a GPU may add in another order each time")
 
 
