@@ -35,6 +35,7 @@ class Stage(pl.LightningModule):
     """
 
     frozen: tuple[str, ...] = ()  # names of children that no checkpoint needs
+    telling = "loss/loss"  # of what is logged, what falls where something is learned
 
     def __init__(
         self,
@@ -66,6 +67,10 @@ class Stage(pl.LightningModule):
     def turns(self) -> list[Turn]:
         """The groups that take a step now, together or one after the other."""
         raise NotImplementedError
+
+    def phases(self) -> dict[str, int]:
+        """In their order, the steps from which on a step is another one, by what is trained then."""
+        return {"training": 0}
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
         """The loss of a micro-batch whose backward pass gives the turn's groups their gradients, and what to log."""
