@@ -121,6 +121,10 @@ SABOTAGES = [
     Sabotage("dead codes: their averages stay", "ldm/training/codes.py", "shadow.copy_(torch.where(changed, bottleneck.codebook.to(shadow.dtype), shadow))", "pass", "tests/training/test_autoencoder.py"),
     Sabotage("statistics: the variance is the scale", "ldm/training/statistics.py", "clamp(min=0).sqrt()", "clamp(min=0)", "tests/training/test_autoencoder.py"),
     Sabotage("run: another configuration goes on", "ldm/training/run.py", "if different := [key for key in changed if key != \"format\"]:", "if different := []:", "tests/training"),
+    Sabotage("doctor: a trial's steps count", "ldm/training/trial.py", "            yield\n            stage.step = held\n", "            yield\n", "tests/training/test_doctor.py"),
+    Sabotage("doctor: a checkpoint takes a validation's time", "ldm/training/doctor.py", "checkpoints * self.trial.checkpoint_seconds", "checkpoints * self.trial.validation_seconds", "tests/training/test_doctor.py"),
+    Sabotage("doctor: any resume will do", "ldm/training/doctor.py", "if not torch.equal(x, again[name])", "if x.shape != again[name].shape", "tests/training/test_doctor.py"),
+    Sabotage("resume: moments in another order than their weights", "ldm/training/checkpointing.py", "torch.empty_like(p, dtype=x.dtype).copy_(like(x, p))", "like(x, p)", "tests/training/test_doctor.py"),
 ]  # fmt: skip
 
 
