@@ -116,7 +116,7 @@ SABOTAGES = [
     Sabotage("micro-batches: summed, not averaged", "ldm/training/stage.py", "self.manual_backward(loss / self.plan.accumulate)", "self.manual_backward(loss)", "tests/training/test_autoencoder.py"),
     Sabotage("guard: a step that is not finite is taken", "ldm/training/stage.py", "for group in turn if finite else ():", "for group in turn:", "tests/training/test_faults.py"),
     Sabotage("EMA: the other way", "ldm/training/ema.py", "torch._foreach_lerp_(shadows, targets, 1 - decay)", "torch._foreach_lerp_(shadows, targets, decay)", "tests/training/test_ema.py"),
-    Sabotage("resume: the averages begin anew", "ldm/training/stage.py", "            self.ema.update(self.step)\n", "            self.ema.update(1)\n", "tests/training"),
+    Sabotage("resume: the averages begin anew", "ldm/training/stage.py", "            self.ema.update(self.step + 1)\n", "            self.ema.update(1)\n", "tests/training"),
     Sabotage("checkpoint: half a one is whole", "ldm/training/checkpointing.py", 'if check_digest(folder / STATE) == manifest["sha256"][STATE]:', "if True:", "tests/training"),
     Sabotage("dead codes: their averages stay", "ldm/training/codes.py", "shadow.copy_(torch.where(changed, bottleneck.codebook.to(shadow.dtype), shadow))", "pass", "tests/training/test_autoencoder.py"),
     Sabotage("statistics: the variance is the scale", "ldm/training/statistics.py", "clamp(min=0).sqrt()", "clamp(min=0)", "tests/training/test_autoencoder.py"),

@@ -141,14 +141,14 @@ class Stage(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)
         self._sums = Report()
         if finite and self.main in turn:
-            self.step += 1
             self.advanced = True
-            self.ema.update(self.step)
+            self.ema.update(self.step + 1)
         return finite
 
     def _count(self, batch: dict[str, Any]) -> None:
         """Move the counters behind a global batch; too many skipped in a row end the training."""
         self.images_seen += self.data.batch_size
+        self.step += self.advanced  # now, so that all turns of a batch have the same one
         self.skipped_in_row = 0 if self.advanced else self.skipped_in_row + 1
         self.skipped += not self.advanced
         self.report |= {"step": self.step, "images_seen": self.images_seen, "skipped": self.skipped}

@@ -17,6 +17,7 @@ from ldm.cli import main
 from ldm.data.loader import loader
 from ldm.draws import draw, stream
 from ldm.models.autoencoder import kl
+from ldm.pictures import to_float
 from ldm.training import codes
 from ldm.training.autoencoder import build
 from ldm.training.statistics import Spread, measured
@@ -52,7 +53,7 @@ def by_hand(stage, steps: int, two_forwards: bool, clip: float | None):
     players = {network: torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.5, 0.9)) for network in (ae, disc)}
     for step, batch in zip(range(steps), loader(stage.data, stage.seed)):
         learns = step >= 2
-        x = batch["image"].double() / 127.5 - 1
+        x = to_float(batch["image"]).double()
         noise = draw(stream(3, "loss"), batch["number"].tolist(), 0, (4, 8, 8))[1].double() if step >= 2 else None
         y, bottled = ae(x, noise)
         total, _ = loss.generator(x, y, bottled, disc(y) if learns else None, step, ae.decoder.conv_out.weight)
