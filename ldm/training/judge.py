@@ -158,7 +158,7 @@ def train(*, steps: int, pictures: int, seed: int, device: str = "cpu", report: 
         optimizer.step()
         schedule.step()
         for mean, now in zip(average.parameters(), judge.parameters()):
-            mean.lerp_(now, max(1 - DECAY, 1 / step))
+            mean.lerp_(now, max(1 - DECAY, 9 / (10 + step)))  # the first weights are soon forgotten
         if step % 100 == 0:
             report(f"step {step} of {steps}: loss {value.item():.3f}")
     return average

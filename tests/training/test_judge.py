@@ -95,7 +95,7 @@ def test_it_learns_the_same_twice():
 @pytest.mark.slow
 def test_it_learns():
     table = draw(0, range(12))
-    before, after = (training.train(steps=steps, pictures=16, seed=0, report=lambda text: None) for steps in (1, 150))
+    before, after = (training.train(steps=steps, pictures=16, seed=0, report=lambda text: None) for steps in (1, 300))
     right = [measure(judge, table, *pictures(table, 64)) for judge in (before, after)]
     assert right[0]["whole"] == 0
     assert right[1]["whole"] > 0.7
