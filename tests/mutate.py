@@ -156,7 +156,7 @@ def main(word: str = "") -> int:
         for change in chosen:
             killers[change.name] = killer = sabotage(tree, change)
             print(f"{'killed by ' + killer if killer else 'SURVIVED':60} {change.name}", flush=True)
-    note(killers)
+            note(killers)
     return sum(not killer for killer in killers.values())
 
 
