@@ -231,6 +231,7 @@ def revivals(monkeypatch):
         before, usage = book.detach().clone(), stage.usage.clone()
         revive(stage, x)
         memory = stage.optimizers_by_group()["generator"].state[book]
+        memory = {"average": stage.ema.shadows[codes.BOOK], **memory}
         seen.append((before, usage, book.detach().clone(), {name: x.clone() for name, x in memory.items()}))
 
     monkeypatch.setattr(codes, "revive", watched)
@@ -245,6 +246,8 @@ def test_dead_codes_come_back_and_nothing_remembers_them(tmp_path, revivals):
     assert 0 < dead.sum() < 64
     assert usage.sum() == 3 * 8 * 64
     assert ((before != after).any(1) == dead).all()
+    assert torch.equal(memory["average"][dead], after[dead])
+    assert not torch.equal(memory["average"][~dead], after[~dead])
     assert memory["exp_avg"][dead].abs().max() == 0
     assert memory["exp_avg_sq"][dead].abs().max() == 0
     assert memory["exp_avg"][~dead].abs().min(1).values.max() > 0
