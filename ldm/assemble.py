@@ -62,6 +62,21 @@ class AutoencoderSchema:
     trainer: Part
 
 
+@dataclass(kw_only=True)
+class DiffusionSchema(Schema):
+    """What a configuration says of training a second stage; of it, Schema's part is what its checkpoint is opened by."""
+
+    seed: int = 0
+    draw: Part  # of the level that a sample is shown
+    weight: Part
+    optimizer: Part
+    schedule: Part
+    ema: Part
+    data: Part
+    validation: Part | None = None  # another source for what is measured; without it, the first samples of `data`
+    trainer: Part
+
+
 class Model(NamedTuple):
     """The networks of a text-to-image model, two of which it may lack."""
 
