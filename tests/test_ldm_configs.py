@@ -1,0 +1,115 @@
+"""The shipped configurations of second stages: short, of the published sizes, and each takes a step."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm import assemble
+from ldm import config as configuration
+from ldm.assemble import AutoencoderSchema, DiffusionSchema
+from ldm.models.empty import empty
+
+ROOT = Path(__file__).parent.parent / "configs"
+FILES = {file.stem: file for file in sorted((ROOT / "ldm").glob("*.yaml"))}
+OWN = {"scenes"}  # nobody published its size
+EXACT = {  # parameters of the backbone
+    "sd15": 859_520_964,
+    "sd21_v": 865_910_724,
+    "txt2img_1p4b": 872_300_484,
+    "imagenet_ldm4": 400_920_579,
+    "dit_xl2": 674_834_720,
+    "dit_b4": 130_315_808 + 768 * 4 * (16 - 4) + 769 * 8 * (16 - 4),  # B/2's, with patches of 16 pixels, not 4
+    "sit_xl2": 674_834_720 - 1153 * 16,  # DiT's, without a learned variance
+    "ddpm_cifar10": 35_746_307,
+}
+MILLIONS = {  # as the LDM paper rounds: its tables 12, 13 and 15
+    "celebahq_vq4": 274,
+    "churches_kl8": 295,
+    "imagenet_ldm8": 395,
+    "inpainting": 387,
+    "super_resolution": 169 - 55.32 + 0.64,  # with its first stage there; with a table of noise levels here
+    "semantic_synthesis": 215,
+}
+FIRST_STAGES = {
+    "kl_f4": 55_312_063,
+    "kl_f8": 83_653_863,
+    "kl_f8_decoder": 83_653_863,
+    "kl_f16": 69_610_963,
+    "kl_f32": 103_880_131,
+    "vq_f4": 55_322_782,
+    "vq_f8": 67_717_295,
+    "vq_f16": 69_593_371,
+}
+CONDITIONERS = {
+    "imagenet_ldm4": 1001 * 512,
+    "imagenet_ldm8": 1001 * 512,
+    "sd15": 123_060_480,
+    "sd21_v": 340_387_840,  # transformers' CLIPTextModel of 23 layers, which diffusers has for it
+    # embeddings, 32 blocks of attention to 512 and back and a fourfold MLP, the last norm
+    "txt2img_1p4b": (30522 + 77) * 1280 + 32 * (4 * 1280 * 512 + 8 * 1280**2 + 10 * 1280) + 2 * 1280,
+}
+
+
+def stage_of(file: Path) -> str:
+    """The published first stage that a configuration's head names by its default path."""
+    path = yaml.safe_load(file.read_text()).get("autoencoder")
+    return re.fullmatch(r"runs/(\w+)/model.safetensors", path)[1] if path else ""
+
+
+def load(name: str, *overrides: str) -> configuration.Config:
+    """A configuration with the node of its first stage, and no weights."""
+    given = ["data.root=DIR"] if reads_images(name) else []
+    if stage := stage_of(FILES[name]):
+        node = yaml.safe_load((ROOT / f"autoencoder/{stage}.yaml").read_text())["autoencoder"]
+        given += [f"autoencoder={json.dumps(node)}"]
+    return configuration.load(FILES[name], [*given, *overrides], DiffusionSchema)
+
+
+def reads_images(name: str) -> bool:
+    """Whether its data are pictures that a user brings."""
+    return yaml.safe_load(FILES[name].read_text())["data"]["type"] == "images"
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_short_and_says_how_it_is_used(name):
+    lines = FILES[name].read_text().splitlines()
+    assert len(lines) <= 70
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith(f"#   python train_ldm.py --config {name}")
+    stage = stage_of(FILES[name])
+    assert stage == "" or stage == "scenes" or f"autoencoder=runs/{stage}/model.safetensors" in lines[1]
+    assert ("data.root=DIR" in lines[1]) == reads_images(name)
+
+
+@pytest.mark.parametrize("name", FILES.keys() - OWN)
+def test_it_is_of_the_published_size(name):
+    weights = [] if name not in ("sd15", "sd21_v") else ["conditioner.weights=random"]
+    config = load(name, *weights)
+    with empty():
+        model = assemble.model(config)
+    size = count(model.denoiser.backbone)
+    if name in EXACT:
+        assert size == EXACT[name]
+    elif name in MILLIONS:
+        assert size / 1e6 == pytest.approx(MILLIONS[name], abs=0.6)
+    if name in CONDITIONERS:
+        assert count(model.conditioner) == CONDITIONERS[name]
+    assert f"{size / 1e6:.1f} M" in FILES[name].read_text().split("\n")[0]
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_a_first_stage_is_of_the_published_size(name):
+    config = configuration.load(ROOT / f"autoencoder/{name}.yaml", ["data.root=DIR"], AutoencoderSchema)
+    with empty():
+        assert count(config.build("autoencoder")) == FIRST_STAGES[name]
