@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from ldm import assemble
+from ldm import assemble, checkpoint
 from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema, DiffusionSchema
+from ldm.cli import main
 from ldm.models.empty import empty
+from tests.checkpoint.made_up import make
+from tests.data.photographs import photograph
+from tests.reduced import FILES, ROOT, reads_images, small, stage_of, words
 
-ROOT = Path(__file__).parent.parent / "configs"
-FILES = {file.stem: file for file in sorted((ROOT / "ldm").glob("*.yaml"))}
 OWN = {"scenes"}  # nobody published its size
 EXACT = {  # parameters of the backbone
     "sd15": 859_520_964,
@@ -56,24 +57,13 @@ CONDITIONERS = {
 }
 
 
-def stage_of(file: Path) -> str:
-    """The published first stage that a configuration's head names by its default path."""
-    path = yaml.safe_load(file.read_text()).get("autoencoder")
-    return re.fullmatch(r"runs/(\w+)/model.safetensors", path)[1] if path else ""
-
-
 def load(name: str, *overrides: str) -> configuration.Config:
     """A configuration with the node of its first stage, and no weights."""
     given = ["data.root=DIR"] if reads_images(name) else []
-    if stage := stage_of(FILES[name]):
+    if stage := stage_of(name):
         node = yaml.safe_load((ROOT / f"autoencoder/{stage}.yaml").read_text())["autoencoder"]
         given += [f"autoencoder={json.dumps(node)}"]
     return configuration.load(FILES[name], [*given, *overrides], DiffusionSchema)
-
-
-def reads_images(name: str) -> bool:
-    """Whether its data are pictures that a user brings."""
-    return yaml.safe_load(FILES[name].read_text())["data"]["type"] == "images"
 
 
 def count(module: torch.nn.Module) -> int:
@@ -87,7 +77,7 @@ def test_it_is_short_and_says_how_it_is_used(name):
     assert max(map(len, lines)) <= 120
     assert lines[0].startswith("# ")
     assert lines[1].startswith(f"#   python train_ldm.py --config {name}")
-    stage = stage_of(FILES[name])
+    stage = stage_of(name)
     assert stage == "" or stage == "scenes" or f"autoencoder=runs/{stage}/model.safetensors" in lines[1]
     assert ("data.root=DIR" in lines[1]) == reads_images(name)
 
@@ -113,3 +103,47 @@ def test_a_first_stage_is_of_the_published_size(name):
     config = configuration.load(ROOT / f"autoencoder/{name}.yaml", ["data.root=DIR"], AutoencoderSchema)
     with empty():
         assert count(config.build("autoencoder")) == FIRST_STAGES[name]
+
+
+# ---------------------------------------------------------------------------------------------- and it trains
+
+SIDE = 32  # 16x16 latents: the deepest U-Net halves four times
+ONCE = {"trainer.steps": 1, "trainer.log_every": 1, "trainer.validate_images": 4, "trainer.accumulate": 1}
+ONCE |= {"trainer.precision": "32-true", "spacing.steps": 2}
+ONCE |= {"data.resolution": SIDE, "data.batch_size": 4, "data.workers": 0}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Four pictures with captions and labels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for i, name in enumerate(("red cube", "green cone", "blue ball", "gray cylinder")):
+        photograph(SIDE, SIDE, i).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name}", "label": i}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_stages(tmp_path_factory) -> dict[str, Path]:
+    """Made-up first stages of factor 2."""
+    folder = tmp_path_factory.mktemp("stages")
+    for name in ("kl", "vq"):
+        checkpoint.save(folder / f"{name}.safetensors", *make(name))
+    return {name: folder / f"{name}.safetensors" for name in ("kl", "vq")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_takes_a_step_at_reduced_width(name, pictures, first_stages, tmp_path):
+    """The whole command: one step, a validation with pictures, and a model's file that is opened again."""
+    changes = ONCE | small(name)
+    if reads_images(name):
+        changes |= {"data.root": str(pictures), "data.manifest": str(tmp_path / "manifest")}
+    if stage := stage_of(name):
+        changes["autoencoder"] = str(first_stages[stage[:2]])
+    assert main(["train-ldm", "--config", str(FILES[name]), "--run", str(tmp_path / "run"), *words(changes)]) == 0
+    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+    opened = checkpoint.open(tmp_path / "run/model.safetensors")
+    assert any(name.startswith("backbone.") for name in opened.state)
