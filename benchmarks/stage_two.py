@@ -1,13 +1,14 @@
-"""A training step of the second stage beside that of diffusers' text-to-image example, and cached beside online latents.
+"""A training step of the second stage beside that of diffusers' text-to-image example, and a cache beside an encoder.
 
     python benchmarks/stage_two.py [--channels 128] [--size 16] [--batch 4] [--rounds 10] [--threads 2] [--peak TFLOPS]
 
-Theirs is written from the example's steps: noise and times from torch's own stream, UNet2DConditionModel, the mean squared
-error, clipping, AdamW, EMAModel, and the loss read once. Ours draws by sample number, and has fused AdamW and our average.
-Weights, latents and text states are the same. Before anything is timed, losses and gradients at the same noise and
-times must agree. The ratio is their time over ours, from rounds of ours, theirs, theirs, ours, with the lower end of its
-95% interval: at equal precision, and at what each does unless told otherwise (bfloat16 and channels_last; float32).
-With a GPU it also says images/s and the share of the peak for Stable Diffusion's U-Net and DiT-XL/2 at 256 pixels.
+Theirs is written from the example's steps: noise and times from torch's own stream, UNet2DConditionModel, the mean
+squared error, clipping, AdamW, EMAModel, and the loss read once. Ours draws by sample number, and has fused AdamW and
+our average. Weights, latents and text states are the same. Before anything is timed, losses and gradients at the same
+noise and times must agree. The ratio is their time over ours, from rounds of ours, theirs, theirs, ours, with the lower
+end of its 95% interval: at equal precision, and at what each does unless told otherwise (bfloat16 and channels_last;
+float32). With a GPU it also says images/s and the share of the peak for Stable Diffusion's U-Net and DiT-XL/2 at 256
+pixels.
 """
 
 from __future__ import annotations
