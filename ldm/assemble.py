@@ -64,7 +64,7 @@ class AutoencoderSchema:
 
 @dataclass(kw_only=True)
 class DiffusionSchema(Schema):
-    """What a configuration says of training a second stage; of it, Schema's part is what its checkpoint is opened by."""
+    """What a configuration says of training a second stage; Schema's part is what its checkpoint is opened by."""
 
     seed: int = 0
     draw: Part  # of the level that a sample is shown
