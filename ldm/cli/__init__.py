@@ -14,6 +14,7 @@ from ldm.errors import InputError, LdmError
 
 COMMANDS = {
     "train-autoencoder": "train a first stage: images to latents and back",
+    "train-ldm": "train a second stage: pictures from captions, labels, maps, or nothing",
     "sample": "make pictures from prompts, with any checkpoint",
     "replay": "make a picture again from what its PNG remembers",
     "convert": "carry a checkpoint from one format to another",
