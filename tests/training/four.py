@@ -23,7 +23,7 @@ class Four:
         self.batch_size, self.workers, self.length = batch_size, workers, length
         self.sizes = [(resolution, resolution)]
         g = torch.Generator().manual_seed(0)
-        tiles = torch.randint(0, 256, (4, 3, 4, 4), generator=g).float()
+        tiles = 255 * torch.randint(0, 2, (4, 3, 4, 4), generator=g).float()
         maps = torch.randint(0, 5, (4, 1, 4, 4), generator=g).float()
         corners = torch.rand(4, 2, 2, generator=g) * 0.5  # left and top of two boxes each
         mask = torch.zeros(4, 1, resolution, resolution)
