@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ldm.data.loader import Data
 
 DENOISER = "denoiser"
-CAPTIONS = 4096  # that a tokenizer is learned from
+CAPTIONS, DRAWN = 20_000, 1024  # that a tokenizer is learned from: where they lie ready, and where each costs a picture
 
 
 class LatentDiffusionStage(Stage):
@@ -242,10 +242,11 @@ def captions_of(data: Data, seed: int) -> list[str]:
     """Captions of samples spread over a source."""
     from ldm.data.sampler import Ask
 
-    count = min(CAPTIONS, len(data))
+    ready = getattr(data, "captions", None)
+    count = min(CAPTIONS if ready else DRAWN, len(data))
     indices = [i * len(data) // count for i in range(count)]
-    if hasattr(data, "captions"):
-        return [text for index in indices for text in data.captions(index)]
+    if ready:
+        return [text for index in indices for text in ready(index)]
     buckets = data.buckets
     asks = [Ask(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
     batches = [data.batch([ask], seed) for ask in asks] if buckets is not None else [data.batch(asks, seed)]
