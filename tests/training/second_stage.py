@@ -37,7 +37,7 @@ trainer: {{steps: 10, log_every: 1, save_every: 5, validate_every: 5, validate_i
 def first_stage(file: Path, seed: int = 0) -> None:
     """The file of a first stage of a factor of 2, with random weights."""
     autoencoder = fill(kl(**NUMBERS), seed)  # type: ignore[arg-type]
-    autoencoder.set_statistics(0.1, 0.7)
+    autoencoder.set_statistics(0.02, 1.48)  # about the latents of scenes
     node = {"type": "kl", "latent": 4, "attend": [], "stem": 1, "per_channel": False, "checkpointing": False, **NUMBERS}
     config = {"format": 1, "autoencoder": node, "fingerprint": autoencoder.fingerprint()}
     checkpoint.save(file, config, {f"autoencoder.{name}": x for name, x in autoencoder.state_dict().items()})
