@@ -131,10 +131,12 @@ def summary(stage: Stage, folder: Path) -> str:
     groups = {name: sum(p.numel() for _, p in group) for name, group in stage.groups().items()}
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in groups.items())
     plan, data = stage.plan, stage.data
+    scanned = ", ".join(f"{count} {what}" for what, count in getattr(data, "counts", {}).items())
+    samples = f"{len(data)} samples an epoch" + f" ({scanned})" * bool(scanned)
     where = f"{plan.ranks} {'GPU' if plan.on_gpu else 'CPU'} process{'es' * (plan.ranks > 1)}, {plan.precision}"
     lines = [
         f"trained: {sizes}",
-        f"data: {len(data)} samples an epoch, {data.batch_size} a step in {plan.accumulate * plan.ranks} parts",
+        f"data: {samples}, {data.batch_size} a step in {plan.accumulate * plan.ranks} parts",
         f"plan: {plan.steps} steps on {where}",
         f"run: {folder}, {disk_needed(stage) / 1e6:.0f} MB a checkpoint",
     ]
