@@ -20,6 +20,7 @@ from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import from_json
 from ldm.config import Config
 from ldm.data.latents import Latents
+from ldm.data.sampler import Ask
 from ldm.diffusion.path import Level
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
@@ -240,8 +241,6 @@ def teach(conditioner: Conditioner | None, data: Data, seed: int, known: str | N
 
 def captions_of(data: Data, seed: int) -> list[str]:
     """Captions of samples spread over a source."""
-    from ldm.data.sampler import Ask
-
     ready = getattr(data, "captions", None)
     count = min(CAPTIONS if ready else DRAWN, len(data))
     indices = [i * len(data) // count for i in range(count)]
@@ -258,8 +257,6 @@ def captions_of(data: Data, seed: int) -> list[str]:
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
     """Refuse data that the networks cannot take, or that lack what the conditioner reads."""
-    from ldm.data.sampler import Ask
-
     backbone = model.denoiser.backbone
     factor = getattr(backbone, "factor", getattr(backbone, "patch", 1))
     factor *= 1 if model.autoencoder is None else model.autoencoder.factor
