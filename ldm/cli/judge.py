@@ -21,8 +21,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="measure the shipped judge on new renders, and stop")
     parser.add_argument("--renders", type=int, default=2000, help="for each trial (default 2000)")
     parser.add_argument("--out", default="judge.safetensors", help="where a trained judge goes")
-    parser.add_argument("--steps", type=int, default=8000, help="of training, 16 pictures each (default 8000)")
-    parser.add_argument("--pictures", type=int, default=60_000, help="to render and train on (default 60000)")
+    parser.add_argument("--steps", type=int, default=16_000, help="of training, 16 pictures each (default 16000)")
+    parser.add_argument("--pictures", type=int, default=100_000, help="to render and train on (default 100000)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and their order (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
 

@@ -20,6 +20,7 @@ from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import from_json
 from ldm.config import Config
 from ldm.data.latents import Latents
+from ldm.data.sampler import Ask
 from ldm.diffusion.path import Level
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ldm.data.loader import Data
 
 DENOISER = "denoiser"
-CAPTIONS = 4096  # that a tokenizer is learned from
+CAPTIONS, DRAWN = 20_000, 1024  # that a tokenizer is learned from: where they lie ready, and where each costs a picture
 
 
 class LatentDiffusionStage(Stage):
@@ -240,12 +241,11 @@ def teach(conditioner: Conditioner | None, data: Data, seed: int, known: str | N
 
 def captions_of(data: Data, seed: int) -> list[str]:
     """Captions of samples spread over a source."""
-    from ldm.data.sampler import Ask
-
-    count = min(CAPTIONS, len(data))
+    ready = getattr(data, "captions", None)
+    count = min(CAPTIONS if ready else DRAWN, len(data))
     indices = [i * len(data) // count for i in range(count)]
-    if hasattr(data, "captions"):
-        return [text for index in indices for text in data.captions(index)]
+    if ready:
+        return [text for index in indices for text in ready(index)]
     buckets = data.buckets
     asks = [Ask(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
     batches = [data.batch([ask], seed) for ask in asks] if buckets is not None else [data.batch(asks, seed)]
@@ -257,8 +257,6 @@ def captions_of(data: Data, seed: int) -> list[str]:
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
     """Refuse data that the networks cannot take, or that lack what the conditioner reads."""
-    from ldm.data.sampler import Ask
-
     backbone = model.denoiser.backbone
     factor = getattr(backbone, "factor", getattr(backbone, "patch", 1))
     factor *= 1 if model.autoencoder is None else model.autoencoder.factor

@@ -113,7 +113,8 @@ class Plan:
         if self.strategy == "ddp":
             from lightning.pytorch.strategies import DDPStrategy
 
-            return DDPStrategy(find_unused_parameters=unused, gradient_as_bucket_view=True)
+            options: dict[str, Any] = {"find_unused_parameters": unused, "gradient_as_bucket_view": True}
+            return DDPStrategy(**options, broadcast_buffers=False)  # which are constants, or each rank's own
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         return ModelParallelStrategy(data_parallel_size=self.ranks, tensor_parallel_size=1)

@@ -185,3 +185,21 @@ def test_killed_three_times(text, workers, source, tmp_path):
 def test_killed_three_times_on_two_processes(strategy, tmp_path):
     overrides = [f"trainer.strategy={strategy}", "trainer.validate_every=20"]
     assert_same_after_kills(tmp_path, 3, overrides, ranks=2, begin=command)
+
+
+def test_float16_is_near_and_goes_on_where_it_stopped(tmp_path):
+    """Its scale is a counter like the others."""
+    half = ["trainer.precision=16-mixed", "schedule.type=constant"]
+    assert main(command(tmp_path / "whole", "schedule.type=constant", "trainer.steps=6")[:-1]) == 0
+    assert main(command(tmp_path / "once", *half, "trainer.steps=6")[:-1]) == 0
+    for steps in (3, 6):
+        assert main(command(tmp_path / "run", *half, f"trainer.steps={steps}")[:-1]) == 0
+    assert manifest(tmp_path / "run")["sha256"] == manifest(tmp_path / "once")["sha256"]
+    assert manifest(tmp_path / "run")["scaled"] == 6
+    ours, exact = (state_of(tmp_path / run) for run in ("once", "whole"))
+    assert {x.dtype for x in ours.values()} == {torch.float32}
+    for name, norm in [(row["val/loss"], row["grad_norm/denoiser"]) for row in rows(tmp_path / "once")][-1:]:
+        expected = rows(tmp_path / "whole")[-1]
+        assert float(name) == pytest.approx(float(expected["val/loss"]), rel=1e-2)
+        assert float(norm) == pytest.approx(float(expected["grad_norm/denoiser"]), rel=2e-2)
+    assert ours.keys() == exact.keys()
