@@ -43,7 +43,7 @@ class Samples:
         """As many as x0, with the conditions of a batch."""
         drop = {part: torch.ones(len(x0), dtype=torch.bool) for part in self.guided(stage)}
         condition = stage.condition(batch, x0, {})
-        denoiser: Any = self.guidance(stage.denoiser, stage.condition(batch, x0, drop) if drop else None)
+        denoiser: Any = self.guidance(stage.denoiser, stage.condition(batch, x0, drop)) if drop else stage.denoiser
         noise = self.noise(x0)
         x = stage.denoiser.path.prior(noise())
         for step in self.solver(bound(denoiser, condition), x, self.grid, noise):
