@@ -54,7 +54,6 @@ def test_a_condition_says_which_of_four_is_painted(name, first_stages, tmp_path)
     distances = torch.cdist(made.flatten(1), targets.flatten(1))  # (4, 4)
     others = torch.cdist(targets.flatten(1), targets.flatten(1)) + 1e9 * torch.eye(4)
 
-    print("DIST", [[round(x, 1) for x in row] for row in distances.tolist()], others.min(1).values.tolist())
     assert distances.argmin(1).tolist() == [0, 1, 2, 3]
     assert (distances.diagonal() < others.min(1).values / 2).all()
 
