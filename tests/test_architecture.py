@@ -186,7 +186,7 @@ def function(name: str, lines: int) -> str:
         (arrows, "training/a.py", "from ldm import cli", "ldm/training/a.py:1: training imports cli"),
         (arrows, "pipeline.py", "from ldm import load", "ldm/pipeline.py:1: pipeline imports load"),
         (arrows, "cli/a.py", "import ldm", "ldm/cli/a.py:1: cli imports __init__"),
-        (arrows, "cli/a.py", "from ldm.configfile import read", "ldm/cli/a.py:1: cli imports configfile"),
+        (arrows, "data/a.py", "from ldm.configfile import read", "ldm/data/a.py:1: data imports configfile"),
         (arrows, "config.py", "from ldm import assemble", "ldm/config.py:1: config imports assemble"),
         (arrows, "errors.py", "from ldm import parts", "ldm/errors.py:1: errors imports parts"),
         (owners, "config.py", "import omegaconf", "ldm/config.py:1: omegaconf belongs to configfile"),

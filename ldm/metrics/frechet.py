@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ class Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), the last trace by eigenvalues of the symmetric A^(1/2) B A^(1/2)."""
     cov_a, cov_b = a.covariance, b.covariance
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+        return math.nan  # of which there are no eigenvalues
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # (D, D): A^(1/2)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()

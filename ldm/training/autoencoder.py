@@ -43,6 +43,7 @@ class AutoencoderStage(Stage):
     """
 
     frozen = ("criterion",)
+    telling = "loss/reconstruction"
     usage: Tensor  # how often each code occurred since the last revival
 
     def __init__(
@@ -83,6 +84,13 @@ class AutoencoderStage(Stage):
         if self.discriminator is None or not self.criterion.discriminator_learns(self.step):
             return [(GENERATOR,)]
         return [(GENERATOR,), (DISCRIMINATOR,)] if self.two_forwards else [(GENERATOR, DISCRIMINATOR)]
+
+    def phases(self) -> dict[str, int]:
+        """Without the discriminator, while it learns alone, and against it."""
+        if self.discriminator is None or not self.criterion.adversarial_weight:
+            return {"no discriminator": 0}
+        start, warmup = self.criterion.start, self.criterion.warmup
+        return {"no discriminator": 0, "it learns alone": max(0, start - warmup), "against it": start}
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
         """The sum of the losses of a turn's players; each has gradients in its own weights only."""

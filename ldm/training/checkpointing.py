@@ -87,7 +87,9 @@ def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
             prefix = f"optimizer/{group}/{name}/"
             for key in (key for key in remembered if key.startswith(prefix)):
                 x = saved[key]
-                optimizer.state[p][key.removeprefix(prefix)] = like(x, p) if x.shape == p.shape else x.to(p.device)
+                # laid out as its parameter is: fused optimisers walk through the memory of both side by side
+                value = torch.empty_like(p, dtype=x.dtype).copy_(like(x, p)) if x.shape == p.shape else x.to(p.device)
+                optimizer.state[p][key.removeprefix(prefix)] = value
     for name in COUNTERS:
         setattr(stage, name, manifest.get(name, getattr(stage, name)))
 

@@ -37,6 +37,7 @@ class Stage(pl.LightningModule):
 
     frozen: tuple[str, ...] = ()  # names of modules that no checkpoint needs
     tokenizer: str | None = None  # as it is stored with the weights
+    telling = "loss/loss"  # of what is logged, what falls where something is learned
 
     def __init__(
         self,
@@ -69,6 +70,10 @@ class Stage(pl.LightningModule):
     def turns(self) -> list[Turn]:
         """The groups that take a step now, together or one after the other."""
         raise NotImplementedError
+
+    def phases(self) -> dict[str, int]:
+        """In their order, the steps from which on a step is another one, by what is trained then."""
+        return {"training": 0}
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
         """The loss of a micro-batch whose backward pass gives the turn's groups their gradients, and what to log."""
@@ -141,9 +146,8 @@ class Stage(pl.LightningModule):
         if self.plan.precision == "16-mixed":
             self._rescale(finite)
         if finite and self.main in turn:
-            self.step += 1
             self.advanced = True
-            self.ema.update(self.step)
+            self.ema.update(self.step + 1)
         return finite
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -162,6 +166,7 @@ class Stage(pl.LightningModule):
     def _count(self, batch: dict[str, Any]) -> None:
         """Move the counters behind a global batch; too many skipped in a row end the training."""
         self.images_seen += self.data.batch_size
+        self.step += self.advanced  # now, so that all turns of a batch have the same one
         self.skipped_in_row = 0 if self.advanced else self.skipped_in_row + 1
         self.skipped += not self.advanced
         self.report |= {"step": self.step, "images_seen": self.images_seen, "skipped": self.skipped}

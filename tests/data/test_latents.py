@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm import draws
 from ldm.checkpoint.files import open_file
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
@@ -131,6 +132,8 @@ def test_a_flip_is_drawn_among_both_pictures(tmp_path):
         z = data.batch(asks(0, 1, 2, 3, first=first), 5)["latents"]
         flips += [[z[i].equal(variant[i]) for variant in (plain, mirrored)] for i in range(4)]
     assert all(sum(pair) == 1 for pair in flips)
+    u, _ = draws.draw(draws.stream(5, "data"), range(400), 4, (0,))  # as a source of pictures does
+    assert [mirror for _, mirror in flips] == (u[:, 1] < 0.5).tolist()
     assert 150 < sum(mirror for _, mirror in flips) < 250
     again = data.batch(asks(0, 1, 2, 3, first=0), 5)["latents"]
     assert again.equal(data.batch(asks(0, 1, 2, 3, first=0), 5)["latents"])

@@ -10,6 +10,7 @@ import webdataset
 
 from ldm.data import shards
 from ldm.data.shards import Shards
+from ldm.errors import DataError
 from tests.data.photographs import encoded, photograph
 
 
@@ -52,6 +53,14 @@ def test_few_shards_are_open_at_once(files, monkeypatch):
         for _ in range(20):
             assert list(pool.map(source.read, entries[::3] + entries[::-1])) == expected[::3] + expected[::-1]
     assert len(os.listdir("/proc/self/fd")) <= begin + 2
+
+
+def test_a_shard_that_lost_its_end_after_the_scan_says_so(files):
+    source = Shards(files)
+    last = list(source.entries())[3]
+    os.truncate(files[0], last.offset + last.size - 1)
+    with pytest.raises(DataError, match="the shard changed after the scan"):
+        source.read(last)
 
 
 def test_a_copy_in_another_process_opens_its_own(files):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -96,3 +98,8 @@ def test_what_is_no_set_of_vectors_is_refused(x):
 def test_one_vector_has_no_covariance():
     with pytest.raises(ValueError, match=r"^features: too few for a covariance; got 1; expected 2"):
         frechet_distance(Moments.of(features(1)), Moments.of(features(9)))
+
+
+def test_what_is_not_finite_is_at_no_distance_that_is():
+    x = torch.randn(8, 3)
+    assert math.isnan(frechet_distance(Moments.of(x), Moments.of(x.index_fill(0, torch.tensor(2), torch.nan))))

@@ -23,7 +23,7 @@ from ldm.cli import main
 from tests.training import toy
 
 Begin = Callable[..., list[str]]
-START, MOMENTS = 60.0, 0.05  # seconds: the longest a process may take to get going, and what a moment may be late by
+START, MOMENTS = 240.0, 0.05  # seconds: the longest a process may take to get going, and what a moment may be late by
 
 
 def command(run: Path, *overrides: str, config: str = toy.KL, name: str = "train-autoencoder") -> list[str]:

@@ -17,6 +17,7 @@ from ldm.cli import main
 from ldm.data.loader import loader
 from ldm.draws import draw, stream
 from ldm.models.autoencoder import kl
+from ldm.pictures import to_float
 from ldm.training import codes
 from ldm.training.autoencoder import build
 from ldm.training.statistics import Spread, measured
@@ -52,7 +53,7 @@ def by_hand(stage, steps: int, two_forwards: bool, clip: float | None):
     players = {network: torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.5, 0.9)) for network in (ae, disc)}
     for step, batch in zip(range(steps), loader(stage.data, stage.seed)):
         learns = step >= 2
-        x = batch["image"].double() / 127.5 - 1
+        x = to_float(batch["image"]).double()
         noise = draw(stream(3, "loss"), batch["number"].tolist(), 0, (4, 8, 8))[1].double() if step >= 2 else None
         y, bottled = ae(x, noise)
         total, _ = loss.generator(x, y, bottled, disc(y) if learns else None, step, ae.decoder.conv_out.weight)
@@ -151,6 +152,28 @@ def test_exported_file_opens_here_and_in_diffusers(tmp_path):
     ema = {name.removeprefix("ema/autoencoder."): x for name, x in state_of(tmp_path / "run").items() if "ema/" in name}
     for name, p in ours.named_parameters():
         assert torch.equal(p, ema[name])
+
+
+def test_an_autoencoder_of_diffusers_is_trained_on(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (32, 32), "layers_per_block": 1, "mid_block_add_attention": False}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    theirs = AutoencoderKL(latent_channels=4, sample_size=16, **shape, **blocks).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    begin = ["--init-from", str(tmp_path / "theirs")]
+    z, decoded = torch.randn(2, 4, 8, 8), {}
+    for rate in ("0", "1e-3"):
+        argv = command(tmp_path / rate, f"optimizer.lr={rate}", "optimizer.weight_decay=0", "trainer.steps=3")
+        assert main([*argv[:-1], *begin]) == 0
+        ours = kl(channels=32, multipliers=(1, 1), blocks=1, mid_attention=False)
+        checkpoint.load_weights(ours, checkpoint.open(tmp_path / rate / "model.safetensors").state, "autoencoder")
+        with torch.no_grad():
+            decoded[rate] = ours.decoder(ours.post_quant(z))
+    expected = theirs.decode(z).sample
+    torch.testing.assert_close(decoded["0"], expected, rtol=1e-4, atol=1e-4)
+    assert (decoded["1e-3"] - expected).abs().mean() > 1e-3
 
 
 def test_statistics_are_those_of_the_latents(tmp_path):
