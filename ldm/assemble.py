@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,21 @@ class AutoencoderSchema:
     trainer: Part
 
 
+@dataclass(kw_only=True)
+class DiffusionSchema(Schema):
+    """What a configuration says of training a second stage; Schema's part is what its checkpoint is opened by."""
+
+    seed: int = 0
+    draw: Part  # of the level that a sample is shown
+    weight: Part
+    optimizer: Part
+    schedule: Part
+    ema: Part
+    data: Part
+    validation: Part | None = None  # another source for what is measured; without it, the first samples of `data`
+    trainer: Part
+
+
 class Model(NamedTuple):
     """The networks of a text-to-image model, two of which it may lack."""
 
@@ -78,8 +93,10 @@ class Encoders(NamedTuple):
 
 
 def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a checkpoint, checked, with overrides in the place of what it says."""
-    return stored(values, origin, overrides, Schema)
+    """What the configuration of a checkpoint says of the model, checked, with overrides in the place of it."""
+    trained = {field.name for field in fields(DiffusionSchema)} - {field.name for field in fields(Schema)}
+    known = {key: value for key, value in values.items() if key not in trained | {"fingerprint"}}
+    return stored(known, origin, overrides, Schema)
 
 
 def load(file: str | FilePath, overrides: Sequence[str], schema: type) -> tuple[Config, dict[str, Opened]]:
@@ -98,9 +115,16 @@ def load(file: str | FilePath, overrides: Sequence[str], schema: type) -> tuple[
     return configuration.load(file, overrides, schema, resolve), opened
 
 
-def model(config: Config) -> Model:
+def check_first_stage(config: Config, opened: Mapping[str, Opened]) -> None:
+    """Refuse a first stage that nobody has trained."""
+    if config["autoencoder"] and "autoencoder" not in opened:
+        node, expected = config["autoencoder"]["type"], "the path of a checkpoint"
+        raise config.source.error("autoencoder: has no weights", "autoencoder", got=node, expected=expected)
+
+
+def model(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> Model:
     """All networks of a configuration; under `torch.device("meta")`, without memory for their weights."""
-    autoencoder, conditioner = encoders(config)
+    autoencoder, conditioner = encoders(config, opened)
     channels = config["channels"] if autoencoder is None else autoencoder.latent_channels
     told = {name: getattr(conditioner, name, None) for name in ("context", "pooled", "classes")}
     extra = 0 if conditioner is None else conditioner.concat_channels

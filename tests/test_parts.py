@@ -215,6 +215,7 @@ def test_a_solver_is_built_for_a_later_call(name):
 
 
 def test_a_solver_keeps_its_arguments():
+    assert loaded("solver: {type: ddpm, noise_var: learned}").build("solver").keywords == {"noise_var": "learned"}
     assert loaded("solver: {type: ddim, eta: 1}").build("solver").keywords == {"eta": 1.0, "noise_var": "small"}
     assert refused("solver: {type: euler, eta: 1}") == "solver.eta: unknown key (c.yaml:1); expected one of noise_var"
 

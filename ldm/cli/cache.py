@@ -6,13 +6,12 @@ import argparse
 import json
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.sample import show_warning, writable
-from ldm.config import Config, Part
+from ldm.config import Config
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,28 +21,6 @@ if TYPE_CHECKING:
 NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # of the data's node: where and how it is read
 CUT = "the end of a text is cut off"  # one warning of this kind for each caption would be many
 DTYPES = ("fp32", "bf16", "fp16")
-
-
-@dataclass(kw_only=True)
-class Schema:
-    """What a configuration of stage two may say; a cache depends on the first four."""
-
-    seed: int = 0
-    autoencoder: Part
-    conditioner: Part | None = None
-    data: Part
-    path: Part | None = None
-    prediction: Part | None = None
-    draw: Part | None = None
-    weight: Part | None = None
-    backbone: Part | None = None
-    guidance: Part | None = None
-    spacing: Part | None = None
-    solver: Part | None = None
-    optimizer: Part | None = None
-    schedule: Part | None = None
-    ema: Part | None = None
-    trainer: Part | None = None
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     own_parts(arguments)
     from ldm import assemble  # torch is only paid for once all options are right
 
-    config, opened = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, Schema)
-    check(config, opened)
+    config, opened = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, assemble.DiffusionSchema)
+    assemble.check_first_stage(config, opened)
+    check(config)
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
@@ -96,12 +74,11 @@ def share(arguments: argparse.Namespace) -> tuple[int, int]:
     return rank, ranks
 
 
-def check(config: Config, opened: dict[str, Opened]) -> None:
+def check(config: Config) -> None:
     """Refuse what cannot be cached."""
     data = config["data"]
-    if "autoencoder" not in opened:
-        node, expected = config["autoencoder"]["type"], "the path of a checkpoint"
-        raise config.source.error("autoencoder: has no weights", "autoencoder", got=node, expected=expected)
+    if config["autoencoder"] is None:
+        raise config.source.error("autoencoder: pixels need no cache", "autoencoder", expected="a checkpoint's path")
     if data["type"] == "latents":
         raise config.source.error("data.type: is a cache already", "data.type", got="latents", hint="images")
     if data.get("crop") == "random":
@@ -117,13 +94,14 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
 
     from ldm import assemble, pipeline
     from ldm.data import latents, latents_writing
+    from ldm.draws import stream
 
     flip = bool(config["data"].get("flip"))
     source = (config.amended(["data.flip=false"]) if flip else config).build("data")
     device, _ = pipeline.placement(arguments.device, "fp32")
-    torch.manual_seed(config["seed"])  # the weights of an encoder that has random ones
+    torch.manual_seed(stream(config["seed"], "init"))  # random weights are those of training
     autoencoder, conditioner = assemble.encoders(config, opened)
-    assert autoencoder is not None  # the schema demands one
+    assert autoencoder is not None  # checked above
     for module in (autoencoder, conditioner):
         if module is not None:
             module.eval().requires_grad_(False).to(device)

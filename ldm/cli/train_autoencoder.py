@@ -12,12 +12,12 @@ from ldm.cli import config_file, config_options, own_parts
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser, default="scenes")
-    run_options(parser)
+    run_options(parser, "runs/NAME")
 
 
-def run_options(parser: argparse.ArgumentParser) -> None:
+def run_options(parser: argparse.ArgumentParser, default: str) -> None:
     """What every training command understands."""
-    where = "the run directory (default runs/NAME of the configuration); behind torchrun, --run-dir"
+    where = f"the run directory (default {default}, after the configuration); behind torchrun, --run-dir"
     parser.add_argument("--run", "--run-dir", metavar="DIR", help=where)
     parser.add_argument("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="build and check everything, then stop")

@@ -74,7 +74,8 @@ class Text(Conditioner):
 
     def encode(self, ids: Tensor) -> Condition:
         """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
-        chunks = ids.to(self.transformer.tokens.weight.device).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
+        device = self.transformer.tokens.weight.device
+        chunks = ids.to(device, non_blocking=True).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
         mask = self.counts(chunks) if self.masked else None  # (B*K, L)
         states, pooled = self.transformer(chunks, mask)  # (B*K, L, C), (B*K, P)
         tokens = states.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L, C)

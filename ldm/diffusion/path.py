@@ -121,13 +121,20 @@ class Table(Path):
         self.sigma = (1 - self.alpha**2).sqrt()
         self.log_snr = self.alpha.log() - self.sigma.log()
         self.steps = len(beta)
+        self.carried: dict[torch.device, list[Tensor]] = {}
         self.t_min = 1 / self.steps
         self.t_max = 1 - zero_terminal_snr / self.steps
+
+    def columns(self, device: torch.device) -> list[Tensor]:
+        """alpha, sigma and log-SNR where they are wanted, carried there once: a copy would wait for the device."""
+        if device not in self.carried:
+            self.carried[device] = [column.to(device) for column in (self.alpha, self.sigma, self.log_snr)]
+        return self.carried[device]
 
     def level(self, t: Tensor) -> Level:
         """Exact at the integer steps; between two of them the log-SNR is interpolated."""
         position = (t.double() * self.steps).clamp(0, self.steps)
-        alphas, sigmas, log_snrs = (column.to(t.device) for column in (self.alpha, self.sigma, self.log_snr))
+        alphas, sigmas, log_snrs = self.columns(t.device)
         nearest, low, high = (index.long() for index in (position.round(), position.floor(), position.ceil()))
         exact = (position - nearest).abs() < 1e-3  # what float32 makes of a whole number
         log_snr = torch.lerp(log_snrs[low], log_snrs[high], position - low)

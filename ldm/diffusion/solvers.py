@@ -88,7 +88,13 @@ def ddim(
 
 euler = partial(ddim, eta=0.0)
 euler_ancestral = partial(ddim, eta=1.0)
-ddpm = partial(ddim, eta=1.0, noise_var="large")
+
+
+def ddpm(
+    denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, noise_var: NoiseVar = "large"
+) -> Iterator[Step]:
+    """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2), with the small, the large or a learned variance."""
+    return ddim(denoise, x, grid, noise, eta=1.0, noise_var=noise_var)
 
 
 def _at_edge(now: Row, next: Row) -> bool:

@@ -13,7 +13,6 @@ from ldm import checkpoint
 from ldm.checkpoint import load_weights
 from ldm.checkpoint.networks import build_autoencoder
 from ldm.config import Config
-from ldm.data.sampler import Order, Stream
 from ldm.draws import draw, stream
 from ldm.losses.stage_one import Loss
 from ldm.models.autoencoder import Autoencoder
@@ -22,6 +21,7 @@ from ldm.models.lpips import LPIPS
 from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
+from ldm.training.building import check_divisible, check_seed, portable, settings, sources
 from ldm.training.ema import at_least_float32
 from ldm.training.reconstructions import Reconstructions
 from ldm.training.stage import Report, Stage, Turn, named
@@ -215,44 +215,33 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
             config.build("discriminator", in_channels=autoencoder.in_channels) if config["discriminator"] else None
         )
     check(config, plan, autoencoder)
-    settings = {name: config.build(name) for name in ("optimizer", "schedule", "ema")}
-    for name, sample in {
-        "optimizer": ([torch.zeros(1, requires_grad=True)],),
-        "schedule": (0, 1),
-        "ema": ([],),
-    }.items():
-        with config.blame(name):
-            settings[name](*sample)  # wrong numbers are found now
+    learned = settings(config)
     loss = config.build("loss")
     if init_from and not begun:
         load_weights(autoencoder, checkpoint.open(init_from).state, "autoencoder")
     elif config["train"] == "decoder" and not begun:
         hint = "--init-from CKPT"
         raise config.source.error("train: a decoder alone needs an encoder that is trained", "train", hint=hint)
-    data = config.build("data")
-    validation = config.build("validation") if config["validation"] else None
-    for source, key in ((data, "data"), (validation, "validation")):
-        if source is not None:
-            check_sizes(config, source, key, autoencoder, discriminator)
-    Stream(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
+    found = sources(config, plan)
+    for key, source in found.by_key():
+        check_sizes(config, source, key, autoencoder, discriminator)
     names = ("seed", "train", "sample_from", "two_forwards", "revive")
     return AutoencoderStage(
         autoencoder=autoencoder,
         discriminator=discriminator,
         loss=loss,
-        data=data,
-        validation=validation,
+        data=found.data,
+        validation=found.validation,
         plan=plan,
         config=portable(config.values),
         **{name: config[name] for name in names},
-        **settings,
+        **learned,
     )
 
 
 def check(config: Config, plan: Plan, autoencoder: Autoencoder) -> None:
     """Refuse what no first stage can be trained with."""
-    if not 0 <= config["seed"] < 2**32:
-        raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
+    check_seed(config)
     for name in ("sample_from", "revive"):
         if config[name] < 0:
             raise config.source.error(f"{name}: a number of steps", name, got=str(config[name]), expected="0 or more")
@@ -269,24 +258,10 @@ def check_sizes(
     config: Config, data: Data, key: str, autoencoder: Autoencoder, discriminator: PatchDiscriminator | None
 ) -> None:
     """Refuse pictures that the networks cannot take."""
-    key, factor = f"{key}.resolution", autoencoder.factor
+    check_divisible(config, key, data, autoencoder.factor, "the autoencoder's")
     least = 3 * 2**discriminator.layers if discriminator else 1
     for height, width in data.sizes:
-        got = f"{height}x{width}"
-        if height % factor or width % factor:
-            near = max(factor, round(height / factor) * factor)
-            what = f"{key}: not divisible by the autoencoder's factor"
-            raise config.source.error(what, key, got=got, expected=f"multiples of {factor}", hint=str(near))
         if min(height, width) < least:
             hint = "fewer discriminator.layers"
-            what = f"{key}: too small for the discriminator"
-            raise config.source.error(what, key, got=got, expected=f"at least {least}", hint=hint)
-
-
-def portable(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the folders of the machine that it was used on."""
-    roots = {"data": "root", "validation": "root", "loss": "vgg"}
-    return {
-        key: {name: x for name, x in node.items() if name != roots.get(key)} if isinstance(node, dict) else node
-        for key, node in values.items()
-    }
+            what, got = f"{key}.resolution: too small for the discriminator", f"{height}x{width}"
+            raise config.source.error(what, f"{key}.resolution", got=got, expected=f"at least {least}", hint=hint)

@@ -22,7 +22,7 @@ from ldm.errors import CheckpointError, DivergedError
 from ldm.training.stage import Stage
 
 STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
-COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row")
+COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row", "scale", "scaled")
 
 
 def write(run: Path, stage: Stage, images: int) -> None:
@@ -35,7 +35,8 @@ def write(run: Path, stage: Stage, images: int) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MANIFEST).unlink(missing_ok=True)
-            digests = {STATE: write_file(folder / STATE, state, {}), MODEL: save(run / MODEL, config, model)}
+            digests = {STATE: write_file(folder / STATE, state, {})}
+            digests[MODEL] = save(run / MODEL, config, model, stage.tokenizer)
             counters = {name: getattr(stage, name) for name in COUNTERS}
             with replacing(folder / MANIFEST) as file:
                 file.write(json.dumps({**counters, "sha256": digests, "threads": torch.get_num_threads()}).encode())
@@ -57,6 +58,11 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
         except (OSError, ValueError, KeyError, CheckpointError):
             continue
     return None
+
+
+def exported(run: Path) -> dict[str, str] | None:
+    """What a begun run's `model.safetensors` says beside its weights."""
+    return open_file(run / MODEL).metadata if newest(run) and (run / MODEL).is_file() else None
 
 
 def clear(run: Path) -> None:
@@ -85,12 +91,13 @@ def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
                 value = torch.empty_like(p, dtype=x.dtype).copy_(like(x, p)) if x.shape == p.shape else x.to(p.device)
                 optimizer.state[p][key.removeprefix(prefix)] = value
     for name in COUNTERS:
-        setattr(stage, name, manifest[name])
+        setattr(stage, name, manifest.get(name, getattr(stage, name)))
 
 
 def tensors_of(stage: Stage) -> dict[str, Tensor]:
     """Everything that a resumed run needs, by name: weights, their averages, and what the optimisers remember."""
-    state = {name: x for name, x in stage.state_dict().items() if name.partition(".")[0] not in stage.frozen}
+    frozen = tuple(f"{name}." for name in stage.frozen)
+    state = {name: x for name, x in stage.state_dict().items() if not name.startswith(frozen)}
     tensors = {f"model/{name}": x for name, x in state.items()}
     tensors |= {f"ema/{name}": x for name, x in stage.ema.shadows.items()}
     for group, optimizer in stage.optimizers_by_group().items():

@@ -48,7 +48,9 @@ class Logs:
         self.table.add(row)
         for sink in self.sinks:
             sink.add(row, stage.step)
-        shown = {name.split("/")[-1]: f"{row[name]:.4g}" for name in ("loss/loss", "val/psnr") if name in row}
+        shown = {
+            name.split("/")[-1]: f"{row[name]:.4g}" for name in ("loss/loss", "val/psnr", "val/loss") if name in row
+        }
         self.bar.set_postfix({"images/s": f"{speed:.1f}", **shown}, refresh=False)
         for line in () if stage.advanced else (f"step {stage.step} skipped: its gradient is not finite",):
             self.say(line)

@@ -32,13 +32,6 @@ class Reconstructions:
     def __init__(self, data: Data, count: int, seed: int):
         self.data, self.count, self.seed = data, min(count, len(data)), seed
 
-    def batches(self) -> list[list[Ask]]:
-        """The images' asks, in batches of one bucket each."""
-        buckets = self.data.buckets
-        asks = [Ask(i, i, 0 if buckets is None else int(buckets[i])) for i in range(self.count)]
-        same = [list(group) for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket)]
-        return [group[start : start + BATCH] for group in same for start in range(0, len(group), BATCH)]
-
     def measure(
         self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, spread: Spread
     ) -> dict[str, float]:
@@ -48,7 +41,7 @@ class Reconstructions:
         """
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
-        batches = self.batches()
+        batches = first_batches(self.data, self.count)
         for k, counts in shared(len(batches), spread):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
@@ -59,6 +52,13 @@ class Reconstructions:
             if k == 0 and spread.rank == 0:
                 pictures.write(grid(x[:SHOWN], y[:SHOWN]), file)
         return averages(sums, self.count, spread) | {"val/frechet": distance(moments, spread)}
+
+
+def first_batches(data: Data, count: int) -> list[list[Ask]]:
+    """The asks of a source's first samples, in batches of one bucket each."""
+    asks = [Ask(i, i, 0 if data.buckets is None else int(data.buckets[i])) for i in range(count)]
+    same = [list(group) for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket)]
+    return [group[start : start + BATCH] for group in same for start in range(0, len(group), BATCH)]
 
 
 def features(x: Tensor) -> Moments:

@@ -60,9 +60,9 @@ def claimed(folder: Path) -> Iterator[None]:
         (folder / "checkpoints").mkdir(exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise InputError(
-            "--run: cannot be written to", str(folder), error.strerror or "", "a folder of yours"
-        ) from None
+        hint = f"--init-from {folder}" if folder.is_file() else ""
+        got, expected = error.strerror or "", "a folder of yours"
+        raise InputError("--run: cannot be written to", str(folder), got, expected, hint) from None
     with lock:
         patience = time.monotonic() + PATIENCE
         while not take(lock.fileno()):
@@ -84,8 +84,11 @@ def take(handle: int) -> bool:
 
 
 def agree(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder that was begun with another configuration; write this one."""
+    """Refuse a folder that was begun with another configuration, or never here; write this one."""
     file = folder / "config.yaml"
+    if (weights := folder / checkpointing.MODEL).exists() and not file.exists():
+        hint = f"--init-from {weights} and another --run"
+        raise InputError("--run: weights alone are no run to go on with", str(folder), weights.name, hint=hint)
     if file.exists():
         before, now = flat(configfile.read(file, []).values), flat(config)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]

@@ -26,6 +26,7 @@ Turn = tuple[str, ...]  # groups of parameters whose gradients come from one bac
 Report = dict[str, Tensor]  # scalars by name, still on the device
 KEPT = ("number", "index")  # of a batch, what stays on the CPU: reading it there costs no synchronisation
 PATIENCE = 5  # skipped steps in a row
+SCALE, SCALE_AGAIN = 2.0**15, 2000  # of a loss in float16: the first, and after so many steps twice as large a one
 
 
 class Stage(pl.LightningModule):
@@ -34,7 +35,8 @@ class Stage(pl.LightningModule):
     `step` counts applied steps of the first group, `images_seen` samples: they drive everything, Lightning's nothing.
     """
 
-    frozen: tuple[str, ...] = ()  # names of children that no checkpoint needs
+    frozen: tuple[str, ...] = ()  # names of modules that no checkpoint needs
+    tokenizer: str | None = None  # as it is stored with the weights
     telling = "loss/loss"  # of what is logged, what falls where something is learned
 
     def __init__(
@@ -53,6 +55,7 @@ class Stage(pl.LightningModule):
         self.config: dict[str, Any] = {}  # what is stored with the weights
         self.make_optimizer, self.schedule, self.make_ema = optimizer, schedule, ema
         self.step = self.images_seen = self.skipped = self.skipped_in_row = 0
+        self.scale, self.scaled = SCALE if plan.precision == "16-mixed" else 1.0, 0  # the loss's, since so many steps
         self.advanced = False  # whether the last batch ended in an applied step
         self.report: dict[str, float] = {}  # of the step that the last batch ended, if it did
         self.stop = dict.fromkeys(("sigterm", "sigint"), 0.0)  # set by signal handlers, shared between ranks
@@ -140,10 +143,25 @@ class Stage(pl.LightningModule):
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self._sums = Report()
+        if self.plan.precision == "16-mixed":
+            self._rescale(finite)
         if finite and self.main in turn:
             self.advanced = True
             self.ema.update(self.step + 1)
         return finite
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients of the loss, scaled so that small ones do not vanish in float16 (Micikevicius et al. 2018, 3.2)."""
+        super().manual_backward(loss * self.scale, *args, **kwargs)
+
+    def _rescale(self, finite: bool) -> None:
+        """Half the scale where gradients overflow, which is no fault, and twice after long without."""
+        self.report["scale"] = self.scale
+        self.scaled = self.scaled + 1 if finite else 0
+        if not finite and self.scale > 1:
+            self.scale, self.skipped_in_row = self.scale / 2, -1
+        elif self.scaled == SCALE_AGAIN:
+            self.scale, self.scaled = self.scale * 2, 0
 
     def _count(self, batch: dict[str, Any]) -> None:
         """Move the counters behind a global batch; too many skipped in a row end the training."""
@@ -167,7 +185,10 @@ class Stage(pl.LightningModule):
     def _clipped(self, optimizer: Optimizer) -> Tensor:
         """The norm of all gradients, which are then scaled down where it is above the limit."""
         parameters = [p for settings in optimizer.param_groups for p in settings["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+        norm = nn.utils.get_total_norm(gradients)
         if self.plan.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.plan.clip, norm)
         return full(norm)

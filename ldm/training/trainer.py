@@ -48,6 +48,8 @@ class Plan:
         if self.on_gpu and self.devices != "auto" and self.devices > torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ValueError(f"devices: more than there are; got {self.devices}; expected at most {count}; try {count}")
+        if self.precision == "16-mixed" and self.strategy == "fsdp2" and self.ranks > 1:
+            raise ValueError("precision: FSDP2 has no scale for float16's gradients; got 16-mixed; try bf16-mixed")
         if self.on_gpu and self.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(False):
             raise ValueError("precision: this GPU has no bfloat16; got bf16-mixed; try 32-true")
 
@@ -80,8 +82,7 @@ class Plan:
             devices=self.devices_per_node,
             num_nodes=self.nodes,
             strategy=self._strategy(unused),
-            # float64, for proofs of equality, is the module's own: Lightning refuses it with FSDP2
-            precision="32-true" if self.precision == "64-true" else self.precision,
+            **self._precision(),
             callbacks=callbacks,
             max_epochs=-1,
             logger=False,
@@ -96,6 +97,15 @@ class Plan:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         return trainer
 
+    def _precision(self) -> dict[str, Any]:
+        """float64, for proofs, is the module's own: Lightning refuses it with FSDP2; so is the scale of float16."""
+        if self.precision != "16-mixed":
+            return {"precision": "32-true" if self.precision == "64-true" else self.precision}
+        from lightning.pytorch.plugins import MixedPrecision
+
+        unscaled = torch.amp.GradScaler(enabled=False)
+        return {"plugins": [MixedPrecision("16-mixed", "cuda" if self.on_gpu else "cpu", unscaled)]}
+
     def _strategy(self, unused: bool) -> Any:
         """Lightning's strategy: one process, DDP, or FSDP2 with all ranks along the data."""
         if self.ranks == 1:
@@ -103,7 +113,8 @@ class Plan:
         if self.strategy == "ddp":
             from lightning.pytorch.strategies import DDPStrategy
 
-            return DDPStrategy(find_unused_parameters=unused, gradient_as_bucket_view=True)
+            options: dict[str, Any] = {"find_unused_parameters": unused, "gradient_as_bucket_view": True}
+            return DDPStrategy(**options, broadcast_buffers=False)  # which are constants, or each rank's own
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         return ModelParallelStrategy(data_parallel_size=self.ranks, tensor_parallel_size=1)

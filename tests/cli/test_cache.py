@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from ldm import assemble, checkpoint, parts
-from ldm.cli import cache, main
+from ldm.cli import main
 from ldm.data import latents_writing
 from ldm.data.latents import Latents
 from ldm.data.loader import loader
 from ldm.data.sampler import Ask
+from ldm.draws import stream
 from ldm.pictures import to_float
 from tests.checkpoint.made_up import CLIP, KL, make
 from tests.data.photographs import photograph
@@ -22,7 +23,17 @@ seed: 3
 autoencoder: {stage}
 conditioner: {{type: clip, width: 16, layers: 1, heads: 2, length: 12, weights: random}}
 path: {{type: flow}}
+prediction: {{type: flow}}
 backbone: {{type: unet}}
+guidance: {{}}
+spacing: {{type: trailing, steps: 4}}
+solver: {{type: euler}}
+draw: {{type: uniform}}
+weight: {{type: constant}}
+optimizer: {{type: adamw, lr: 1e-3}}
+schedule: {{type: constant}}
+ema: {{}}
+trainer: {{steps: 1}}
 data: {{type: tiny, batch_size: 8}}
 """
 
@@ -56,10 +67,10 @@ def test_a_configuration_of_stage_two_becomes_a_cache(command, tmp_path, stage, 
     assert said.endswith("20 samples, complete\n")
     data, batch = read(tmp_path / "cache", 0, 1, 2, 3)
     config, opened = assemble.load(
-        tmp_path / "two.yaml", ["data.type=latents", "data.root=x", "data.batch_size=4"], cache.Schema
+        tmp_path / "two.yaml", ["data.type=latents", "data.root=x", "data.batch_size=4"], assemble.DiffusionSchema
     )
     assert config["autoencoder"] == KL | {"per_channel": False, "stem": 1, "checkpointing": False}
-    torch.manual_seed(3)
+    torch.manual_seed(stream(3, "init"))
     autoencoder, conditioner = assemble.encoders(config, opened)
     data.check(autoencoder, conditioner, config["conditioner"])
     online = TinySource().batch([Ask(i, i, 0) for i in range(4)], 0)
@@ -100,9 +111,9 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
     trained = ["conditioner={type: joint_text, width: 16, layers: 1, vocabulary: 700}"] if text == "trained" else []
     assert command(*folder, *trained, "--dtype", "fp32") == 0
     ours = loader(Latents(root=str(tmp_path / "cache"), batch_size=4), 5)
-    config, opened = assemble.load(tmp_path / "two.yaml", folder, cache.Schema)
+    config, opened = assemble.load(tmp_path / "two.yaml", folder, assemble.DiffusionSchema)
     theirs = loader(config.build("data"), 5)
-    torch.manual_seed(3)
+    torch.manual_seed(stream(3, "init"))
     autoencoder, conditioner = assemble.encoders(config, opened)
     for cached, online in islice(zip(ours, theirs), 15):
         for name in ("number", "index", "original_size", "crop"):
@@ -117,8 +128,8 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
 def test_a_run_on_the_cache_of_scenes_is_the_run_on_their_renders(command, tmp_path):
     scenes = ["data.type=scenes", "data.resolution=16", "data.batch_size=4", "data.size=12", "data.workers=0"]
     assert command(*scenes, "--dtype", "fp32") == 0
-    config, opened = assemble.load(tmp_path / "two.yaml", scenes, cache.Schema)
-    torch.manual_seed(3)
+    config, opened = assemble.load(tmp_path / "two.yaml", scenes, assemble.DiffusionSchema)
+    torch.manual_seed(stream(3, "init"))
     autoencoder, conditioner = assemble.encoders(config, opened)
     ours, theirs = (
         loader(data, 3) for data in (Latents(root=str(tmp_path / "cache"), batch_size=4), config.build("data"))

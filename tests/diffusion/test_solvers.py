@@ -179,7 +179,7 @@ def test_covariance_of_the_ancestral_sampler(kind):
     grid = spacing.Trailing(steps=40).grid(where)
     units = iter(torch.eye(41, dtype=torch.float64)[:, :, None])
     x = next(units)  # (41, 1)
-    end = last(solvers.ddim(Exact(gaussian(0.25)), x, grid, lambda: next(units), eta=1.0, noise_var=kind))
+    end = last(solvers.ddpm(Exact(gaussian(0.25)), x, grid, lambda: next(units), noise_var=kind))
     assert abs((end**2).sum().item() - published_ddpm(betas, 0.25, kind)) < 1e-12
 
 

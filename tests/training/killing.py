@@ -11,24 +11,26 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import ldm.training.autoencoder  # what a forked process need not import again
+import ldm.training.latent_diffusion  # what a forked process need not import again
 import ldm.training.run  # noqa: F401
 from ldm.cli import main
 from tests.training import toy
 
+Begin = Callable[..., list[str]]
 START, MOMENTS = 240.0, 0.05  # seconds: the longest a process may take to get going, and what a moment may be late by
 
 
-def command(run: Path, *overrides: str, config: str = toy.KL) -> list[str]:
+def command(run: Path, *overrides: str, config: str = toy.KL, name: str = "train-autoencoder") -> list[str]:
     """The command that begins a run, and goes on with it."""
     file = run.parent / "config.yaml"
     file.write_text(config, encoding="utf-8")
-    return ["train-autoencoder", "--config", str(file), "--run", str(run), *overrides, "--debug"]
+    return [name, "--config", str(file), "--run", str(run), *overrides, "--debug"]
 
 
 def start(argv: list[str], ranks: int = 1) -> list[int]:
@@ -118,10 +120,12 @@ def killed(argv: list[str], kills: int, steps: int, seed: int, ranks: int = 1) -
     return found
 
 
-def assert_same_after_kills(folder: Path, kills: int, overrides: list[str], ranks: int = 1, steps: int = 60) -> None:
+def assert_same_after_kills(
+    folder: Path, kills: int, overrides: list[str], ranks: int = 1, steps: int = 60, begin: Begin = command
+) -> None:
     """Losses, weights, averages and optimisers, bit for bit."""
     more = [*overrides, f"trainer.steps={steps}", f"trainer.devices={ranks}"]
-    straight, broken = command(folder / "straight", *more), command(folder / "broken", *more)
+    straight, broken = begin(folder / "straight", *more), begin(folder / "broken", *more)
     assert wait(start(straight, ranks)) == [0] * ranks, (folder / "straight.log").read_text()
     places = killed(broken, kills, steps, seed=kills, ranks=ranks)
     assert len(set(places)) == kills, places

@@ -1,0 +1,83 @@
+"""What building a stage of either kind from its configuration has in common: all that can be wrong is found here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ldm.config import Config
+from ldm.data.sampler import Order, Stream
+from ldm.training.trainer import Plan
+
+if TYPE_CHECKING:
+    from ldm.data.loader import Data
+
+FOLDERS = {  # of nodes, what only one machine has; weights and tokenizer of a conditioner are in the file itself
+    "data": ("root", "manifest"),
+    "validation": ("root", "manifest"),
+    "loss": ("vgg",),
+    "conditioner": ("weights", "tokenizer"),
+}
+
+
+class Sources(NamedTuple):
+    """What is learned from, and what is measured, if that is another source."""
+
+    data: Data
+    validation: Data | None
+
+    def by_key(self) -> list[tuple[str, Data]]:
+        """Those that there are, with their nodes' names."""
+        return [(key, source) for key, source in zip(self._fields, self) if source is not None]
+
+
+def check_seed(config: Config) -> None:
+    """Refuse what no generator takes."""
+    if not 0 <= config["seed"] < 2**32:
+        raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The makers of optimiser, schedule and average, each tried once, so that wrong numbers are found now."""
+    samples: dict[str, Any] = {
+        "optimizer": ([torch.zeros(1, requires_grad=True)],),
+        "schedule": (0, 1),
+        "ema": ([],),
+    }
+    made = {name: config.build(name) for name in samples}
+    for name, sample in samples.items():
+        with config.blame(name):
+            made[name](*sample)
+    return made
+
+
+def sources(config: Config, plan: Plan) -> Sources:
+    """The data, if their batches can be split."""
+    data = config.build("data")
+    Stream(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
+    return Sources(data, config.build("validation") if config["validation"] else None)
+
+
+def check_divisible(config: Config, key: str, data: Data, factor: int, whose: str) -> None:
+    """Refuse pictures whose sides the networks cannot divide."""
+    for height, width in data.sizes:
+        if height % factor or width % factor:
+            near = str(max(factor, round(height / factor) * factor))
+            what, got = f"{key}.resolution: not divisible by {whose} factor", f"{height}x{width}"
+            expected = f"multiples of {factor}"
+            raise config.source.error(what, f"{key}.resolution", got=got, expected=expected, hint=near)
+
+
+def portable(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the folders of the machine that it was used on."""
+    return {key: without(node, FOLDERS.get(key, ())) for key, node in values.items()}
+
+
+def without(node: Any, names: tuple[str, ...]) -> Any:
+    """A node, and those in it, without some keys."""
+    if isinstance(node, list):
+        return [without(each, names) for each in node]
+    if not isinstance(node, dict):
+        return node
+    return {name: without(x, names) for name, x in node.items() if name not in names}

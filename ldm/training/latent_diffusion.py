@@ -1,0 +1,288 @@
+"""Training the second stage: a denoiser of latents, told what a conditioner reads (Rombach et al. 2022, eq. 3)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import assemble, checkpoint
+from ldm.assemble import Model
+from ldm.checkpoint import Opened, load_weights
+from ldm.condition import Condition
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.text import Text
+from ldm.conditioning.tokenizer import from_json
+from ldm.config import Config
+from ldm.data.latents import Latents
+from ldm.data.sampler import Ask
+from ldm.diffusion.path import Level
+from ldm.diffusion.path import Path as NoisePath
+from ldm.draws import draw, stream
+from ldm.errors import CheckpointError, InputError
+from ldm.models.transformer import TextTransformer
+from ldm.pictures import to_float
+from ldm.training.building import Sources, check_divisible, check_seed, portable, settings, sources
+from ldm.training.by_level import ByLevel
+from ldm.training.conditions import MADE, completed
+from ldm.training.sampling import Samples
+from ldm.training.stage import Report, Stage, Turn, named
+
+if TYPE_CHECKING:
+    from ldm.data.loader import Data
+
+DENOISER = "denoiser"
+CAPTIONS, DRAWN = 20_000, 1024  # that a tokenizer is learned from: where they lie ready, and where each costs a picture
+
+
+class LatentDiffusionStage(Stage):
+    """A denoiser's loss at keyed levels with keyed noise, and what a checkpoint of it says.
+
+    All that is random about a sample is one draw by its number: its time, whether each condition is dropped, its noise.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        level: Callable[[NoisePath, Tensor], Level],
+        weight: Callable[..., Tensor],
+        samples: Samples,
+        config: dict[str, Any],
+        validation: Data | None = None,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        self.denoiser, self.conditioner, self.autoencoder = model
+        self.level, self.weight, self.samples, self.config = level, weight, samples, config
+        self.drops = {} if self.conditioner is None else self.conditioner.parts
+        self.by_level = ByLevel(validation or self.data, self.plan.validate_images, self.seed)
+        if self.autoencoder is not None:
+            self.autoencoder.requires_grad_(False)
+        encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
+        self.frozen = ("autoencoder", *encoders)
+        warnings.filterwarnings("ignore", "the end of a text is cut off")  # `notices` says it once
+        text = next((m for m in self.modules() if isinstance(m, Text)), None)
+        self.tokenizer = None if text is None else text.known().to_json()
+
+    # --------------------------------------------------------------------------------------------------- the loss
+
+    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """The backbone's parameters, and those of a conditioner that is trained along."""
+        return {DENOISER: named([("denoiser", self.denoiser), *self._conditioners()])}
+
+    def turns(self) -> list[Turn]:
+        """All together."""
+        return [(DENOISER,)]
+
+    def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
+        """The weighted mean of the samples' losses."""
+        x0 = self.latents(batch)  # (B, C, h, w)
+        u, noise = draw(stream(self.seed, "loss"), batch["number"].tolist(), 1 + len(self.drops), x0.shape[1:])
+        drop = {part: u[:, 1 + k] < rate for k, (part, rate) in enumerate(self.drops.items())}  # (B,) each
+        condition = self.condition(batch, x0, drop)
+        weighted, plain = self.losses(x0, self.level(self.denoiser.path, u[:, 0]), noise, condition)
+        return weighted.mean(), {"loss/loss": weighted.mean(), "loss/unweighted": plain.mean()}
+
+    def losses(self, x0: Tensor, level: Level, noise: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
+        """(B,) each: as it is trained, and as it comes."""
+        weight = self.moved(self.weight(self.denoiser.prediction, level)).to(x0.dtype)  # (B,)
+        plain = self.denoiser.loss(x0, level.map(self.moved), self.moved(noise).to(x0.dtype), condition)  # (B,)
+        return weight * plain, plain
+
+    @torch.no_grad()
+    def latents(self, batch: Mapping[str, Any]) -> Tensor:
+        """What is diffused: a cache's latents, the posterior's mean, or pictures as they are."""
+        if "latents" in batch:
+            x0 = batch["latents"].to(self.dtype)
+        else:
+            x = self.memory_format(to_float(batch["image"]).to(self.dtype))  # (B, 3, H, W)
+            x0 = (x if self.autoencoder is None else self.autoencoder.encode(x)).to(self.dtype)
+        return self.memory_format(x0)  # (B, C, h, w)
+
+    def condition(self, batch: Mapping[str, Any], x0: Tensor, drop: Mapping[str, Tensor]) -> Condition | None:
+        """What the conditioner reads in a batch, without what is dropped."""
+        if self.conditioner is None:
+            return None
+        told = completed(batch, self.conditioner.reads, x0, self.seed)
+        condition = self.conditioner(told, {part: self.moved(flags) for part, flags in drop.items()})
+        return condition.map(lambda x: self.moved(x.to(self.dtype) if x.dtype == torch.float32 else x))
+
+    def moved(self, x: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        return x.to(self.device, non_blocking=True)
+
+    def memory_format(self, x: Tensor) -> Tensor:
+        """In the networks' order of dimensions."""
+        return x.contiguous(memory_format=torch.channels_last) if self.plan.channels_last else x
+
+    def blocks(self) -> list[nn.Module]:
+        """The backbone's blocks and a trained text encoder's."""
+        texts = [m for _, part in self._conditioners() for m in part.modules() if isinstance(m, TextTransformer)]
+        owners = [self.denoiser.backbone, *(m for m in texts if any(p.requires_grad for p in m.parameters()))]
+        lists = [child for owner in owners for child in owner.children() if isinstance(child, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks]
+
+    def roots(self) -> list[nn.Module]:
+        """The backbone and a conditioner that is trained along."""
+        return [self.denoiser.backbone, *(part for _, part in self._conditioners())]
+
+    def _conditioners(self) -> list[tuple[str, nn.Module]]:
+        trained = self.conditioner is not None and any(p.requires_grad for p in self.conditioner.parameters())
+        return [("conditioner", self.conditioner)] if self.conditioner is not None and trained else []
+
+    # ----------------------------------------------------------------------------------------------- what is seen
+
+    @torch.no_grad()
+    def validate(self, samples: Path) -> dict[str, float]:
+        """The loss by level, and pictures."""
+        with self.averaged():
+            self.samples.show(self, self.by_level.batches[0], samples / f"{self.step:08d}.png")
+            return self.by_level.measure(self)
+
+    def fetched(self, data: Data, asks: list[Any]) -> dict[str, Any]:
+        """A batch where it is used."""
+        return self.transfer_batch_to_device(data.batch(asks, self.seed), self.device, 0)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents as pictures in [-1, 1]."""
+        return z if self.autoencoder is None else self.autoencoder.decode(z)
+
+    # ---------------------------------------------------------------------------------------------- what is saved
+
+    @torch.no_grad()
+    def export(self, images: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that sampling needs."""
+        parts = {"backbone": self.denoiser.backbone, "conditioner": self.conditioner, "autoencoder": self.autoencoder}
+        modules = {name: module for name, module in parts.items() if module is not None}
+        with self.averaged():
+            tensors = {f"{name}.{key}": x for name, m in modules.items() for key, x in m.state_dict().items()}
+            return self.config, self.whole(tensors)
+
+
+# --------------------------------------------------------------------------------------------------- how it is built
+
+
+def build(
+    config: Config,
+    opened: Mapping[str, Opened],
+    init_from: str | None = None,
+    before: Mapping[str, str] | None = None,
+) -> LatentDiffusionStage:
+    """The stage that a configuration describes, everything wrong with it found here.
+
+    `before` is what the run's own exported file says, where the run has begun: it needs no first weights.
+    """
+    plan = config.build("trainer")
+    check_seed(config)
+    assemble.check_first_stage(config, opened)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(config["seed"], "init"))
+        model = assemble.model(config, opened)
+    learned = settings(config)
+    weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
+    fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
+    found = sources(config, plan)
+    if before:
+        check_same_latents(json.loads(before["config"]), fingerprint, "--run")
+    elif init_from:
+        begin(model, checkpoint.open(init_from), fingerprint, init_from)
+    teach(model.conditioner, found.data, config["seed"], (before or {}).get("tokenizer"))
+    check_sources(config, found, model)
+    return LatentDiffusionStage(
+        model=model,
+        level=level,
+        weight=weight,
+        samples=Samples(config, model.denoiser.path),
+        data=found.data,
+        validation=found.validation,
+        plan=plan,
+        seed=config["seed"],
+        config={**portable(config.values), "fingerprint": fingerprint},
+        **learned,
+    )
+
+
+def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> None:
+    """Give the denoiser, and a conditioner if there is one inside, the weights of a checkpoint."""
+    if not opened.config.get("backbone"):
+        raise CheckpointError("--init-from: no denoiser inside", where, opened.family, "a second stage")
+    check_same_latents(opened.config, fingerprint, where)
+    load_weights(model.denoiser.backbone, opened.state, "backbone")
+    inside = any(name.startswith("conditioner.") for name in opened.state)
+    if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
+        assemble.fill_part(model.conditioner, opened, "conditioner")
+
+
+def check_same_latents(stored: Mapping[str, Any], fingerprint: str | None, where: str) -> None:
+    """Refuse a denoiser of another first stage's latents; who wrote no fingerprint is believed."""
+    theirs = stored.get("fingerprint")
+    if theirs and theirs != fingerprint:
+        got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
+        raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected)
+
+
+def teach(conditioner: Conditioner | None, data: Data, seed: int, known: str | None) -> None:
+    """Learn a tokenizer from captions, wherever a text encoder has none; a run that has begun remembers its own."""
+    texts = [] if conditioner is None else [m for m in conditioner.modules() if isinstance(m, Text)]
+    untaught = [text for text in texts if text.tokenizer is None]
+    captions = captions_of(data, seed) if untaught and known is None else []
+    for text in untaught:
+        if known is None:
+            text.learn(captions)
+        else:
+            text.use(from_json(known))
+
+
+def captions_of(data: Data, seed: int) -> list[str]:
+    """Captions of samples spread over a source."""
+    ready = getattr(data, "captions", None)
+    count = min(CAPTIONS if ready else DRAWN, len(data))
+    indices = [i * len(data) // count for i in range(count)]
+    if ready:
+        return [text for index in indices for text in ready(index)]
+    buckets = data.buckets
+    asks = [Ask(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
+    batches = [data.batch([ask], seed) for ask in asks] if buckets is not None else [data.batch(asks, seed)]
+    if "caption" not in batches[0]:
+        got = ", ".join(batches[0])
+        raise InputError("conditioner: a tokenizer is learned from captions", "data", got, hint="tokenizer: FOLDER")
+    return [text for batch in batches for text in batch["caption"]]
+
+
+def check_sources(config: Config, found: Sources, model: Model) -> None:
+    """Refuse data that the networks cannot take, or that lack what the conditioner reads."""
+    backbone = model.denoiser.backbone
+    factor = getattr(backbone, "factor", getattr(backbone, "patch", 1))
+    factor *= 1 if model.autoencoder is None else model.autoencoder.factor
+    for key, data in found.by_key():
+        if isinstance(data, Latents):
+            if model.autoencoder is None:
+                raise config.source.error("autoencoder: missing", "autoencoder", expected="the one of the cache")
+            data.check(model.autoencoder, model.conditioner, config["conditioner"])
+        check_divisible(config, key, data, factor, "the networks'")
+        batch = data.batch([Ask(0, 0, 0 if data.buckets is None else int(data.buckets[0]))], config["seed"])
+        here = {*batch, *batch.get("states", {}), *(MADE if "image" in batch else ())}
+        reads = () if model.conditioner is None else model.conditioner.reads
+        for name in reads:
+            if name not in here:
+                what, got = f"{key}: no {name}, which the conditioner reads", ", ".join(sorted(batch))
+                raise config.source.error(what, key, got=got, expected=", ".join(reads))
+
+
+def notices(stage: LatentDiffusionStage) -> Iterable[str]:
+    """What a user should know before training begins."""
+    rates = ", ".join(f"{part} {rate:.0%}" for part, rate in stage.drops.items())
+    if rates:
+        yield f"dropped: {rates} of samples" if any(stage.drops.values()) else "dropped: nothing, so only cfg 1 works"
+    texts = [m for m in stage.modules() if isinstance(m, Text)]
+    longer_than = getattr(stage.data, "longer_than", None)
+    if texts and longer_than is not None:
+        tokenizer, room = texts[0].known(), texts[0].chunks * (texts[0].length - 2)
+        if count := longer_than(room, lambda text: len(tokenizer.encode(text))):
+            yield f"captions: {count} are longer than the {room} tokens that are read of each"

@@ -1,0 +1,167 @@
+"""The shipped configurations of second stages: short, of the published sizes, and each takes a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm import assemble, checkpoint
+from ldm import config as configuration
+from ldm.assemble import AutoencoderSchema, DiffusionSchema
+from ldm.cli import main
+from ldm.models.empty import empty
+from tests.checkpoint.made_up import make
+from tests.data.photographs import photograph
+from tests.reduced import FILES, ROOT, reads_images, small, stage_of, words, written
+
+OWN = {"scenes"}  # nobody published its size
+EXACT = {  # parameters of the backbone
+    "sd15": 859_520_964,
+    "sd21_v": 865_910_724,
+    "txt2img_1p4b": 872_300_484,
+    "imagenet_ldm4": 400_920_579,
+    "dit_xl2": 674_834_720,
+    "dit_b4": 130_315_808 + 768 * 4 * (16 - 4) + 769 * 8 * (16 - 4),  # B/2's, with patches of 16 pixels, not 4
+    "sit_xl2": 674_834_720 - 1153 * 16,  # DiT's, without a learned variance
+    "ddpm_cifar10": 35_746_307,
+}
+MILLIONS = {  # as the LDM paper rounds: its tables 12, 13 and 15
+    "celebahq_vq4": 274,
+    "churches_kl8": 295,
+    "imagenet_ldm8": 395,
+    "inpainting": 387,
+    "super_resolution": 169 - 55.32 + 0.64,  # with its first stage there; with a table of noise levels here
+    "semantic_synthesis": 215,
+}
+FIRST_STAGES = {
+    "kl_f4": 55_312_063,
+    "kl_f8": 83_653_863,
+    "kl_f8_decoder": 83_653_863,
+    "kl_f16": 69_610_963,
+    "kl_f32": 103_880_131,
+    "vq_f4": 55_322_782,
+    "vq_f8": 67_717_295,
+    "vq_f16": 69_593_371,
+}
+CONDITIONERS = {
+    "imagenet_ldm4": 1001 * 512,
+    "imagenet_ldm8": 1001 * 512,
+    "sd15": 123_060_480,
+    "sd21_v": 340_387_840,  # transformers' CLIPTextModel of 23 layers, which diffusers has for it
+    # embeddings, 32 blocks of attention to 512 and back and a fourfold MLP, the last norm
+    "txt2img_1p4b": (30522 + 77) * 1280 + 32 * (4 * 1280 * 512 + 8 * 1280**2 + 10 * 1280) + 2 * 1280,
+}
+
+
+def load(name: str, *overrides: str) -> configuration.Config:
+    """A configuration with the node of its first stage, and no weights."""
+    given = ["data.root=DIR"] if reads_images(name) else []
+    if stage := stage_of(name):
+        node = yaml.safe_load((ROOT / f"autoencoder/{stage}.yaml").read_text())["autoencoder"]
+        given += [f"autoencoder={json.dumps(node)}"]
+    return configuration.load(FILES[name], [*given, *overrides], DiffusionSchema)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_short_and_says_how_it_is_used(name):
+    lines = FILES[name].read_text().splitlines()
+    assert len(lines) <= 70
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith("#   python ")
+    assert f"train_ldm.py --config {name}" in lines[1]
+    stage = stage_of(name)
+    assert stage == "" or stage == "scenes" or f"autoencoder=runs/{stage}/model.safetensors" in lines[1]
+    assert ("data.root=DIR" in lines[1]) == reads_images(name)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in OWN])
+def test_it_is_of_the_published_size(name):
+    weights = [] if name not in ("sd15", "sd21_v") else ["conditioner.weights=random"]
+    config = load(name, *weights)
+    with empty():
+        model = assemble.model(config)
+    size = count(model.denoiser.backbone)
+    if name in EXACT:
+        assert size == EXACT[name]
+    elif name in MILLIONS:
+        assert size / 1e6 == pytest.approx(MILLIONS[name], abs=0.6)
+    if name in CONDITIONERS:
+        assert count(model.conditioner) == CONDITIONERS[name]
+    assert f"{size / 1e6:.1f} M" in FILES[name].read_text().split("\n")[0]
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_a_first_stage_is_of_the_published_size(name):
+    config = configuration.load(ROOT / f"autoencoder/{name}.yaml", ["data.root=DIR"], AutoencoderSchema)
+    with empty():
+        assert count(config.build("autoencoder")) == FIRST_STAGES[name]
+
+
+# ---------------------------------------------------------------------------------------------- and it trains
+
+SIDE = 32  # 16x16 latents: the deepest U-Net halves four times
+ONCE = {"trainer.steps": 1, "trainer.log_every": 1, "trainer.validate_images": 4, "trainer.accumulate": 1}
+ONCE |= {"trainer.precision": "32-true", "spacing.steps": 2}
+FEW = {"resolution": SIDE, "batch_size": 4, "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Four pictures with captions and labels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for i, name in enumerate(("red cube", "green cone", "blue ball", "gray cylinder")):
+        photograph(SIDE, SIDE, i).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name}", "label": i}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_stages(tmp_path_factory) -> dict[str, Path]:
+    """Made-up first stages of factor 2."""
+    folder = tmp_path_factory.mktemp("stages")
+    for name in ("kl", "vq"):
+        checkpoint.save(folder / f"{name}.safetensors", *make(name))
+    return {name: folder / f"{name}.safetensors" for name in ("kl", "vq")}
+
+
+@pytest.fixture
+def train(pictures, first_stages, tmp_path):
+    """The command that trains a small one for one step; returns its exit status."""
+
+    def run(name: str, **changes) -> int:
+        sources = [axis for axis in ("data", "validation") if axis in written(name)]
+        changes = ONCE | small(name) | {f"{axis}.{key}": x for axis in sources for key, x in FEW.items()} | changes
+        if reads_images(name):
+            changes |= {"data.root": str(pictures), "data.manifest": str(tmp_path / "manifest")}
+        if stage := stage_of(name):
+            changes["autoencoder"] = str(first_stages["vq" if stage.startswith("vq") else "kl"])
+        return main(["train-ldm", "--config", str(FILES[name]), "--run", str(tmp_path / "run"), *words(changes)])
+
+    return run
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_takes_a_step_at_reduced_width(name, train, tmp_path):
+    """The whole command: one step, a validation with pictures, and a model's file that is opened again."""
+    assert train(name) == 0
+    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "run/samples").glob("*.png"))) == 1
+    opened = checkpoint.open(tmp_path / "run/model.safetensors")
+    assert opened.config["backbone"]["type"] == written(name)["backbone"]["type"]
+    assert any(key.startswith("backbone.") for key in opened.state)
+
+
+def test_what_is_never_dropped_is_not_guided_away_from(train):
+    """A mask has no nothing: samples are made without guidance, whatever cfg says."""
+    assert train("inpainting", **{"guidance.cfg": 3}) == 0

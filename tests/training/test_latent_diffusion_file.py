@@ -1,0 +1,88 @@
+"""What a second stage's training hands over: one file that samples as it is, here and in diffusers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import ldm
+from ldm import checkpoint, pictures
+from ldm.cli import main
+from ldm.training.latent_diffusion import LatentDiffusionStage
+from tests.test_pipeline import ask_ours, ask_theirs, distance
+from tests.training.second_stage import command
+
+CLIP = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 77, weights: random}"
+SD = ["path={type: scaled_linear}", "prediction.type=eps", "draw={type: uniform}", CLIP]
+SD += ["spacing={type: leading, steps: 3}", "solver={type: ddim}", "trainer.steps=3"]
+
+
+def same(a, b) -> int:
+    """The largest difference of two pictures, in 1/255."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+def test_the_file_makes_the_pictures_that_the_averages_made_in_memory(tmp_path, monkeypatch):
+    made, latents = [], LatentDiffusionStage.decode
+
+    def watched(self, z):
+        made.append(latents(self, z))
+        return made[-1]
+
+    monkeypatch.setattr(LatentDiffusionStage, "decode", watched)
+    assert main(command(tmp_path / "run", "trainer.steps=10", "optimizer.lr=1e-2")[:-1]) == 0
+    file = tmp_path / "run" / "model.safetensors"
+    shown = pictures.to_pil(made[-1])  # of the last validation
+    captions = pictures.read(tmp_path / "run" / "samples" / "00000010.png").text["captions"].split("\n")
+    pipe = ldm.load(file, device="cpu")
+    again = pipe(captions, seed=0, batch_size=8)
+    assert len(again) == len(shown) == 8
+    assert max(same(a, b) for a, b in zip(again, shown)) <= 1
+    assert max(same(a, b) for a, b in zip(again, shown[1:])) > 3
+    ema = load_file(tmp_path / "run" / "checkpoints" / "00000010" / "state.safetensors")
+    stored = load_file(file)
+    for name, x in stored.items():
+        if name.startswith("backbone."):
+            assert torch.equal(x, ema[f"ema/denoiser.{name}"])
+            assert not torch.equal(x, ema[f"model/denoiser.{name}"])
+
+
+def test_the_file_needs_nothing_else_and_names_no_folder(tmp_path):
+    assert main(command(tmp_path / "run", "trainer.steps=2")[:-1]) == 0
+    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    assert str(tmp_path) not in (tmp_path / "run" / "model.safetensors").read_bytes().decode("latin-1")
+    assert opened.config["autoencoder"]["type"] == "kl"
+    first = checkpoint.open(tmp_path / "first.safetensors")
+    assert opened.config["fingerprint"] == first.config["fingerprint"]
+    for name, x in first.state.items():
+        assert torch.equal(opened.state[name], x)
+    (tmp_path / "first.safetensors").unlink()
+    assert ldm.load(tmp_path / "run" / "model.safetensors", device="cpu")("a red ball", steps=2, height=24)
+
+
+def test_diffusers_makes_the_same_picture(tmp_path):
+    argv = command(tmp_path / "run", *SD, "size=32", "optimizer.lr=1e-2")
+    assert main(argv[:-1]) == 0
+    ours = ldm.load(tmp_path / "run" / "model.safetensors", device="cpu")
+    theirs = ours.to_diffusers()
+    theirs.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 32}
+    assert distance(ask_ours(ours, **size), ask_theirs(theirs, **size)) <= 1
+
+
+def test_init_from_begins_with_the_weights_of_a_file(tmp_path, capsys):
+    assert main(command(tmp_path / "first", "trainer.steps=3")[:-1]) == 0
+    file = str(tmp_path / "first" / "model.safetensors")
+    still = ["optimizer.lr=0", "trainer.steps=1", "--init-from", file]
+    assert main(command(tmp_path / "second", *still)[:-1]) == 0
+    before, after = (load_file(tmp_path / run / "model.safetensors") for run in ("first", "second"))
+    for name, x in before.items():
+        torch.testing.assert_close(after[name], x)
+    assert main(command(tmp_path / "wide", "backbone.channels=64", "--init-from", file)[:-1]) == 4
+    error = capsys.readouterr().err
+    assert "tensors of another shape in the backbone" in error
+    assert "encoder.0.main.weight (32, 4, 3, 3) for (64, 4, 3, 3)" in error
+    first_stage = str(tmp_path / "first.safetensors")
+    assert main(command(tmp_path / "none", "--init-from", first_stage)[:-1]) == 4
+    assert "--init-from: no denoiser inside" in capsys.readouterr().err

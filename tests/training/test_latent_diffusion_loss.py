@@ -1,0 +1,234 @@
+"""The second stage's loss beside diffusers' formula, what is drawn for it, and what a validation measures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.cli import main
+from ldm.conditioning.compose import Compose
+from ldm.conditioning.label import Label
+from ldm.conditioning.layout import Layout
+from ldm.draws import draw, stream
+from ldm.training.by_level import BINS
+from ldm.training.conditions import completed, rectangles
+from ldm.training.stage import SCALE, Stage
+from ldm.training.statistics import Spread
+from tests.training.killing import rows
+from tests.training.second_stage import command, stage_of
+
+ASKS = [(i, i, 0) for i in range(8)]
+TEXT = "{type: joint_text, width: 32, layers: 1, heads: 2, vocabulary: 600}"
+TABLE = ["path={type: scaled_linear}", "draw={type: uniform}", "spacing={type: leading, steps: 3}"]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No trainer, one process."""
+    monkeypatch.setattr(Stage, "spread", Spread())
+
+
+def theirs(stage, batch, kind: str):
+    """diffusers' text-to-image example: its scheduler's noise and velocity, its min-SNR weights."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    x0, condition = stage.latents(batch), stage.conditioner(batch)
+    u, noise = draw(stream(3, "loss"), batch["number"].tolist(), 2, x0.shape[1:])
+    dropped = u[:, 1] < 0.3
+    empty = stage.conditioner({"caption": [""] * len(x0)})
+    tokens = torch.where(dropped[:, None, None], empty.tokens, condition.tokens)
+    mask = torch.where(dropped[:, None], empty.mask, condition.mask)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    k = (u[:, 0] * 1000).long()
+    x = scheduler.add_noise(x0, noise, k)
+    target = noise if kind == "eps" else scheduler.get_velocity(x0, noise, k)
+    snr = compute_snr(scheduler, k)
+    weight = torch.stack([snr, 5.0 * torch.ones_like(k)], dim=1).min(dim=1)[0] / (snr + (kind == "v"))
+    y = stage.denoiser.backbone(x, k, tokens, mask)
+    loss = nn.functional.mse_loss(y.float(), target.float(), reduction="none")
+    return (loss.mean(dim=list(range(1, len(loss.shape)))) * weight).mean()
+
+
+def gradients(stage, loss) -> list[torch.Tensor]:
+    parameters = [p for _, p in stage.groups()["denoiser"]]
+    return torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_loss_and_gradients_are_those_of_diffusers_with_min_snr(kind, tmp_path):
+    stage = stage_of(tmp_path, *TABLE, f"prediction.type={kind}", "weight={type: min_snr}")
+    for p in stage.denoiser.parameters():
+        nn.init.normal_(p, std=0.05)  # or the network's last layer is zero
+    batch = stage.data.batch(ASKS, 3)
+    loss, report = stage.loss(batch, ("denoiser",))
+    expected = theirs(stage, batch, kind)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert report["loss/unweighted"].item() != pytest.approx(loss.item(), rel=1e-2)
+    ours, others = (torch.cat([g.flatten() for g in gradients(stage, each)]) for each in (loss, expected))
+    assert (ours - others).norm() < 1e-5 * others.norm()
+
+
+def test_each_part_is_dropped_at_its_own_rate_and_keyed(tmp_path):
+    """And what is dropped is the same whatever the batch."""
+    stage = stage_of(tmp_path, "conditioner=null", "data.batch_size=4")
+    stage.conditioner = Compose(
+        parts=[Label(classes=5, null=4, width=8, drop=0.2), Layout(classes=3, width=8, drop=0.7)]
+    )
+    stage.drops = stage.conditioner.parts
+    seen: dict[str, list[torch.Tensor]] = {"label": [], "boxes": []}
+    stage.condition = lambda batch, x0, drop: [seen[part].append(drop[part]) for part in drop] and None
+    for start in range(0, 4000, 500):
+        batch = {"number": torch.arange(start, start + 500), "latents": torch.zeros(500, 4, 2, 2)}
+        stage.losses = lambda x0, *_: (x0.mean((1, 2, 3)),) * 2
+        stage.loss(batch, ("denoiser",))
+    label, boxes = (torch.cat(flags) for flags in seen.values())
+    assert label.double().mean() == pytest.approx(0.2, abs=0.02)
+    assert boxes.double().mean() == pytest.approx(0.7, abs=0.02)
+    assert (label & boxes).double().mean() == pytest.approx(0.14, abs=0.02)
+    u, _ = draw(stream(3, "loss"), [1234], 3, ())
+    assert (label[1234], boxes[1234]) == (u[0, 1] < 0.2, u[0, 2] < 0.7)
+
+
+# ------------------------------------------------------------------------------------------- what is measured
+
+
+class Knowing(nn.Module):
+    """A flow that has seen the answers: its error is a known function of t."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.answer = error, torch.zeros(())
+
+    def forward(self, x, t, **_):
+        return self.answer + self.error(t / 1000)[:, None, None, None]
+
+
+def test_the_loss_by_level_is_that_of_the_level(tmp_path, alone, monkeypatch):
+    stage = stage_of(tmp_path, "draw={type: uniform}", "trainer.validate_images=64", "data.size=64")
+    knowing = Knowing(lambda t: t)
+    losses = stage.losses
+
+    def answering(x0, level, noise, condition):
+        knowing.answer = noise - x0
+        return losses(x0, level, noise, condition)
+
+    stage.denoiser.backbone, stage.losses = knowing, answering
+    found = stage.by_level.measure(stage)
+    for part in range(BINS):  # the mean of t^2 over a part of time, from eight draws in it
+        assert found[f"val/level_{part}"] == pytest.approx((3 * part**2 + 3 * part + 1) / (3 * BINS**2), abs=0.05)
+        assert (part / BINS) ** 2 <= found[f"val/level_{part}"] <= ((part + 1) / BINS) ** 2
+    parts = [found[f"val/level_{part}"] for part in range(BINS)]
+    assert found["val/unweighted"] == pytest.approx(sum(parts) / BINS) == found["val/loss"]
+    assert stage.by_level.measure(stage) == found
+
+
+def test_the_loss_is_weighted_as_it_is_trained(tmp_path, alone):
+    overrides = [*TABLE, "prediction.type=v", "weight={type: min_snr, gamma: 2}"]
+    found = (stage := stage_of(tmp_path, *overrides)).by_level.measure(stage)
+    assert found["val/loss"] < 0.9 * found["val/unweighted"]
+
+
+class Gaussian(nn.Module):
+    """The best flow for data whose numbers are normal and independent (by Bayes' rule, in closed form)."""
+
+    def __init__(self, x0):
+        super().__init__()
+        self.mean, self.variance = x0.mean(0), x0.var(0)
+
+    def forward(self, x, t, **_):
+        t = (t / 1000)[:, None, None, None].to(x)
+        a, s = 1 - t, t
+        x0 = self.mean + a * self.variance / (a**2 * self.variance + s**2) * (x - a * self.mean)
+        return (x - a * x0) / s - x0
+
+
+def test_a_short_training_beats_the_best_gaussian_without_correlations(tmp_path, alone):
+    """On latents of scenes, at the same images, levels and noise; unconditional, to be short."""
+    overrides = ["conditioner=null", "backbone.attend=[]", "backbone.multipliers=[1, 1]", "optimizer.lr=4e-3"]
+    overrides += [
+        "trainer.validate_images=128",
+        "data.size=100_000",
+        "data.batch_size=16",
+        "trainer.validate_every=999",
+    ]
+    stage = stage_of(tmp_path, *overrides)
+    batches = [stage.data.batch([(i, i, 0) for i in range(k, k + 256)], 3) for k in range(0, 2048, 256)]
+    stage.denoiser.backbone = Gaussian(torch.cat([stage.latents(batch) for batch in batches]))
+    bound = stage.by_level.measure(stage)["val/loss"]
+    assert main(command(tmp_path / "run", *overrides, "trainer.steps=200")[:-1]) == 0
+    assert float(rows(tmp_path / "run")[-1]["val/loss"]) < bound
+
+
+# ------------------------------------------------------------------------------------- what a picture alone tells
+
+
+def test_masks_are_rectangles_of_the_size_that_is_drawn():
+    u = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.5, 0.0]], dtype=torch.float64)
+    mask = rectangles(u, torch.zeros(2, 3, 16, 32))
+    assert mask.shape == (2, 1, 16, 32)
+    assert mask[0, 0].nonzero().amin(0).tolist() == [0, 8]
+    assert mask[0, 0].nonzero().amax(0).tolist() == [3, 31]
+    assert mask[1, 0].nonzero().amin(0).tolist() == [2, 0]
+    assert mask[1, 0].nonzero().amax(0).tolist() == [13, 7]
+
+
+def test_what_a_batch_lacks_is_keyed_by_number():
+    image = (torch.rand(6, 3, 16, 16) * 255).to(torch.uint8)
+    batch = {"image": image, "number": torch.arange(10, 16)}
+    reads, x0 = ("image", "mask", "low_resolution", "noise_level", "low_resolution_noise"), torch.zeros(6, 4, 4, 4)
+    whole = completed(batch, reads, x0, 3)
+    half = completed({name: x[4:] for name, x in batch.items()}, reads, x0[4:], 3)
+    for name in reads:
+        assert torch.equal(whole[name][4:], half[name])
+        assert not torch.equal(whole[name][:2], whole[name][4:])
+    torch.testing.assert_close(
+        whole["low_resolution"], whole["image"].unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5))
+    )
+    assert whole["image"].min() >= -1
+    assert completed(batch | {"mask": 0}, ("mask", "image"), x0, 3)["mask"] == 0
+
+
+@pytest.mark.parametrize(
+    ("conditioner", "adds"),
+    [
+        ("{type: masked_image}", "[mask]"),
+        ("{type: masked_image}", "[]"),
+        ("{type: low_resolution}", "[]"),
+        ("{type: segmentation, classes: 6}", "[segmentation]"),
+        ("{type: layout, classes: 4, width: 32, boxes: 8}", "[boxes]"),
+        (f"{{type: compose, parts: [{TEXT}, {{type: edit}}]}}", "[source]"),
+    ],
+)
+def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path):
+    backbone = [f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"]
+    stage = stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", *backbone)
+    nn.init.normal_(stage.denoiser.backbone.out.weight)
+    loss, _ = stage.loss(stage.data.batch(ASKS, 3), ("denoiser",))
+    missing = [
+        name for (name, _), g in zip(stage.groups()["denoiser"], gradients(stage, loss)) if not g.isfinite().all()
+    ]
+    assert math.isfinite(loss)
+    assert not missing
+
+
+# ------------------------------------------------------------------------------------------------------ float16
+
+
+def test_the_scale_halves_where_gradients_overflow_and_grows_again(tmp_path, monkeypatch):
+    stage = stage_of(tmp_path, "trainer.precision=16-mixed")
+    assert stage.scale == SCALE
+    for _ in range(15):
+        stage._rescale(finite=False)
+        assert stage.skipped_in_row == -1  # no fault of the training's
+    assert stage.scale == 1
+    stage.skipped_in_row = 3
+    stage._rescale(finite=False)
+    assert (stage.scale, stage.skipped_in_row) == (1, 3)
+    monkeypatch.setattr("ldm.training.stage.SCALE_AGAIN", 2)
+    stage._rescale(finite=True)
+    stage._rescale(finite=True)
+    assert (stage.scale, stage.scaled) == (2, 0)
