@@ -55,6 +55,7 @@ class AutoencoderSchema:
     loss: Part
     discriminator: Part | None = None
     optimizer: Part
+    discriminator_optimizer: Part | None = None  # of the same schedule; without it, one like the autoencoder's
     schedule: Part
     ema: Part
     data: Part

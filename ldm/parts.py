@@ -99,6 +99,7 @@ TABLES: dict[str, dict[str, str] | str] = {
         "scenes": "ldm.data.scenes:Scenes",
     },
 }
+TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["data"]  # another source of the same kinds
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML

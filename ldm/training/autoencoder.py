@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ldm import checkpoint
 from ldm.checkpoint import load_weights
@@ -21,7 +22,7 @@ from ldm.models.lpips import LPIPS
 from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
-from ldm.training.building import check_divisible, check_seed, portable, settings, sources
+from ldm.training.building import check_divisible, check_seed, optimizer, portable, settings, sources
 from ldm.training.ema import at_least_float32
 from ldm.training.reconstructions import Reconstructions
 from ldm.training.stage import Report, Stage, Turn, named
@@ -57,6 +58,7 @@ class AutoencoderStage(Stage):
         sample_from: int = 0,
         two_forwards: bool = False,
         revive: int = 0,
+        discriminator_optimizer: Callable[..., Optimizer] | None = None,
         validation: Data | None = None,
         **common: Any,
     ):
@@ -65,6 +67,7 @@ class AutoencoderStage(Stage):
         self.watch = Verdicts()
         self.config, self.decoder_only = config, train == "decoder"
         self.sample_from, self.two_forwards, self.revive = sample_from, two_forwards, revive
+        self.make_second = discriminator_optimizer or self.make_optimizer
         self.reconstructions = Reconstructions(validation or self.data, self.plan.validate_images, self.seed)
         if self.decoder_only:
             for module in (autoencoder.encoder, autoencoder.quant):
@@ -78,6 +81,10 @@ class AutoencoderStage(Stage):
         """The autoencoder's parameters and the discriminator's."""
         groups = {GENERATOR: named([("autoencoder", self.autoencoder)])}
         return groups if self.discriminator is None else groups | {DISCRIMINATOR: named(self._discriminators())}
+
+    def optimizer_of(self, group: str) -> Callable[..., Optimizer]:
+        """The discriminator may have one of its own."""
+        return self.make_second if group == DISCRIMINATOR else self.make_optimizer
 
     def turns(self) -> list[Turn]:
         """Both together, or one after the other; the discriminator rests until its time has come."""
@@ -215,7 +222,8 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
             config.build("discriminator", in_channels=autoencoder.in_channels) if config["discriminator"] else None
         )
     check(config, plan, autoencoder)
-    learned = settings(config)
+    learned, key = settings(config), "discriminator_optimizer"
+    second = optimizer(config, key) if config[key] else None
     loss = config.build("loss")
     if init_from and not begun:
         load_weights(autoencoder, checkpoint.open(init_from).state, "autoencoder")
@@ -234,6 +242,7 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
         validation=found.validation,
         plan=plan,
         config=portable(config.values),
+        discriminator_optimizer=second,
         **{name: config[name] for name in names},
         **learned,
     )

@@ -40,15 +40,22 @@ def check_seed(config: Config) -> None:
 
 def settings(config: Config) -> dict[str, Any]:
     """The makers of optimiser, schedule and average, each tried once, so that wrong numbers are found now."""
-    samples: dict[str, Any] = {
-        "optimizer": ([torch.zeros(1, requires_grad=True)],),
-        "schedule": (0, 1),
-        "ema": ([],),
+    samples: dict[str, Any] = {"schedule": (0, 1), "ema": ([],)}
+    return {"optimizer": optimizer(config, "optimizer")} | {
+        name: tried(config, name, *sample) for name, sample in samples.items()
     }
-    made = {name: config.build(name) for name in samples}
-    for name, sample in samples.items():
-        with config.blame(name):
-            made[name](*sample)
+
+
+def optimizer(config: Config, key: str) -> Any:
+    """The maker of an optimiser, tried once."""
+    return tried(config, key, [torch.zeros(1, requires_grad=True)])
+
+
+def tried(config: Config, key: str, *sample: Any) -> Any:
+    """What a node makes, after it has been called with a sample of what it will be given."""
+    made = config.build(key)
+    with config.blame(key):
+        made(*sample)
     return made
 
 

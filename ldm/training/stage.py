@@ -67,6 +67,10 @@ class Stage(pl.LightningModule):
         """Named trainable parameters by group, each with an optimiser of its own; the first is the main one."""
         raise NotImplementedError
 
+    def optimizer_of(self, group: str) -> Callable[..., Optimizer]:
+        """What makes a group's optimiser."""
+        return self.make_optimizer
+
     def turns(self) -> list[Turn]:
         """The groups that take a step now, together or one after the other."""
         raise NotImplementedError
@@ -274,7 +278,7 @@ class Stage(pl.LightningModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """An optimiser for each group, and the averages of the main one."""
-        optimizers = {name: self.make_optimizer([p for _, p in group]) for name, group in self.groups().items()}
+        optimizers = {name: self.optimizer_of(name)([p for _, p in group]) for name, group in self.groups().items()}
         self.rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self.ema = self.make_ema(self.groups()[self.main])
         return list(optimizers.values())
