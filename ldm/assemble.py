@@ -49,7 +49,7 @@ class AutoencoderSchema:
     seed: int = 0
     autoencoder: Part
     train: Literal["all", "decoder"] = "all"
-    sample_from: int = 0  # the step from which the posterior is sampled; until then its mean is decoded
+    sample_from: int = 0  # the step from which latents are sampled (KL) or looked up (VQ); until then as they come
     two_forwards: bool = False  # CompVis's order: the discriminator sees what the autoencoder makes after its step
     revive: int = 0  # steps after which unused codes come back; 0 is never
     loss: Part

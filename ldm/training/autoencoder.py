@@ -19,7 +19,7 @@ from ldm.losses.stage_one import Loss
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.lpips import LPIPS
-from ldm.models.quantize import VectorQuantizer
+from ldm.models.quantize import Bottled, VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
 from ldm.training.building import check_divisible, check_seed, optimizer, portable, settings, sources
@@ -72,8 +72,8 @@ class AutoencoderStage(Stage):
         if self.decoder_only:
             for module in (autoencoder.encoder, autoencoder.quant):
                 module.requires_grad_(False)
-        if isinstance(autoencoder.bottleneck, VectorQuantizer):
-            self.register_buffer("usage", torch.zeros(len(autoencoder.bottleneck.codebook), dtype=torch.int64))
+        if self.codebook is not None:
+            self.register_buffer("usage", torch.zeros(len(self.codebook.codebook), dtype=torch.int64))
 
     # --------------------------------------------------------------------------------------------------- the game
 
@@ -105,7 +105,7 @@ class AutoencoderStage(Stage):
         if self.plan.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(GENERATOR in turn):
-            reconstruction, bottled = self.autoencoder(x, self.noise(batch, x))  # (B, 3, H, W)
+            reconstruction, bottled = self.through(batch, x)  # (B, 3, H, W)
         report: Report = {}
         losses = []
         if GENERATOR in turn:
@@ -123,10 +123,17 @@ class AutoencoderStage(Stage):
             losses, report = [*losses, loss], report | prefixed("loss", scalars)
         return torch.stack(losses).sum(), report
 
-    def noise(self, batch: dict[str, Any], x: Tensor) -> Tensor | None:
-        """The posterior's noise of each sample, keyed by its number; None, its mean, up to `sample_from`."""
-        if self.step < self.sample_from or isinstance(self.autoencoder.bottleneck, VectorQuantizer):
-            return None
+    def through(self, batch: dict[str, Any], x: Tensor) -> tuple[Tensor, Bottled]:
+        """Reconstructions, and what the bottleneck says; up to `sample_from` it lets latents pass as they come."""
+        if self.codebook is None:
+            return self.autoencoder(x, self.noise(batch, x) if self.step >= self.sample_from else None)
+        if self.step >= self.sample_from:
+            return self.autoencoder(x)
+        z = self.autoencoder.moments(x)  # (B, Z, h, w)
+        return self.autoencoder.reconstruct(z), Bottled(z, z.new_zeros(len(z)))
+
+    def noise(self, batch: dict[str, Any], x: Tensor) -> Tensor:
+        """The posterior's noise of each sample, keyed by its number."""
         factor = self.autoencoder.factor
         shape = (self.autoencoder.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
         _, noise = draw(stream(self.seed, "loss"), batch["number"].tolist(), 0, shape)  # (B, Z, h, w)
@@ -137,10 +144,9 @@ class AutoencoderStage(Stage):
         """Of the latents their mean and standard deviation, and how much of the codebook this batch uses."""
         z = z.to(at_least_float32(z))
         report = {"mean": z.mean(), "std": z.std()}
-        bottleneck = self.autoencoder.bottleneck
-        if chosen is None or not isinstance(bottleneck, VectorQuantizer):
+        if chosen is None or self.codebook is None:
             return report
-        counts = bottleneck.count(chosen)  # (K,)
+        counts = self.codebook.count(chosen)  # (K,)
         self.usage += counts
         return report | codes.use(counts)
 
@@ -149,9 +155,16 @@ class AutoencoderStage(Stage):
         return self.watch(row)
 
     def after_step(self, batch: dict[str, Any]) -> None:
-        """Dead codes come back every `revive` steps."""
-        if self.revive and self.step % self.revive == 0 and not self.decoder_only:
+        """Codes are latents of this batch when their time has come; dead ones come back so every `revive` steps."""
+        again = self.revive and self.step > self.sample_from and self.step % self.revive == 0
+        if self.codebook is not None and not self.decoder_only and (again or self.step == self.sample_from):
             codes.revive(self, to_float(batch["image"]).to(self.dtype))
+
+    @property
+    def codebook(self) -> VectorQuantizer | None:
+        """The bottleneck, if it has codes."""
+        bottleneck = self.autoencoder.bottleneck
+        return bottleneck if isinstance(bottleneck, VectorQuantizer) else None
 
     def _discriminators(self) -> list[tuple[str, nn.Module]]:
         return [] if self.discriminator is None else [("discriminator", self.discriminator)]
@@ -168,7 +181,9 @@ class AutoencoderStage(Stage):
     @property
     def unused(self) -> bool:
         """Whether some steps leave some weights without a gradient."""
-        return self.discriminator is not None and (self.two_forwards or not self.criterion.discriminator_learns(0))
+        waiting = self.codebook is not None and self.sample_from > 0
+        late = self.two_forwards or not self.criterion.discriminator_learns(0)
+        return waiting or (self.discriminator is not None and late)
 
     # ----------------------------------------------------------------------------------------------- what is seen
 

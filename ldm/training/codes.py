@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from ldm.draws import keyed, stream
-from ldm.models.quantize import VectorQuantizer, perplexity
+from ldm.models.quantize import perplexity
 
 if TYPE_CHECKING:
     from ldm.training.autoencoder import AutoencoderStage
@@ -27,8 +27,8 @@ def revive(stage: AutoencoderStage, x: Tensor) -> None:
 
     Their averages go along, and what the optimiser remembers of them is forgotten.
     """
-    bottleneck = stage.autoencoder.bottleneck
-    assert isinstance(bottleneck, VectorQuantizer)
+    bottleneck = stage.codebook
+    assert bottleneck is not None
     rows = gathered(stage.autoencoder.moments(x).float().permute(0, 2, 3, 1).flatten(0, 2))  # (N, C)
     counts = stage.usage.clone()  # (K,)
     if stage.trainer.world_size > 1:

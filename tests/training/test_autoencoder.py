@@ -17,6 +17,7 @@ from ldm.cli import main
 from ldm.data.loader import loader
 from ldm.draws import draw, stream
 from ldm.models.autoencoder import kl
+from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
 from ldm.training.autoencoder import build
@@ -218,7 +219,7 @@ def test_init_from_another_shape_is_refused(tmp_path, capsys):
 
 
 VQ = ["autoencoder.type=vq", "autoencoder.channels=32", "autoencoder.multipliers=[1, 1]", "autoencoder.blocks=1"]
-VQ += ["autoencoder.mid_attention=false", "autoencoder.latent=4", "autoencoder.codes=64", "revive=3"]
+VQ += ["autoencoder.mid_attention=false", "autoencoder.latent=4", "autoencoder.codes=64", "revive=3", "sample_from=0"]
 
 
 @pytest.fixture
@@ -254,6 +255,22 @@ def test_dead_codes_come_back_and_nothing_remembers_them(tmp_path, revivals):
     used = [float(row["latents/codes_used"]) for row in rows(tmp_path / "run")]
     assert used[3] > used[2]
     assert len(revivals) == 2
+
+
+def test_codes_begin_as_latents_where_quantising_begins(tmp_path, revivals, monkeypatch):
+    """Until then nothing looks them up, and nothing pulls latents towards them."""
+    quantised, forward = [], VectorQuantizer.forward
+    monkeypatch.setattr(VectorQuantizer, "forward", lambda self, *x: quantised.append(self) or forward(self, *x))
+    late = ["sample_from=4", "revive=0", "trainer.steps=6", "trainer.validate_every=6"]
+    assert main(command(tmp_path / "run", *VQ, *late)[:-1]) == 0
+    ((before, usage, after, memory),) = revivals
+    assert usage.sum() == 0
+    assert after.std() > 10 * before.std()  # latents of random weights, where codes begin within 1/64
+    assert (before != after).any(1).all()
+    assert torch.equal(memory["average"], after)
+    assert [row["latents/codes_used"] != "" for row in rows(tmp_path / "run")] == [False] * 4 + [True] * 2
+    assert [float(row["loss/penalty"]) > 0 for row in rows(tmp_path / "run")] == [False] * 4 + [True] * 2
+    assert len(quantised) == 2 + 1  # two steps, one validation
 
 
 def test_codes_come_back_alike_on_two_processes(tmp_path):
