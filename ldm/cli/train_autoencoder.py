@@ -40,4 +40,5 @@ def run(arguments: argparse.Namespace) -> int:
     stage = autoencoder.build(config, arguments.init_from, begun=run.begun(folder))
     if run.is_main():
         print(run.summary(stage, folder), flush=True)
+        run.check(stage, config.values, folder)
     return 0 if arguments.dry_run else run.train(stage, config.values, folder)

@@ -32,4 +32,5 @@ def run(arguments: argparse.Namespace) -> int:
     stage = latent_diffusion.build(config, opened, arguments.init_from, checkpointing.exported(folder))
     if run.is_main():
         print("\n".join([run.summary(stage, folder), *latent_diffusion.notices(stage)]), flush=True)
+        run.check(stage, config.values, folder)
     return 0 if arguments.dry_run else run.train(stage, config.values, folder)

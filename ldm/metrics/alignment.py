@@ -24,7 +24,7 @@ def prompts(count: int, objects: int | None = None, split: str = "validation", s
     while len(found) < count:
         indices = np.arange(start, start + block)
         table = draw(seed, indices, split)
-        texts = captions(table, seed, indices)
+        texts = captions(table, seed, indices.tolist())
         found += [text for text, n in zip(texts, table.there.sum(1)) if objects in (None, n)]
         start += block
     return found[:count]

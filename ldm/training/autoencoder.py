@@ -22,7 +22,7 @@ from ldm.models.lpips import LPIPS
 from ldm.models.quantize import Bottled, VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
-from ldm.training.building import check_divisible, check_seed, optimizer, portable, settings, sources
+from ldm.training.building import check_divisible, check_plan, optimizer, portable, settings, sources
 from ldm.training.ema import at_least_float32
 from ldm.training.reconstructions import Reconstructions
 from ldm.training.stage import Report, Stage, Turn, named
@@ -74,6 +74,7 @@ class AutoencoderStage(Stage):
                 module.requires_grad_(False)
         if self.codebook is not None:
             self.register_buffer("usage", torch.zeros(len(self.codebook.codebook), dtype=torch.int64))
+            self.counted = ("usage",)
 
     # --------------------------------------------------------------------------------------------------- the game
 
@@ -203,11 +204,11 @@ class AutoencoderStage(Stage):
     # ---------------------------------------------------------------------------------------------- what is saved
 
     @torch.no_grad()
-    def export(self, images: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The autoencoder alone, with its latents' statistics over a share of the images since the last checkpoint."""
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The autoencoder alone, with its latents' statistics over a share of the images between two checkpoints."""
         with self.averaged():
             if not self.decoder_only:
-                count = share(images, len(self.data))
+                count = share(self.plan.save_every * self.data.batch_size, len(self.data))
                 statistics = measured(self.encode, self.data, self.seed, count, self.autoencoder.shift, self.spread)
                 self.autoencoder.set_statistics(*statistics)
             state = self.whole(prefixed("autoencoder", self.autoencoder.state_dict(), "."))
@@ -265,15 +266,22 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
 
 def check(config: Config, plan: Plan, autoencoder: Autoencoder) -> None:
     """Refuse what no first stage can be trained with."""
-    check_seed(config)
+    check_plan(config, plan)
     for name in ("sample_from", "revive"):
         if config[name] < 0:
             raise config.source.error(f"{name}: a number of steps", name, got=str(config[name]), expected="0 or more")
+    vq = isinstance(autoencoder.bottleneck, VectorQuantizer)
+    if config["revive"] and not vq:
+        got = config["autoencoder"]["type"]
+        raise config.source.error("revive: there are no codes", "revive", got=got, expected="vq", hint="0")
+    if config["two_forwards"] and plan.accumulate > 1:
+        key, got = "trainer.accumulate", f"{plan.accumulate} with two_forwards"
+        raise config.source.error(f"{key}: the two turns need the whole batch", key, got=got, expected="1")
     if plan.precision == "16-mixed":
         why = "float16 overflows in the gradients of two losses that one scale cannot serve"
         key = "trainer.precision"
         raise config.source.error(f"{key}: {why}", key, got="16-mixed", expected="32-true or bf16-mixed")
-    if plan.strategy == "fsdp2" and plan.ranks > 1 and isinstance(autoencoder.bottleneck, VectorQuantizer):
+    if plan.strategy == "fsdp2" and plan.ranks > 1 and vq:
         key = "trainer.strategy"
         raise config.source.error(f"{key}: a codebook is not sharded", key, got="fsdp2 with vq", hint="ddp")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,8 +33,12 @@ class Sources(NamedTuple):
         return [(key, source) for key, source in zip(self._fields, self) if source is not None]
 
 
-def check_seed(config: Config) -> None:
-    """Refuse what no generator takes."""
+def check_plan(config: Config, plan: Plan) -> None:
+    """Refuse a seed that no generator takes, and a launcher that starts other processes than the plan has."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and (started := int(os.environ["WORLD_SIZE"])) != plan.ranks:
+        key, got = "trainer.devices", f"{plan.ranks} processes on {plan.nodes} nodes"
+        hint = f"trainer.devices={started // plan.nodes}"
+        raise config.source.error(f"{key}: not what torchrun starts", key, got=got, expected=str(started), hint=hint)
     if not 0 <= config["seed"] < 2**32:
         raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
+from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.logs import Logs
 from ldm.training.stage import Stage
@@ -20,11 +23,9 @@ CODES = {"sigterm": 143, "sigint": 130}
 class Run(Callback):
     """A run directory's side of training: where it begins, what it writes, when it ends and with which exit status."""
 
-    def __init__(self, folder: Path, main: bool):
-        self.folder, self.code = folder, 0
+    def __init__(self, folder: Path, main: bool, stop: dict[str, float]):
+        self.folder, self.stop, self.code = folder, stop, 0
         self.logs = Logs(folder) if main else None
-        self.saved_at = 0  # images seen at the last checkpoint
-        self.handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         """Put everything back to the newest whole checkpoint, if there is one, before the data are asked for."""
@@ -32,25 +33,36 @@ class Run(Callback):
         found = checkpointing.newest(self.folder)
         if found:
             checkpointing.restore(*found, stage)
-        self.saved_at = stage.images_seen
         if self.logs:
             self.logs.begin(stage, stage.images_seen)
         if stage.step >= stage.plan.steps:
             trainer.should_stop = True
 
-    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        """A signal asks for a stop at the end of the step, a second one does as it always did."""
-        self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals are ours, from now on until this ends."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-        assert isinstance(stage, Stage)
-        stop = stage.stop
+    def listen(self) -> None:
+        """A signal asks for a stop at the end of a step, a second one does as it always did."""
 
         def request(number: int, frame: Any) -> None:
-            stop[SIGNALS[signal.Signals(number)]] = 1.0
+            self.stop[SIGNALS[signal.Signals(number)]] = 1.0
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
         for number in SIGNALS:
             signal.signal(number, request)
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        """Lightning has put its own handlers before ours; what came meanwhile is in `stop`."""
+        trainer._signal_connector.received_sigterm = False
+        self.listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, index: int
@@ -59,29 +71,35 @@ class Run(Callback):
         assert isinstance(stage, Stage)
         if not stage.report:  # within an accumulated batch
             return
+        try:
+            self.end_step(trainer, stage)
+        except (OSError, InputError) as error:
+            if isinstance(error, OSError) or isinstance(error.__cause__, OSError):  # a log or a picture
+                raise checkpointing.incomplete(error, self.folder) from error
+            raise
+
+    def end_step(self, trainer: pl.Trainer, stage: Stage) -> None:
+        """Measure, log and save where it is due, and stop where the plan or a signal says so."""
         asked = [name for name, value in stage.stop.items() if value > 0]
         ended = stage.step >= stage.plan.steps
         due = stage.advanced and not asked
         if due and (ended or stage.step % stage.plan.validate_every == 0):
-            stage.report |= stage.validate(self.folder / "samples")
+            with self.aside():
+                stage.report |= stage.validate(self.folder / "samples")
         if self.logs:
             self.logs.step(stage, ended)
         if asked or ended or (due and stage.step % stage.plan.save_every == 0):
-            self.save(stage)
+            with self.aside():
+                checkpointing.write(self.folder, stage)
         if asked or ended:
             self.code = CODES[asked[0]] if asked and not ended else 0
             trainer.should_stop = True
 
-    def save(self, stage: Stage) -> None:
-        """A checkpoint, after the log of its step."""
-        checkpointing.write(self.folder, stage, stage.images_seen - self.saved_at)
-        self.saved_at = stage.images_seen
-        if self.logs:
-            self.logs.restart_clock(stage.images_seen)
+    def aside(self) -> AbstractContextManager[None]:
+        """What is not training, for the clock of those who have one."""
+        return self.logs.stopped_clock() if self.logs else nullcontext()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give signals back, and close the logs."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        """Close the logs."""
         if self.logs:
             self.logs.close()

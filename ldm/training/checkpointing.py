@@ -7,14 +7,16 @@ saved whole, so that other numbers of ranks can go on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
@@ -25,44 +27,67 @@ STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensor
 COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row", "scale", "scaled")
 
 
-def write(run: Path, stage: Stage, images: int) -> None:
-    """Write a checkpoint and `model.safetensors`, after `images` since the last; every rank calls, the first writes."""
+def write(run: Path, stage: Stage) -> None:
+    """Write a checkpoint and `model.safetensors`; every rank calls, the first writes, and all learn how that went."""
     check_finite(stage)
-    config, model = stage.export(images)
-    state = stage.whole(tensors_of(stage))
+    config, model = stage.export()
+    collect(stage)
+    state, failure = stage.whole(tensors_of(stage)), None
     if stage.global_rank == 0:
-        folder = run / "checkpoints" / f"{stage.step:08d}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MANIFEST).unlink(missing_ok=True)
-            digests = {STATE: write_file(folder / STATE, state, {})}
-            digests[MODEL] = save(run / MODEL, config, model, stage.tokenizer)
-            counters = {name: getattr(stage, name) for name in COUNTERS}
-            with replacing(folder / MANIFEST) as file:
-                file.write(json.dumps({**counters, "sha256": digests, "threads": torch.get_num_threads()}).encode())
-            flush_folder(folder.parent)
+            write_files(run, stage, state, config, model)
         except (CheckpointError, OSError) as error:
-            raise incomplete(error, run) from error
-        for old in sorted(folder.parent.iterdir())[: -stage.plan.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    stage.trainer.strategy.barrier("checkpoint")
+            failure = incomplete(error, run)
+    failed = bool(stage.mean(torch.tensor(float(failure is not None), device=stage.device)))
+    if failed:
+        raise failure or CheckpointError("the first process could not write its checkpoint", str(run))
+
+
+def write_files(
+    run: Path, stage: Stage, state: Mapping[str, Tensor], config: dict[str, Any], model: dict[str, Tensor]
+) -> None:
+    """The files of a checkpoint, its manifest last; then older ones go."""
+    folder = run / "checkpoints" / f"{stage.step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    digests = {STATE: write_file(folder / STATE, state, {})}
+    digests[MODEL] = save(run / MODEL, config, model, stage.tokenizer)
+    counters = {name: getattr(stage, name) for name in COUNTERS}
+    said = {**counters, "sha256": digests, "threads": torch.get_num_threads(), "samples": len(stage.data)}
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(said).encode())
+    flush_folder(folder.parent)
+    whole = [old for old in sorted(folder.parent.iterdir()) if old <= folder and (old / MANIFEST).exists()]
+    for old in whole[: -stage.plan.keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its manifest; what others began and never finished is no checkpoint."""
+    """The newest checkpoint that is whole, and its manifest; one that was never finished is none.
+
+    Damaged ones are passed over with a warning, but where all are damaged nobody begins anew on top of them.
+    """
+    damaged = []
     for folder in sorted((run / "checkpoints").glob("*"), reverse=True):
+        if not (folder / MANIFEST).exists():
+            continue
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
             if check_digest(folder / STATE) == manifest["sha256"][STATE]:
                 return folder, manifest
         except (OSError, ValueError, KeyError, CheckpointError):
-            continue
+            pass
+        warnings.warn(f"{folder} is damaged and passed over", stacklevel=2)
+        damaged.append(folder.name)
+    if damaged:
+        expected, hint = "one that is whole", "another --run, or without this folder"
+        raise CheckpointError("no checkpoint can be read", str(run), ", ".join(damaged), expected, hint)
     return None
 
 
-def exported(run: Path) -> dict[str, str] | None:
-    """What a begun run's `model.safetensors` says beside its weights."""
-    return open_file(run / MODEL).metadata if newest(run) and (run / MODEL).is_file() else None
+def exported(run: Path) -> Path | None:
+    """A begun run's `model.safetensors`."""
+    return run / MODEL if newest(run) and (run / MODEL).is_file() else None
 
 
 def clear(run: Path) -> None:
@@ -74,6 +99,7 @@ def clear(run: Path) -> None:
 @torch.no_grad()
 def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
     """Put a stage back to where a checkpoint was written."""
+    check_same(folder, manifest, stage)
     saved = open_file(folder / STATE)
     own = tensors_of(stage)
     remembered = [name for name in saved if name.startswith("optimizer/")]
@@ -92,6 +118,30 @@ def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
                 optimizer.state[p][key.removeprefix(prefix)] = value
     for name in COUNTERS:
         setattr(stage, name, manifest.get(name, getattr(stage, name)))
+    if stage.global_rank:
+        for name in stage.counted:
+            getattr(stage, name).zero_()
+
+
+def check_same(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
+    """Refuse other data, whose order would be another one; say where sums may be rounded in another way."""
+    samples, threads = len(stage.data), torch.get_num_threads()
+    if manifest.get("samples", samples) != samples:
+        got, expected = f"{samples} samples an epoch", f"{manifest['samples']}, as before"
+        raise CheckpointError("other data than this run began with", str(folder), got, expected, "another --run")
+    if stage.device.type == "cpu" and manifest.get("threads", threads) != threads:
+        text = f"{manifest['threads']} threads until {folder.name}, {threads} from now on: sums are rounded otherwise"
+        warnings.warn(text, stacklevel=2)
+
+
+@torch.no_grad()
+def collect(stage: Stage) -> None:
+    """What ranks count apart, with the first one, so that it is saved and still adds up."""
+    if stage.trainer.world_size > 1:
+        for x in (getattr(stage, name) for name in stage.counted):
+            distributed.all_reduce(x)
+            if stage.global_rank:
+                x.zero_()
 
 
 def tensors_of(stage: Stage) -> dict[str, Tensor]:
@@ -132,7 +182,9 @@ def check_finite(stage: Stage) -> None:
 
 def incomplete(error: Exception, run: Path) -> CheckpointError:
     """What to say when a checkpoint cannot be written: why, and what there is."""
-    last = newest(run)
+    last = None
+    with contextlib.suppress(CheckpointError):
+        last = newest(run)
     kept = f"the last whole checkpoint is {last[0]}" if last else "there is no checkpoint before it"
     what = str(error) if isinstance(error, CheckpointError) else f"cannot be written ({run}); got {error}"
     return CheckpointError(f"{what}; {kept}", hint="making room there and the same command again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from ldm.checkpoint import Opened, load_weights
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import Text
-from ldm.conditioning.tokenizer import from_json
 from ldm.config import Config
 from ldm.data.latents import Latents
 from ldm.data.sampler import Ask
@@ -27,7 +25,7 @@ from ldm.draws import draw, stream
 from ldm.errors import CheckpointError, InputError
 from ldm.models.transformer import TextTransformer
 from ldm.pictures import to_float
-from ldm.training.building import Sources, check_divisible, check_seed, portable, settings, sources
+from ldm.training.building import Sources, check_divisible, check_plan, portable, settings, sources
 from ldm.training.by_level import ByLevel
 from ldm.training.conditions import MADE, completed
 from ldm.training.sampling import Samples
@@ -156,7 +154,7 @@ class LatentDiffusionStage(Stage):
     # ---------------------------------------------------------------------------------------------- what is saved
 
     @torch.no_grad()
-    def export(self, images: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything that sampling needs."""
         parts = {"backbone": self.denoiser.backbone, "conditioner": self.conditioner, "autoencoder": self.autoencoder}
         modules = {name: module for name, module in parts.items() if module is not None}
@@ -172,14 +170,15 @@ def build(
     config: Config,
     opened: Mapping[str, Opened],
     init_from: str | None = None,
-    before: Mapping[str, str] | None = None,
+    before: Path | None = None,
 ) -> LatentDiffusionStage:
     """The stage that a configuration describes, everything wrong with it found here.
 
-    `before` is what the run's own exported file says, where the run has begun: it needs no first weights.
+    `before` is the run's own exported file, where the run has begun: it needs no first weights, and its frozen encoders
+    are those it began with.
     """
     plan = config.build("trainer")
-    check_seed(config)
+    check_plan(config, plan)
     assemble.check_first_stage(config, opened)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(config["seed"], "init"))
@@ -188,11 +187,9 @@ def build(
     weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
     fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
     found = sources(config, plan)
-    if before:
-        check_same_latents(json.loads(before["config"]), fingerprint, "--run")
-    elif init_from:
-        begin(model, checkpoint.open(init_from), fingerprint, init_from)
-    teach(model.conditioner, found.data, config["seed"], (before or {}).get("tokenizer"))
+    if first := before or init_from:
+        begin(model, checkpoint.open(first), fingerprint, str(first))
+    teach(model.conditioner, found.data, config["seed"])
     check_sources(config, found, model)
     return LatentDiffusionStage(
         model=model,
@@ -227,16 +224,13 @@ def check_same_latents(stored: Mapping[str, Any], fingerprint: str | None, where
         raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected)
 
 
-def teach(conditioner: Conditioner | None, data: Data, seed: int, known: str | None) -> None:
-    """Learn a tokenizer from captions, wherever a text encoder has none; a run that has begun remembers its own."""
+def teach(conditioner: Conditioner | None, data: Data, seed: int) -> None:
+    """Learn a tokenizer from captions, wherever a text encoder has none."""
     texts = [] if conditioner is None else [m for m in conditioner.modules() if isinstance(m, Text)]
     untaught = [text for text in texts if text.tokenizer is None]
-    captions = captions_of(data, seed) if untaught and known is None else []
+    captions = captions_of(data, seed) if untaught else []
     for text in untaught:
-        if known is None:
-            text.learn(captions)
-        else:
-            text.use(from_json(known))
+        text.learn(captions)
 
 
 def captions_of(data: Data, seed: int) -> list[str]:

@@ -7,6 +7,8 @@ import io
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ class Logs:
             name.split("/")[-1]: f"{row[name]:.4g}" for name in ("loss/loss", "val/psnr", "val/loss") if name in row
         }
         self.bar.set_postfix({"images/s": f"{speed:.1f}", **shown}, refresh=False)
-        for line in () if stage.advanced else (f"step {stage.step} skipped: its gradient is not finite",):
-            self.say(line)
+        if not stage.advanced:
+            self.say(f"step {stage.step} skipped: its gradient is not finite")
         for line in stage.verdicts(row):
             self.say(line)
 
@@ -61,9 +63,12 @@ class Logs:
         """A line above the progress."""
         tqdm.write(line, file=sys.stderr)
 
-    def restart_clock(self, images_seen: int) -> None:
-        """Leave what was not training out of images per second."""
-        self.since = time.perf_counter(), images_seen
+    @contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """What happens now is no training and has no part in images per second."""
+        began = time.perf_counter()
+        yield
+        self.since = self.since[0] + time.perf_counter() - began, self.since[1]
 
     def close(self) -> None:
         """Close what is open."""
@@ -125,7 +130,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, offline unless WANDB_MODE says otherwise."""
+    """Weights & Biases, offline unless WANDB_MODE says otherwise, in the project `ldm` unless WANDB_PROJECT does."""
 
     package = "wandb"
 

@@ -17,15 +17,18 @@ from ldm import configfile
 from ldm.checkpoint.files import replacing
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
-from ldm.training.callbacks import Run
+from ldm.training.building import FOLDERS
+from ldm.training.callbacks import CODES, Run
 from ldm.training.stage import Stage
 
 # what may change between two runs in one folder: where and how long, never what is learned from what in which order
-FREE = {f"trainer.{name}" for name in ("steps", "accelerator", "devices", "nodes", "strategy", "compile", "keep")}
-FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"trainer.validate_images"}
-FREE |= {"data.workers", "data.root", "validation.workers", "validation.root"}
+FREE = {f"trainer.{name}" for name in ("steps", "accumulate", "accelerator", "devices", "nodes", "strategy", "compile")}
+FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"trainer.keep", "trainer.validate_images"}
+FREE |= {"data.workers", "validation.workers"}
+FREE |= {f"{node}.{name}" for node in ("data", "validation", "loss") for name in FOLDERS[node]}
+CONFIG = "config.yaml"
 PATIENCE = 10.0  # seconds: a killed run's workers live on for some
-COPIES = 5  # of the weights in a checkpoint: they, their averages, two moments, and the model's own file
+MEMORIES = 3  # of a trained weight, beside itself: its average and two moments
 
 
 def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
@@ -33,12 +36,31 @@ def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
     main = is_main()
     with claimed(folder) if main else unclaimed():
         if main:
-            agree(folder, config)
             checkpointing.clear(folder)
-            check_space(folder, stage)
-        callback = Run(folder, main)
-        stage.plan.trainer([callback], stage.unused).fit(stage)
+            with replacing(folder / CONFIG) as target:
+                target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
+        callback = Run(folder, main, stage.stop)
+        with callback.listening():
+            try:
+                stage.plan.trainer([callback], stage.unused).fit(stage)
+            except SystemExit:  # Lightning's, at a second Ctrl-C
+                return CODES["sigint"] if stage.stop["sigint"] else 1
     return callback.code
+
+
+def check(stage: Stage, config: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder that cannot be gone on with, or has no room; nothing is written."""
+    agree(folder, config)
+    check_space(folder, stage)
+    there = existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        hint = f"--init-from {there}" if there.is_file() else ""
+        raise InputError("--run: cannot be written to", str(folder), expected="a folder of yours", hint=hint)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the one above it that is there already."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def is_main() -> bool:
@@ -84,21 +106,20 @@ def take(handle: int) -> bool:
 
 
 def agree(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder that was begun with another configuration, or never here; write this one."""
-    file = folder / "config.yaml"
-    if (weights := folder / checkpointing.MODEL).exists() and not file.exists():
+    """Refuse a folder that was begun with another configuration, or never here."""
+    file, weights = folder / CONFIG, folder / checkpointing.MODEL
+    begun = checkpointing.newest(folder)
+    unfinished = any(folder.glob("checkpoints/*"))  # killed in writing its first one
+    if weights.exists() and not begun and not unfinished:
         hint = f"--init-from {weights} and another --run"
         raise InputError("--run: weights alone are no run to go on with", str(folder), weights.name, hint=hint)
-    if file.exists():
-        before, now = flat(configfile.read(file, []).values), flat(config)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
-        if different := [key for key in changed if key != "format"]:
-            words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
-            raise InputError(
-                "--run: begun with another configuration", str(file), ", ".join(words), hint="another --run"
-            )
-    with replacing(file) as target:
-        target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
+    if not begun or not file.exists():
+        return
+    before, now = flat(configfile.read(file, []).values), flat(config)
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
+    if different := [key for key in changed if key != "format"]:
+        words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
+        raise InputError("--run: begun with another configuration", str(file), ", ".join(words), hint="another --run")
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -110,15 +131,19 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def check_space(folder: Path, stage: Stage) -> None:
     """Refuse a disk that has no room for one checkpoint."""
-    needed, free = disk_needed(stage), shutil.disk_usage(folder).free
+    needed, free = disk_needed(stage), shutil.disk_usage(existing(folder)).free
     if free < needed:
         got, expected = f"{free / 1e6:.0f} MB free", f"{needed / 1e6:.0f} MB for one checkpoint"
         raise InputError("--run: the disk is too small", str(folder), got, expected, "another --run")
 
 
 def disk_needed(stage: Stage) -> int:
-    """The bytes of a checkpoint, about."""
-    return COPIES * sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+    """The bytes of a checkpoint, about: what is trained, what is remembered of it, and the model's own file."""
+    frozen = tuple(f"{name}." for name in stage.frozen)
+    sizes = {name: x.numel() * x.element_size() for name, x in stage.state_dict().items()}
+    state = sum(size for name, size in sizes.items() if not name.startswith(frozen))
+    learned = sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+    return state + MEMORIES * learned + sum(sizes.values())
 
 
 def begun(folder: Path) -> bool:
@@ -140,4 +165,6 @@ def summary(stage: Stage, folder: Path) -> str:
         f"plan: {plan.steps} steps on {where}",
         f"run: {folder}, {disk_needed(stage) / 1e6:.0f} MB a checkpoint",
     ]
+    if begun := checkpointing.newest(folder):
+        lines += [f"goes on from step {begun[1]['step']}: --init-from and first weights play no part any more"]
     return "\n".join(lines)

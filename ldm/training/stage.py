@@ -37,6 +37,7 @@ class Stage(pl.LightningModule):
 
     frozen: tuple[str, ...] = ()  # names of modules that no checkpoint needs
     tokenizer: str | None = None  # as it is stored with the weights
+    counted: tuple[str, ...] = ()  # names of buffers that each rank counts for itself
     telling = "loss/loss"  # of what is logged, what falls where something is learned
 
     def __init__(
@@ -103,7 +104,7 @@ class Stage(pl.LightningModule):
     def after_step(self, batch: dict[str, Any]) -> None:
         """What else happens after an applied step."""
 
-    def export(self, images: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration and averaged weights of `model.safetensors`; every rank calls, the first gets the weights."""
         raise NotImplementedError
 

@@ -32,7 +32,7 @@ def shared(count: int, spread: Spread) -> Iterator[tuple[int, bool]]:
 
 
 def share(images: int, length: int) -> int:
-    """How many images to measure after training on so many: a number that no clock has a part in."""
+    """How many images to measure after training on so many: no clock and no signal has a part in it."""
     return min(MOST, length, max(BATCH, images // COST))
 
 

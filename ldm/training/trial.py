@@ -116,7 +116,6 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
         phases.append(Phase(name, first, steps, flops, each))
     most = peak(stage.device)
     (folder / "samples").mkdir()
-    images = plan.save_every * stage.data.batch_size * plan.ranks
     found = Trial(
         needs=needs,
         memory=memory,
@@ -124,7 +123,7 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
         peak=most,
         phases=phases,
         validation_seconds=clocked(lambda: stage.validate(folder / "samples")) / plan.ranks,  # which share it
-        checkpoint_seconds=clocked(lambda: checkpointing.write(folder, stage, images)),
+        checkpoint_seconds=clocked(lambda: checkpointing.write(folder, stage)),
         checkpoint_bytes=sum(file.stat().st_size for file in folder.glob("checkpoints/*/*")),
         model_bytes=(folder / MODEL).stat().st_size,
     )
