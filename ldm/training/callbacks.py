@@ -80,8 +80,7 @@ class Run(Callback):
 
     def end_step(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Measure, log and save where it is due, and stop where the plan or a signal says so."""
-        asked = [name for name, value in stage.stop.items() if value > 0]
-        ended = stage.step >= stage.plan.steps
+        asked, ended = stage.asked, stage.step >= stage.plan.steps
         due = stage.advanced and not asked
         if due and (ended or stage.step % stage.plan.validate_every == 0):
             with self.aside():

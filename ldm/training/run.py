@@ -166,5 +166,5 @@ def summary(stage: Stage, folder: Path) -> str:
         f"run: {folder}, {disk_needed(stage) / 1e6:.0f} MB a checkpoint",
     ]
     if begun := checkpointing.newest(folder):
-        lines += [f"goes on from step {begun[1]['step']}: --init-from and first weights play no part any more"]
+        lines += [f"goes on from step {begun[1]['step']}, with the weights of that step"]
     return "\n".join(lines)

@@ -59,7 +59,8 @@ class Stage(pl.LightningModule):
         self.scale, self.scaled = SCALE if plan.precision == "16-mixed" else 1.0, 0  # the loss's, since so many steps
         self.advanced = False  # whether the last batch ended in an applied step
         self.report: dict[str, float] = {}  # of the step that the last batch ended, if it did
-        self.stop = dict.fromkeys(("sigterm", "sigint"), 0.0)  # set by signal handlers, shared between ranks
+        self.stop = dict.fromkeys(("sigterm", "sigint"), 0.0)  # set by signal handlers
+        self.asked: list[str] = []  # those of them that all ranks know of
         self._micro, self._sums = 0, Report()
 
     # ------------------------------------------------------------------------------------ what a subclass says
@@ -204,7 +205,7 @@ class Stage(pl.LightningModule):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         together = self.mean(torch.stack([x.to(dtype) for x in values]))
         read = dict(zip((*scalars, *self.stop), together.tolist()))
-        self.stop.update({name: max(self.stop[name], read.pop(name)) for name in self.stop})
+        self.asked = [name for name in self.stop if read.pop(name) > 0]
         return read
 
     def _unsynchronised(self) -> AbstractContextManager[None]:

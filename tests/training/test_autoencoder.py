@@ -273,13 +273,14 @@ def test_codes_begin_as_latents_where_quantising_begins(tmp_path, revivals, monk
     assert len(quantised) == 2 + 1  # two steps, one validation
 
 
-def test_codes_come_back_alike_on_two_processes(tmp_path):
-    one, two = command(tmp_path / "one", *VQ, *DOUBLE), command(tmp_path / "two", *VQ, *DOUBLE, "trainer.devices=2")
+def test_codes_come_back_alike_on_two_processes_that_stop_in_between(tmp_path):
+    """A checkpoint between two revivals holds what both have counted."""
+    overrides = [*VQ, *DOUBLE, "schedule.type=constant"]
+    one, two = command(tmp_path / "one", *overrides), command(tmp_path / "two", *overrides, "trainer.devices=2")
     assert wait(start(one)) == [0]
-    assert wait(start(two, ranks=2)) == [0, 0], (tmp_path / "two.log").read_text()
-    ours, theirs = state_of(tmp_path / "one"), state_of(tmp_path / "two")
-    ours.pop("model/usage"), theirs.pop("model/usage")  # each rank's own since the last revival
-    assert_near(ours, theirs)
+    for steps in (5, 10):
+        assert wait(start([*two, f"trainer.steps={steps}"], ranks=2)) == [0, 0], (tmp_path / "two.log").read_text()
+    assert_near(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
 
 
 @pytest.mark.parametrize(
@@ -293,6 +294,9 @@ def test_codes_come_back_alike_on_two_processes(tmp_path):
         (["data.batch_size=8", "trainer.accumulate=3"], "a batch cannot be split evenly"),
         (["data.batch_size=41"], "the set is smaller than one batch"),
         (["trainer.precision=16-mixed"], "trainer.precision: float16 overflows"),
+        (["revive=5"], "revive: there are no codes"),
+        (["two_forwards=true", "trainer.accumulate=2"], "trainer.accumulate: the two turns need the whole batch"),
+        (["discriminator_optimizer={type: adamw, lr: -1}"], "discriminator_optimizer.lr: never negative"),
         (["trainer.accelerator=gpu"], "trainer.accelerator: there is no GPU here"),
         (["trainer.keep=1"], "trainer.keep"),
         (["trainer.steps=0"], "trainer.steps"),
@@ -310,6 +314,14 @@ def test_bad_input_is_one_line_before_anything_is_written(overrides, words, tmp_
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_starts_other_processes_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(tmp_path / "run")[:-1]) == 2
+    assert "trainer.devices: not what torchrun starts" in (error := capsys.readouterr().err)
+    assert "try trainer.devices=2" in error
 
 
 def test_bfloat16_where_there_is_none(tmp_path, monkeypatch, capsys):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm import checkpoint
 from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
-from ldm.training import checkpointing
+from ldm.training import checkpointing, logs, run
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, toy_data, wait
 
 __all__ = ["toy_data"]
+VQ = ["autoencoder={type: vq, codes: 64, channels: 32, multipliers: [1, 1], blocks: 1, mid_attention: false}"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,17 +83,113 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch
     assert manifest(tmp_path / "run")["step"] == 10
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+@pytest.mark.parametrize("write", ["metrics.csv", "00000010.png"])
+def test_a_full_disk_is_named_wherever_it_is_met(write, tmp_path, monkeypatch, capsys):
+    def full(self, *others, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), write)
+
     argv = command(tmp_path / "run")
-    assert main(argv[:-1]) == 0
-    before = manifest(tmp_path / "run")
-    state = tmp_path / "run" / "checkpoints" / "00000010" / "state.safetensors"
+    assert main([*argv[:-1], "trainer.steps=5"]) == 0
+    monkeypatch.setattr(*((logs.Table, "add", full) if write == "metrics.csv" else (Image.Image, "save", full)))
+    assert main(argv[:-1]) == 4
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in text
+    assert "the last whole checkpoint is" in text
+
+
+def damage(run, step: int) -> None:
+    """One bit of a checkpoint."""
+    state = run / "checkpoints" / f"{step:08d}" / "state.safetensors"
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(data)
-    assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged and passed over")
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    argv = command(tmp_path / "run")
     assert main(argv[:-1]) == 0
+    before = manifest(tmp_path / "run")
+    damage(tmp_path / "run", 10)
+    with pytest.warns(UserWarning, match="00000010 is damaged and passed over"):
+        assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
+    capsys.readouterr()
+    assert main(argv[:-1]) == 0
+    assert "goes on from step 5" in capsys.readouterr().out
     assert manifest(tmp_path / "run") == before
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged and passed over")
+def test_nothing_begins_anew_on_top_of_what_cannot_be_read(tmp_path, capsys):
+    argv = command(tmp_path / "run")
+    assert main(argv[:-1]) == 0
+    files_before = {file: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    damage(tmp_path / "run", 5)
+    damage(tmp_path / "run", 10)
+    capsys.readouterr()
+    assert main(argv[:-1]) == 4
+    assert "no checkpoint can be read" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in files_before} == files_before
+
+
+def test_weights_without_checkpoints_are_no_run_to_go_on_with(tmp_path, capsys):
+    """But what a process left that was killed in writing its first checkpoint is."""
+    argv = command(tmp_path / "run", "trainer.steps=5")
+    assert main(argv[:-1]) == 0
+    whole = manifest(tmp_path / "run")
+    (tmp_path / "run/checkpoints/00000005/manifest.json").unlink()
+    assert main(argv[:-1]) == 0
+    assert manifest(tmp_path / "run") == whole
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    weights = (tmp_path / "run/model.safetensors").read_bytes()
+    for more in ([], ["--dry-run"]):
+        assert main([*argv[:-1], *more]) == 2
+        assert "weights alone are no run to go on with" in capsys.readouterr().err
+    assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+
+
+def test_other_data_are_refused(tmp_path, capsys):
+    argv = command(tmp_path / "run", "trainer.steps=5")
+    assert main(argv[:-1]) == 0
+    said = tmp_path / "run/checkpoints/00000005/manifest.json"
+    said.write_text(said.read_text().replace('"samples": 40', '"samples": 41'))
+    assert main([*argv[:-1], "trainer.steps=6"]) == 4
+    assert "other data than this run began with" in capsys.readouterr().err
+
+
+def test_a_signal_before_the_first_step_saves_too(tmp_path, monkeypatch):
+    def early(folder, found, stage):
+        restore(folder, found, stage)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    argv, restore = command(tmp_path / "run"), checkpointing.restore
+    assert main([*argv[:-1], "trainer.steps=5"]) == 0
+    monkeypatch.setattr(checkpointing, "restore", early)
+    assert main(argv[:-1]) == 143
+    assert manifest(tmp_path / "run")["step"] == 6
+
+
+def test_the_scale_of_latents_is_the_same_wherever_a_run_stood(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.training.statistics.COST", 1)
+    monkeypatch.setattr("ldm.training.statistics.BATCH", 8)
+    for name, stops in {"straight": [10], "broken": [4, 9, 10]}.items():
+        for steps in stops:
+            assert main(command(tmp_path / name, "schedule.type=constant", f"trainer.steps={steps}")[:-1]) == 0
+    straight, broken = (checkpoint.open(tmp_path / name / "model.safetensors") for name in ("straight", "broken"))
+    assert broken.state["autoencoder.scale"] == straight.state["autoencoder.scale"]
+    assert broken.config["fingerprint"] == straight.config["fingerprint"]
+
+
+@pytest.mark.parametrize("change", [[], ["train=decoder", "discriminator=null"], VQ])
+def test_a_checkpoint_is_as_large_as_was_said(change, tmp_path, monkeypatch):
+    first = command(tmp_path / "first", "trainer.steps=1")
+    decoder = ["--init-from", str(tmp_path / "first/model.safetensors")] if "train=decoder" in change else []
+    assert not decoder or main(first[:-1]) == 0
+    said, needed = [], run.disk_needed
+    monkeypatch.setattr(run, "disk_needed", lambda stage: said.append(needed(stage)) or said[-1])
+    assert main([*command(tmp_path / "run", *change, "trainer.steps=5")[:-1], *decoder]) == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
+    assert said[0] == pytest.approx(written, rel=0.1)
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
