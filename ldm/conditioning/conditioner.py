@@ -102,7 +102,8 @@ def choose(flags: Tensor, yes: Condition, no: Condition) -> Condition:
     for field in fields(Condition):
         a, b = getattr(yes, field.name), getattr(no, field.name)
         if b is not None:
-            chosen[field.name] = torch.where(flags.to(b.device).reshape(-1, *[1] * (b.ndim - 1)), a.to(b), b)
+            a, where = a.to(b, non_blocking=True), flags.to(b.device).reshape(-1, *[1] * (b.ndim - 1))
+            chosen[field.name] = torch.where(where, a, b)
     return Condition(**chosen)
 
 

@@ -82,7 +82,7 @@ class LatentDiffusionStage(Stage):
         """The weighted mean of the samples' losses."""
         x0 = self.latents(batch)  # (B, C, h, w)
         u, noise = draw(stream(self.seed, "loss"), batch["number"].tolist(), 1 + len(self.drops), x0.shape[1:])
-        drop = {part: u[:, 1 + k] < rate for k, (part, rate) in enumerate(self.drops.items())}  # (B,) each
+        drop = {part: u[:, 1 + k] < rate for k, (part, rate) in enumerate(self.drops.items()) if rate}  # (B,) each
         condition = self.condition(batch, x0, drop)
         weighted, plain = self.losses(x0, self.level(self.denoiser.path, u[:, 0]), noise, condition)
         return weighted.mean(), {"loss/loss": weighted.mean(), "loss/unweighted": plain.mean()}
@@ -113,6 +113,7 @@ class LatentDiffusionStage(Stage):
 
     def moved(self, x: Tensor) -> Tensor:
         """On the device, without waiting for it."""
+        x = x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
         return x.to(self.device, non_blocking=True)
 
     def memory_format(self, x: Tensor) -> Tensor:

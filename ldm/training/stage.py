@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,17 +201,24 @@ class Stage(pl.LightningModule):
 
     def _read(self, scalars: Report) -> dict[str, float]:
         """Scalars averaged over ranks, read from the device in one go, and whether a signal asks any rank to stop."""
-        values = [torch.as_tensor(x, device=self.device) for x in (*scalars.values(), *self.stop.values())]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        together = self.mean(torch.stack([x.to(dtype) for x in values]))
+        signals = torch.tensor(list(self.stop.values()), dtype=dtype).to(self.device, non_blocking=True)
+        together = self.mean(torch.cat((torch.stack([x.to(dtype) for x in scalars.values()]), signals)))
         read = dict(zip((*scalars, *self.stop), together.tolist()))
         self.asked = [name for name in self.stop if read.pop(name) > 0]
         return read
 
-    def _unsynchronised(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
         """No exchange of gradients before the last micro-batch."""
         strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext()
+        sharded: list[Any] = [m for m in self.roots() if hasattr(m, "set_requires_gradient_sync")]
+        for module in sharded:
+            module.set_requires_gradient_sync(False)
+        with strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext():
+            yield
+        for module in sharded:
+            module.set_requires_gradient_sync(True)
 
     def _dropout_seed(self) -> int:
         """Of what cannot be keyed by sample."""

@@ -106,6 +106,21 @@ def test_a_frozen_encoder_is_not_trained_nor_in_checkpoints(tmp_path):
         assert torch.equal(x, exported[f"conditioner.{name}"])
 
 
+def test_a_frozen_encoder_that_a_run_began_with_stays(tmp_path):
+    """Whatever the configuration would begin with next time: checkpoints hold no frozen weights."""
+    clip = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, drop: 0.3}"
+    assert main(command(tmp_path / "first", clip, "seed=4", "trainer.steps=1")[:-1]) == 0
+    first, run = tmp_path / "first/model.safetensors", tmp_path / "run"
+    began = command(run, clip, "schedule.type=constant", "--init-from", str(first))[:-1]
+    for steps in (1, 2):
+        assert main([*began, f"trainer.steps={steps}"]) == 0
+    theirs, ours = (load_file(file) for file in (first, run / "model.safetensors"))
+    names = [name for name in theirs if name.startswith("conditioner.")]
+    own = stage_of(tmp_path, clip).conditioner.state_dict()
+    assert any(not torch.equal(own[name.removeprefix("conditioner.")], theirs[name]) for name in names)
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+
+
 def test_micro_batches_are_one_batch(tmp_path):
     for count in (1, 4):
         assert main(command(tmp_path / str(count), *DOUBLE, f"trainer.accumulate={count}")[:-1]) == 0
@@ -131,10 +146,11 @@ def test_a_cache_trains_as_its_pictures_do(tmp_path):
 # ------------------------------------------------------------------------------------------- on several processes
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_are_one(strategy, tmp_path):
+@pytest.mark.parametrize(("strategy", "accumulate"), [("ddp", 2), ("fsdp2", 1), ("fsdp2", 2)])
+def test_two_processes_are_one(strategy, accumulate, tmp_path):
     one = command(tmp_path / "one", *DOUBLE)
-    two = command(tmp_path / "two", *DOUBLE, "trainer.devices=2", f"trainer.strategy={strategy}")
+    spread = ["trainer.devices=2", f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
+    two = command(tmp_path / "two", *DOUBLE, *spread)
     assert wait(start(one)) == [0], (tmp_path / "one.log").read_text()
     assert wait(start(two, ranks=2)) == [0, 0], (tmp_path / "two.log").read_text()
     assert_near(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
