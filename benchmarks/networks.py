@@ -1,6 +1,6 @@
 """Our networks beside diffusers', same weights and precision, on the CPU: speed as a paired ratio, and peak memory.
 
-    python benchmarks/networks.py [--network unet|autoencoder] [--rounds 20] [--threads 2]
+    python -m benchmarks.networks [--network unet|autoencoder] [--rounds 20] [--threads 2]
 
 The ratio is their time over ours, from rounds of ours, theirs, theirs, ours; its lower bound is the end of a 95%
 bootstrap interval. Memory is the peak of what the allocator handed out during one call. Outputs must agree first.

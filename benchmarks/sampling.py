@@ -1,6 +1,6 @@
 """From the start of a process to its first picture, beside diffusers: the same small random model, on the CPU.
 
-    python benchmarks/sampling.py [--rounds 5] [--steps 10] [--threads 1]
+    python -m benchmarks.sampling [--rounds 5] [--steps 10] [--threads 1]
 
 Three programs: ours and diffusers' open the same folder, with CLIP's text encoder; ours again opens one file of ours,
 in which a joint text encoder of the same size reads the prompt. The ratio is our time over theirs, from rounds of ours,

@@ -1,6 +1,6 @@
 """Scenes a second, drawn, captioned and rendered: one process, then as many as there are cores, of one thread each.
 
-python benchmarks/scenes.py [--sizes 64 128] [--seconds 10] [--device cpu] [--batch 64]
+python -m benchmarks.scenes [--sizes 64 128] [--seconds 10] [--device cpu] [--batch 64]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What solvers cost beside the network: ours and diffusers' schedulers in one run, with a denoiser that costs nothing.
 
-python benchmarks/solvers.py [--rounds N] [--json FILE]     one thread, float32, latents of 1 x 4 x 64 x 64
+python -m benchmarks.solvers [--rounds N] [--json FILE]     one thread, float32, latents of 1 x 4 x 64 x 64
 
 Times are of the CPU, which on one thread is what a clock on the wall shows if nothing else runs.
 """

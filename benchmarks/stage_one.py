@@ -1,6 +1,6 @@
 """A training step of the first stage beside CompVis's, and beside diffusers' AutoencoderKL in our own loop.
 
-    python benchmarks/stage_one.py [--size 64] [--channels 64] [--batch 1] [--rounds 10] [--threads 2] [--peak TFLOPS]
+    python -m benchmarks.stage_one [--size 64] [--channels 64] [--batch 1] [--rounds 10] [--threads 2] [--peak TFLOPS]
 
 CompVis's step is written here from its published form: two passes through the autoencoder, LPIPS in both, and gradients
 through LPIPS and the discriminator taken once for the adaptive weight and once more for the update. The networks, the
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
-from networks import fill, paired_ratio, peak_bytes
+from benchmarks.networks import fill, paired_ratio, peak_bytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

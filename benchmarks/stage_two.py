@@ -1,6 +1,6 @@
 """A training step of the second stage beside that of diffusers' text-to-image example, and a cache beside an encoder.
 
-    python benchmarks/stage_two.py [--channels 128] [--size 16] [--batch 4] [--rounds 10] [--threads 2] [--peak TFLOPS]
+    python -m benchmarks.stage_two [--channels 128] [--size 16] [--batch 4] [--rounds 10] [--threads 2] [--peak TFLOPS]
 
 Theirs is written from the example's steps: noise and times from torch's own stream, UNet2DConditionModel, the mean
 squared error, clipping, AdamW, EMAModel, and the loss read once. Ours draws by sample number, and has fused AdamW and
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from networks import fill, paired_ratio
-from stage_one import DEVICE, flops, peak, per_second
+from benchmarks.networks import fill, paired_ratio
+from benchmarks.stage_one import DEVICE, flops, peak, per_second
 from torch import Tensor, nn
 
 from ldm.checkpoint.backbone_keys import write_backbone

@@ -1,6 +1,6 @@
 """What it costs to begin with an index of a million pictures: seconds and memory beyond the imports.
 
-python benchmarks/start_up.py
+python -m benchmarks.start_up
 """
 
 from __future__ import annotations
