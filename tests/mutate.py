@@ -125,6 +125,16 @@ SABOTAGES = [
     Sabotage("doctor: a checkpoint takes a validation's time", "ldm/training/doctor.py", "checkpoints * self.trial.checkpoint_seconds", "checkpoints * self.trial.validation_seconds", "tests/training/test_doctor.py"),
     Sabotage("doctor: any resume will do", "ldm/training/doctor.py", "if not torch.equal(x, again[name])", "if x.shape != again[name].shape", "tests/training/test_doctor.py"),
     Sabotage("resume: moments in another order than their weights", "ldm/training/checkpointing.py", "torch.empty_like(p, dtype=x.dtype).copy_(like(x, p))", "like(x, p)", "tests/training/test_doctor.py"),
+    Sabotage("codes: they begin at random", "ldm/training/autoencoder.py", " or self.step == self.sample_from", "", "tests/training/test_autoencoder.py"),
+    Sabotage("resume: on top of what cannot be read", "ldm/training/checkpointing.py", "    if damaged:\n", "    if not damaged:\n", "tests/training/test_faults.py"),
+    Sabotage("resume: bare weights are a run", "ldm/training/run.py", "if weights.exists() and not begun and not unfinished:", "if weights.exists() and begun and unfinished:", "tests/training/test_faults.py"),
+    Sabotage("resume: a frozen encoder begins anew", "ldm/training/latent_diffusion.py", "if first := before or init_from:", "if first := init_from if not before else None:", "tests/training/test_latent_diffusion.py"),
+    Sabotage("second stage: what is kept is dropped", "ldm/training/latent_diffusion.py", "u[:, 1 + k] < rate", "u[:, 1 + k] > rate", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("second stage: its weight forgotten", "ldm/training/latent_diffusion.py", "return weight * plain, plain", "return plain, plain", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("second stage: levels of no part of time", "ldm/training/by_level.py", "(numbers % BINS + u[:, 0]) / BINS", "(0 * numbers + u[:, 0])", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("second stage: masks by place in the batch", "ldm/training/conditions.py", 'batch["number"].tolist()', "range(len(image))", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("float16: the scale stays", "ldm/training/stage.py", "self.scale / 2, -1", "self.scale, -1", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("processes: gradients of the last micro-batch alone", "ldm/training/stage.py", "            module.set_requires_gradient_sync(True)\n", "            module.set_requires_gradient_sync(False)\n", "tests/training/test_latent_diffusion.py"),
 ]  # fmt: skip
 
 
