@@ -172,10 +172,11 @@ def fill(model: Model, opened: Opened) -> None:
 def fill_part(module: nn.Module, opened: Opened, prefix: str) -> None:
     """The same of one network, with the tokenizer if it reads text."""
     load_weights(module, opened.state, prefix)
-    text = next((part for part in module.modules() if isinstance(part, Text)), None)
-    if text is not None and opened.tokenizer is not None:
-        carried = opened.tokenizer  # JSON in a file of ours, a folder beside a diffusers model
-        text.use(from_json(carried) if carried.startswith("{") else from_folder(carried))
+    texts = [part for part in module.modules() if isinstance(part, Text)]
+    carried = opened.tokenizer  # JSON in a file of ours, a folder beside a diffusers model
+    for text in [text for text in texts if text.tokenizer is None] or texts[:1]:
+        if carried is not None:
+            text.use(from_json(carried) if carried.startswith("{") else from_folder(carried))
 
 
 def denoiser(config: Config, **shapes: Any) -> Denoiser:
@@ -211,4 +212,7 @@ def solver(config: Config) -> Callable[..., Iterator[Step]]:
     with config.blame("solver"):
         numbers = {name: chosen.keywords[name] for name in ("eta", "order", "noise_var") if name in chosen.keywords}
         check(**numbers, noise=torch.Tensor)
+        if numbers.get("noise_var") == "learned" and config["prediction"]["type"] != "learned_range":
+            got = f"learned with prediction {config['prediction']['type']}"
+            raise ValueError(f"noise_var: nothing learns a variance; got {got}; expected learned_range; try small")
     return chosen

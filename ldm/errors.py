@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -10,6 +10,7 @@ class LdmError(Exception):
     """An error whose text is written for its reader; commands print it as one line and exit with its code."""
 
     code = 1
+    table: Sequence[str] = ()  # lines that a command prints before the one of the error
 
     def __init__(self, what: str, where: str = "", got: str = "", expected: str = "", hint: str = ""):
         where = f" ({where})" if where else ""

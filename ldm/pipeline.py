@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from ldm import assemble, checkpoint, pictures
 from ldm.condition import Condition
+from ldm.conditioning.conditioner import unguided
+from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.text import Text
 from ldm.conditioning.weights import HUB_ID
 from ldm.config import Config
@@ -26,6 +29,7 @@ from ldm.diffusion.solvers import Step
 from ldm.errors import CheckpointError, DivergedError, InputError
 from ldm.models.empty import empty
 
+Told = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
 OnStep = Callable[[int, Step], None]
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
 OPTIONS = {
@@ -33,6 +37,7 @@ OPTIONS = {
     "image": "--init-image FILE",
     "mask": "--mask FILE",
     **dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE"),
+    **dict.fromkeys(("boxes", "box_labels"), "--condition FILE.json"),
 }
 NOISE_LEVEL = 20  # of 1000, in which a low-resolution condition is hidden
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,7 +122,7 @@ class Pipeline:
         image: Image.Image | None = None,
         strength: float = 0.8,
         mask: Image.Image | None = None,
-        condition: Image.Image | None = None,
+        condition: Told | None = None,
     ) -> Recipe:
         """The model's own settings, with what is given here in their place."""
         wanted = {"guidance.cfg": cfg, "spacing.steps": steps, "solver.type": solver}
@@ -131,9 +136,15 @@ class Pipeline:
             raise InputError("mask: nothing to repaint", hint=OPTIONS["image"])
         return recipe if image is None else self.from_image(recipe, image, strength, mask)
 
-    def inputs(self, condition: Image.Image, size: tuple[int, int]) -> dict[str, Tensor]:
-        """A picture under the name by which this model's conditioner reads it."""
+    def inputs(self, condition: Told, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A picture, or boxes, under the name by which this model's conditioner reads it."""
         reads = () if self.conditioner is None else self.conditioner.reads
+        if "boxes" in reads and not isinstance(condition, Image.Image):
+            return read_boxes(condition)
+        if isinstance(condition, Mapping):
+            raise InputError("condition: this model reads no boxes", expected=", ".join(reads) or "nothing")
+        if not isinstance(condition, Image.Image):
+            condition = pictures.read(condition)
         if "segmentation" in reads:
             return {"segmentation": pictures.to_classes(condition, size)}
         names = [name for name in ("source", "low_resolution") if name in reads]
@@ -159,6 +170,7 @@ class Pipeline:
         reads = () if self.conditioner is None else self.conditioner.reads
         inputs = {name: x for name, x in (("image", pixels), ("mask", region)) if name in reads and x is not None}
         if inputs:
+            inputs = {**recipe.inputs, **inputs}
             return replace(recipe, inputs=inputs, mask=region, image=None if region is None else pixels)
         if not 0 < strength <= 1:
             raise InputError("strength: out of range", got=str(strength), expected="above 0 and at most 1")
@@ -199,8 +211,9 @@ class Pipeline:
 
     def begin(self, z: Tensor, requests: Sequence[Request], recipe: Recipe) -> tuple[Tensor, Callable, Callable]:
         """Where sampling starts, the guided denoiser with its condition bound, and what is kept of where it ends."""
-        condition, told = self.condition(requests, recipe), bool(recipe.inputs)
-        denoiser: Any = recipe.guidance(self.denoiser, self.negative(requests, recipe))
+        condition, told = self.condition(requests, recipe), "image" in recipe.inputs
+        negative = self.negative(requests, recipe)
+        denoiser: Any = self.denoiser if negative is None else recipe.guidance(self.denoiser, negative)
         x, kept = self.denoiser.path.prior(z), lambda x: x
         if recipe.image is not None and not told:
             known, first = self.encode(recipe.image).to(z).expand_as(z), recipe.grid.rows()[0]
@@ -231,12 +244,17 @@ class Pipeline:
                 raise InputError(f"{what}: this model reads none", expected=expected)
 
     def negative(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
-        """What guidance moves away from: the negative prompts and no label, beside the same pictures."""
+        """What guidance moves away from: a negative prompt, else what is said lacking, beside the same pictures."""
         if self.conditioner is None or recipe.guidance.cfg == 1:
             return None
-        batch = self.batch(requests, recipe, [r.negative for r in requests])
-        everyone = torch.ones(len(requests), dtype=torch.bool)
-        drop = {part: everyone for part in self.conditioner.parts if part == "label"}
+        unsaid = torch.tensor([not request.negative for request in requests])
+        guided = self.conditioner.guided()
+        if not guided and unsaid.all():
+            warnings.warn(unguided(self.conditioner, recipe.guidance.cfg), stacklevel=2)
+            return None
+        texts = [name for name, leaf in self.conditioner.leaves() if isinstance(leaf, Text)]
+        drop = {part: unsaid if part in texts else torch.ones_like(unsaid) for part in guided}
+        batch = self.batch(requests, recipe, [request.negative or request.prompt for request in requests])
         return self.conditioner(batch, drop).map(self.moved)
 
     def batch(self, requests: Sequence[Request], recipe: Recipe, captions: list[str]) -> dict[str, Any]:
@@ -245,7 +263,7 @@ class Pipeline:
         batch["caption"] = captions
         labels = [request.label for request in requests]
         if None not in labels:
-            batch["label"] = torch.tensor(labels, device=self.device)
+            batch["label"] = torch.tensor(labels)  # on the CPU, where they are checked
         if "low_resolution" in batch:
             batch["noise_level"] = torch.full((len(requests),), NOISE_LEVEL)
             small = batch["low_resolution"][0].shape

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ldm import assemble, checkpoint
 from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema, DiffusionSchema
 from ldm.cli import main
+from ldm.diffusion.guidance import Guidance
 from ldm.models.empty import empty
+from ldm.training.latent_diffusion import LatentDiffusionStage
 from tests.checkpoint.made_up import make
 from tests.data.photographs import photograph
 from tests.reduced import FILES, ROOT, reads_images, small, stage_of, words, written
+from tests.training.killing import rows
 
 OWN = {"scenes"}  # nobody published its size
 EXACT = {  # parameters of the backbone
@@ -106,6 +111,24 @@ def test_a_first_stage_is_of_the_published_size(name):
         assert count(config.build("autoencoder")) == FIRST_STAGES[name]
 
 
+@pytest.mark.parametrize("name", ["dit_xl2", "dit_b4"])
+def test_dit_is_asked_at_the_steps_of_its_authors(name):
+    """Their respacing: equal parts of 0 to 999, rounded."""
+    config = load(name)
+    told = assemble.grid(config, config.build("path")).t[:-1]
+    assert told.tolist() == [round(i * 999 / 249) for i in reversed(range(250))]
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "weight", "layers"), [("vq_f4", 0, 0.75, 3), ("vq_f8", 1, 0.6, 2), ("vq_f16", 250_001, 0.75, 2)]
+)
+def test_a_game_is_the_published_one(name, start, weight, layers):
+    config = configuration.load(ROOT / f"autoencoder/{name}.yaml", ["data.root=DIR"], AutoencoderSchema)
+    loss = config["loss"]
+    assert (loss["start"], loss["adversarial_weight"]) == (start, weight)
+    assert config["discriminator"]["layers"] == layers
+
+
 # ---------------------------------------------------------------------------------------------- and it trains
 
 SIDE = 32  # 16x16 latents: the deepest U-Net halves four times
@@ -155,13 +178,43 @@ def train(pictures, first_stages, tmp_path):
 def test_it_takes_a_step_at_reduced_width(name, train, tmp_path):
     """The whole command: one step, a validation with pictures, and a model's file that is opened again."""
     assert train(name) == 0
-    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 2
+    (row,) = rows(tmp_path / "run")
+    assert row["step"] == "1"
+    assert math.isfinite(float(row["loss/loss"]))
+    assert float(row["loss/loss"]) > 0
+    state = load_file(next((tmp_path / "run/checkpoints").glob("*/state.safetensors")))
+    weights = {key.removeprefix("model/"): x for key, x in state.items() if key.startswith("model/denoiser.backbone.")}
+    moved = [key for key, x in weights.items() if not torch.equal(x, state[f"ema/{key}"])]  # the average lags behind
+    assert "denoiser.backbone.out.weight" in moved
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 1
     opened = checkpoint.open(tmp_path / "run/model.safetensors")
     assert opened.config["backbone"]["type"] == written(name)["backbone"]["type"]
     assert any(key.startswith("backbone.") for key in opened.state)
 
 
-def test_what_is_never_dropped_is_not_guided_away_from(train):
-    """A mask has no nothing: samples are made without guidance, whatever cfg says."""
-    assert train("inpainting", **{"guidance.cfg": 3}) == 0
+@pytest.mark.parametrize(
+    ("name", "rate", "parts"),
+    [
+        ("inpainting", 0.3, []),
+        ("layout_to_image", 0.0, []),
+        ("layout_to_image", 0.3, ["boxes"]),
+        ("imagenet_ldm8", 0.3, ["label"]),
+    ],
+)
+def test_what_is_never_dropped_is_not_guided_away_from(name, rate, parts, train, monkeypatch, capsys):
+    """Nor what lies beside the latents: samples are made without guidance, whatever cfg says, and that is said."""
+    seen, condition = [], LatentDiffusionStage.condition
+
+    def watched(stage, batch, x0, drop):
+        if not stage.training:
+            seen.append(drop)
+        return condition(stage, batch, x0, drop)
+
+    monkeypatch.setattr(LatentDiffusionStage, "condition", watched)
+    guide, guided = Guidance.__call__, []
+    monkeypatch.setattr(Guidance, "__call__", lambda *args: guided.append(1) or guide(*args))
+    assert train(name, **{"guidance.cfg": 3, "conditioner.drop": rate}) == 0
+    assert ("guidance: cfg 3 does nothing" in capsys.readouterr().out) == (not parts)
+    assert len(guided) == len(parts)
+    assert [list(drop) for drop in seen if drop] == [[part] for part in parts]
+    assert all(flags.all() for drop in seen for flags in drop.values())

@@ -16,6 +16,7 @@ from ldm.models.transformer import TextTransformer
 from ldm.models.unet import UNet
 
 Node = Mapping[str, Any]
+ROWS = 12  # of a table of differences
 
 BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
 AUTOENCODERS: dict[str, Any] = {"kl": kl, "vq": vq}
@@ -86,7 +87,30 @@ def fit(state: Mapping[str, Tensor], network: nn.Module, what: str) -> None:
     for problem, names in wrong.items():
         if names:
             shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-            raise CheckpointError(f"{problem} in the {what}", got=f"{len(names)}: {shown}", expected="none")
+            error = CheckpointError(f"{problem} in the {what}", got=f"{len(names)}: {shown}", expected="none")
+            error.table = differences(own, state)
+            raise error
+
+
+def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """A table of what a network and a checkpoint disagree about, of each kind about as many rows, and how many more."""
+    kinds = {
+        "missing": [name for name in ours if name not in theirs],
+        "extra": [name for name in theirs if name not in ours],
+        "other shape": [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape],
+    }
+    shown = ROWS // max(1, sum(bool(names) for names in kinds.values()))
+    rows = [("", "tensor", "the network's", "the checkpoint's")]
+    for kind, names in kinds.items():
+        rows += [(kind, name, shape(ours, name), shape(theirs, name)) for name in names[:shown]]
+        rows += [(kind, f"and {len(names) - shown} more", "", "")] * (len(names) > shown)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def shape(state: Mapping[str, Tensor], name: str) -> str:
+    """A tensor's shape as a table shows it."""
+    return str(tuple(state[name].shape)) if name in state else "-"
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:

@@ -41,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch([argument for argument in arguments if argument != "--debug"])
     except LdmError as error:
-        return _report(str(error), error.code, debug)
+        return _report("\n".join([*error.table, f"error: {error}"]), error.code, debug)
     except KeyboardInterrupt:
-        return _report("interrupted", 130, debug)
+        return _report("error: interrupted", 130, debug)
     except Exception as error:
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
-        return _report(f"internal, please report it: {text}; try --debug for the traceback", 1, debug)
+        return _report(f"error: internal, please report it: {text}; try --debug for the traceback", 1, debug)
 
 
 def _report(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {text}", file=sys.stderr)
+    print(text, file=sys.stderr)
     return code
 
 

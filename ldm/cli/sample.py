@@ -59,7 +59,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts-file", metavar="F", help="a text file with one prompt a line")
     what.add_argument("--label", type=int, metavar="N", help="the class, for class-conditional models")
     what.add_argument("--negative", default="", help="what to move away from")
-    what.add_argument("--condition", metavar="FILE", help="a picture for spatially conditioned models")
+    what.add_argument("--condition", metavar="FILE", help="a picture, or boxes in JSON, for models that read them")
     what.add_argument("--init-image", metavar="F", help="a picture to begin from")
     what.add_argument("--strength", type=float, default=0.8, help="how much of it to change, up to 1 (default 0.8)")
     what.add_argument("--mask", metavar="F", help="a picture, white where the init image is to be repainted")
@@ -304,9 +304,10 @@ def read_recipe(pipe: Pipeline, order: Order) -> Recipe:
     """How an order is carried out by this model."""
     from ldm import pictures
 
-    files = {"image": order.init_image, "mask": order.mask, "condition": order.condition}
+    files = {"image": order.init_image, "mask": order.mask}
     images: dict[str, Any] = {name: pictures.read(file) for name, file in files.items() if file is not None}
-    return pipe.recipe(height=order.height, width=order.width, strength=order.strength, **images)
+    wanted: dict[str, Any] = {"height": order.height, "width": order.width, "strength": order.strength}
+    return pipe.recipe(**wanted, condition=order.condition, **images)
 
 
 def record(pipe: Pipeline, order: Order, request: Request, recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,12 +28,20 @@ class Compose(Conditioner):
         self.names: list[list[tuple[str, str]]] = []  # for each member, (its own name of a part, the name here)
         self.parts = {}
         for member in parts:
-            self.names.append([(name, self.free_name(name)) for name in member.parts])
-            self.parts |= {here: member.parts[name] for name, here in self.names[-1]}
+            self.names.append([])
+            for name, rate in member.parts.items():
+                here = self.free_name(name)
+                self.names[-1].append((name, here))
+                self.parts[here] = rate
         self.drop = max(self.parts.values())
         self.reads = tuple(dict.fromkeys(key for member in parts for key in member.reads))
         self.frozen = all(member.frozen for member in parts)
         self.measure(parts)
+
+    def leaves(self) -> Iterator[tuple[str, Conditioner]]:
+        for member, names in zip(self.members, self.names):
+            here = dict(names)
+            yield from ((here[name], leaf) for name, leaf in member.leaves())  # type: ignore[operator]
 
     def free_name(self, name: str) -> str:
         """The name of a part, numbered from the second of a kind on."""

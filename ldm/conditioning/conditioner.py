@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -65,6 +65,17 @@ class Conditioner(nn.Module):
             return condition
         return choose(drop[self.part], self.null(batch_size(condition)), condition)
 
+    def leaves(self) -> Iterator[tuple[str, Conditioner]]:
+        """The conditioners that read something, each with the name of its part in the whole."""
+        yield self.part, self
+
+    def guided(self) -> list[str]:
+        """The parts that guidance moves away from lacking: what is said, never what is laid beside the latents.
+
+        What was never dropped is not among them, for the network does not know what lacking it is.
+        """
+        return [name for name, leaf in self.leaves() if leaf.drop and not leaf.concat_channels]
+
     def check_drop(self, drop: Mapping[str, Tensor], count: int) -> None:
         """Refuse to drop what is not here, or not sample by sample."""
         for part, flags in drop.items():
@@ -83,6 +94,14 @@ class Conditioner(nn.Module):
         """Fix all weights, for good."""
         self.frozen = True
         self.requires_grad_(False).eval()
+
+
+def unguided(conditioner: Conditioner | None, cfg: float) -> str:
+    """What to say where guidance is asked for and has nothing to move away from; else nothing."""
+    if conditioner is None or cfg == 1 or conditioner.guided():
+        return ""
+    parts = ", ".join(conditioner.parts)
+    return f"cfg {cfg:g} does nothing: {parts} was never dropped in training, or lies beside the latents"
 
 
 def as_float(value: Tensor) -> Tensor:

@@ -60,6 +60,13 @@ class Label(Conditioner):
                 nearest = str(min(max(label, 0), self.rows - 1))
                 raise InputError("label: no such class", got=str(label), expected=f"0 to {self.rows - 1}", hint=nearest)
 
+    def check_taught(self, labels: Tensor) -> None:
+        """Refuse the labels of a data set that have no row, or the row that means nothing."""
+        self.check_range(labels)
+        if self.row is not None and (labels == self.row).any():
+            expected, hint = f"0 to {self.rows - 1} but {self.row}", "another null row, or more classes"
+            raise InputError("label: it is the row that means nothing", got=str(self.row), expected=expected, hint=hint)
+
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
         if self.row is None:
             raise InputError(

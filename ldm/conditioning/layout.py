@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import Conditioner, repeat
-from ldm.errors import InputError
+from ldm.errors import InputError, shown
 from ldm.models.layers import check_positive
 
 FREQUENCIES = 8  # of the sines and cosines of each coordinate
+SHAPE = '{"boxes": [[left, top, right, bottom], ...], "labels": [class, ...]}'
 
 
 class Layout(Conditioner):
@@ -49,9 +53,9 @@ class Layout(Conditioner):
         names = self.names(labels.clamp(min=0))  # (B, N, C)
         tokens = self.mlp(torch.cat((names, corners), -1))  # (B, N, C)
         tokens = torch.cat((self.first.expand(len(tokens), 1, -1), tokens), 1)  # (B, 1 + N, C)
-        there = torch.cat((torch.ones_like(labels[:, :1], dtype=torch.bool), labels >= 0), 1)  # (B, 1 + N)
+        there = F.pad(labels >= 0, (1, 0), value=True)  # (B, 1 + N)
         empty = self.boxes + 1 - tokens.shape[1]
-        return Condition(nn.functional.pad(tokens, (0, 0, 0, empty)), nn.functional.pad(there, (0, empty)))
+        return Condition(F.pad(tokens, (0, 0, 0, empty)), F.pad(there, (0, empty)))
 
     def read(self, batch: Mapping[str, Any]) -> Condition:
         boxes, labels = torch.as_tensor(batch["boxes"]), torch.as_tensor(batch["box_labels"])
@@ -71,7 +75,7 @@ class Layout(Conditioner):
             )
         if boxes.shape[1] > self.boxes:
             count = boxes.shape[1]
-            raise ValueError(f"boxes: too many; got {count}; expected at most {self.boxes}; try boxes={count}")
+            raise InputError("boxes: too many", got=str(count), expected=f"at most {self.boxes}")
         if boxes.device.type != "cpu":  # a look would wait for the device
             return
         inside = boxes[labels >= 0]
@@ -82,3 +86,42 @@ class Layout(Conditioner):
         if (labels >= self.rows).any():
             got, expected = str(int(labels.max())), f"0 to {self.rows - 1}, or -1 for no box"
             raise InputError("box_labels: no such class", got=got, expected=expected, hint=str(self.rows - 1))
+
+
+def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
+    """One picture's boxes, from a dictionary or a JSON file of SHAPE, as a batch of one has them."""
+    where = "" if isinstance(given, Mapping) else str(given)
+    node = given if isinstance(given, Mapping) else parsed(Path(given))
+    if not isinstance(node, Mapping) or set(node) != {"boxes", "labels"}:
+        got = f"the keys {', '.join(map(str, node)) or 'none'}" if isinstance(node, Mapping) else shown(node)
+        raise InputError("condition: not boxes with labels", where, got, SHAPE)
+    boxes, labels = node["boxes"], node["labels"]
+    if not isinstance(boxes, list | tuple) or not isinstance(labels, list | tuple) or len(boxes) != len(labels):
+        counts = [len(x) if isinstance(x, list | tuple) else "no list of" for x in (boxes, labels)]
+        got = f"{counts[0]} boxes and {counts[1]} labels"
+        raise InputError("condition: not a label for each box", where, got, "two lists of one length")
+    for box in boxes:
+        if (
+            not isinstance(box, list | tuple)
+            or len(box) != 4
+            or not all(type(x) in (int, float) and 0 <= x <= 1 for x in box)
+        ):
+            expected = "four numbers in [0, 1]: left, top, right, bottom"
+            raise InputError("condition: not a box", where, shown(box), expected)
+    for label in labels:
+        if type(label) is not int or not 0 <= label < 2**31:
+            raise InputError("condition: not a class", where, shown(label), "an integer from 0 on")
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4),
+        "box_labels": torch.tensor(labels, dtype=torch.long).reshape(1, -1),
+    }
+
+
+def parsed(file: Path) -> Any:
+    """What a JSON file says."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("condition: cannot be read", str(file), error.strerror or "", "boxes in JSON") from None
+    except (ValueError, RecursionError) as error:  # UTF-8's error is a ValueError too
+        raise InputError("condition: not JSON", str(file), str(error), SHAPE) from None

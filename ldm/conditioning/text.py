@@ -42,6 +42,7 @@ class Text(Conditioner):
         check_positive(chunks=chunks)
         if transformer.length < 3:
             raise ValueError(f"length: no room for a word; got {transformer.length}; expected 3 or more; try 77")
+        self.published = False  # whether its tokenizer comes with its kind, and not with a checkpoint
         self.transformer, self.chunks, self.masked = transformer, chunks, masked
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
         self.context = transformer.tokens.embedding_dim
@@ -72,6 +73,11 @@ class Text(Conditioner):
             raise InputError("caption: no tokenizer yet", hint="one learned from captions, or the folder of one")
         return self.tokenizer
 
+    @property
+    def room(self) -> int:
+        """How many tokens of a caption are read."""
+        return self.chunks * room(self.known(), self.length)
+
     def encode(self, ids: Tensor) -> Condition:
         """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
         device = self.transformer.tokens.weight.device
@@ -95,22 +101,26 @@ class Text(Conditioner):
         return repeat(self.encode(self.tokenize([""])), count)
 
 
+def room(tokenizer: Tokenizer, length: int) -> int:
+    """How many of a chunk's tokens are the text's own: all but its end, and its start where there is one."""
+    return length - 1 - (tokenizer.start is not None)
+
+
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:
     """Rows of ids: per chunk the start, its share of the text, the end, and what fills it up."""
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"caption: not a list of texts; got {texts!r}; expected a list of str; try [caption]")
     start = [] if tokenizer.start is None else [tokenizer.start]
-    room = length - len(start) - 1
-    rows = []
+    own, rows = room(tokenizer, length), []
     for text in texts:
         ids = tokenizer.encode(text)
-        if len(ids) > room * chunks:
-            lost = tokenizer.decode(ids[room * chunks :])
-            limit = f"{room * chunks} tokens are read of {len(ids)}"
+        if len(ids) > own * chunks:
+            lost = tokenizer.decode(ids[own * chunks :])
+            limit = f"{own * chunks} tokens are read of {len(ids)}"
             warnings.warn(f"the end of a text is cut off: {limit}; lost: {lost!r}", stacklevel=2)
         row = []
         for number in range(chunks):
-            chunk = [*start, *ids[number * room : (number + 1) * room], tokenizer.end]
+            chunk = [*start, *ids[number * own : (number + 1) * own], tokenizer.end]
             row += chunk + [tokenizer.pad] * (length - len(chunk))
         rows.append(row)
     return rows
@@ -174,6 +184,7 @@ def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool
     published = transformer.tokens.num_embeddings >= 49408  # else a small one, whose tokenizer comes with it
     tokenizer = clip_tokenizer(None if pad_with_end else 0) if published else None
     text = Text(transformer, tokenizer, chunks=chunks, drop=drop)
+    text.published = published
     text.freeze()
     return text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +81,8 @@ class Images:
         self.groups = columns["group"][self.rows] if self.source.grouped else None
         self.classes: list[str] = self.manifest.about["classes"]
         self.digest = self.manifest.digest
-        self.labelled = bool((columns["label"][self.rows] >= 0).all())
+        self.labels = np.unique(columns["label"][self.rows])  # those that there are, -1 for none
+        self.labelled = bool((self.labels >= 0).all())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,10 +117,6 @@ class Images:
             return decode.picture(self.source.read(entry), size, place=place, flip=flip)
         except (decode.BadPicture, OSError) as error:
             raise DataError("the picture changed after the scan", entry.key, str(error)) from error
-
-    def longer_than(self, limit: int, count_tokens: Callable[[str], int]) -> int:
-        """How many captions of the used pictures are longer than an encoder reads."""
-        return sum(count_tokens(text) > limit for row in self.rows for text in self.manifest.captions(int(row)))
 
 
 def drawn(asks: Sequence[Ask], seed: int) -> list[list[float]]:

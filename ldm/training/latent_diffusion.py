@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from ldm import assemble, checkpoint
 from ldm.assemble import Model
 from ldm.checkpoint import Opened, load_weights
 from ldm.condition import Condition
-from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.conditioner import Conditioner, unguided
+from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text
 from ldm.config import Config
 from ldm.data.latents import Latents
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 DENOISER = "denoiser"
 CAPTIONS, DRAWN = 20_000, 1024  # that a tokenizer is learned from: where they lie ready, and where each costs a picture
+PIECE = 32  # pictures that are drawn at a time for their captions
+LOOKED_AT = 8  # samples whose conditions are read before training
+JUDGED = 1000  # samples whose captions say how many are too long
 
 
 class LatentDiffusionStage(Stage):
@@ -59,14 +64,13 @@ class LatentDiffusionStage(Stage):
         self.denoiser, self.conditioner, self.autoencoder = model
         self.level, self.weight, self.samples, self.config = level, weight, samples, config
         self.drops = {} if self.conditioner is None else self.conditioner.parts
-        self.by_level = ByLevel(validation or self.data, self.plan.validate_images, self.seed)
+        self.by_level = ByLevel(self.data if validation is None else validation, self.plan.validate_images, self.seed)
         if self.autoencoder is not None:
             self.autoencoder.requires_grad_(False)
         encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
         self.frozen = ("autoencoder", *encoders)
         warnings.filterwarnings("ignore", "the end of a text is cut off")  # `notices` says it once
-        text = next((m for m in self.modules() if isinstance(m, Text)), None)
-        self.tokenizer = None if text is None else text.known().to_json()
+        self.tokenizer = next(iter(tokenizers(self.conditioner)), None)
 
     # --------------------------------------------------------------------------------------------------- the loss
 
@@ -191,6 +195,10 @@ def build(
     if first := before or init_from:
         begin(model, checkpoint.open(first), fingerprint, str(first))
     teach(model.conditioner, found.data, config["seed"])
+    if len(known := tokenizers(model.conditioner)) > 1:
+        what, got = "conditioner: text encoders with tokenizers of their own", f"{len(known)} that differ"
+        hint = "one vocabulary for all that learn theirs"
+        raise config.source.error(what, "conditioner", got=got, expected="one for all", hint=hint)
     check_sources(config, found, model)
     return LatentDiffusionStage(
         model=model,
@@ -218,9 +226,9 @@ def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> 
 
 
 def check_same_latents(stored: Mapping[str, Any], fingerprint: str | None, where: str) -> None:
-    """Refuse a denoiser of another first stage's latents; who wrote no fingerprint is believed."""
-    theirs = stored.get("fingerprint")
-    if theirs and theirs != fingerprint:
+    """Refuse a denoiser of another first stage's latents, or of pictures; who says nothing of it is believed."""
+    theirs = stored.get("fingerprint", fingerprint)
+    if theirs != fingerprint:
         got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
         raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected)
 
@@ -234,40 +242,76 @@ def teach(conditioner: Conditioner | None, data: Data, seed: int) -> None:
         text.learn(captions)
 
 
-def captions_of(data: Data, seed: int) -> list[str]:
-    """Captions of samples spread over a source."""
-    ready = getattr(data, "captions", None)
-    count = min(CAPTIONS if ready else DRAWN, len(data))
+def tokenizers(conditioner: Conditioner | None) -> list[str]:
+    """The different tokenizers that a checkpoint has to carry; a published kind's only where there is no other."""
+    texts = [] if conditioner is None else [m for m in conditioner.modules() if isinstance(m, Text)]
+    own = [text for text in texts if not text.published] or texts[:1]
+    return list(dict.fromkeys(text.known().to_json() for text in own))
+
+
+def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
+    """Captions of samples spread over a source, fewer where each costs a picture."""
+    if ready := getattr(data, "captions", None):
+        return [text for ask in spread(data, count) for text in ready(ask.index)]
+    found: list[str] = []
+    for asks in pieces(spread(data, min(count, DRAWN)), PIECE):
+        batch = data.batch(asks, seed)
+        if "caption" not in batch:
+            got = ", ".join(batch)
+            raise InputError("conditioner: a tokenizer is learned from captions", "data", got, hint="tokenizer: FOLDER")
+        found += batch["caption"]
+    return found
+
+
+def spread(data: Data, count: int) -> list[Ask]:
+    """Asks for samples at equal distances in a source."""
+    count = min(count, len(data))
     indices = [i * len(data) // count for i in range(count)]
-    if ready:
-        return [text for index in indices for text in ready(index)]
-    buckets = data.buckets
-    asks = [Ask(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
-    batches = [data.batch([ask], seed) for ask in asks] if buckets is not None else [data.batch(asks, seed)]
-    if "caption" not in batches[0]:
-        got = ", ".join(batches[0])
-        raise InputError("conditioner: a tokenizer is learned from captions", "data", got, hint="tokenizer: FOLDER")
-    return [text for batch in batches for text in batch["caption"]]
+    return [Ask(index, index, 0 if data.buckets is None else int(data.buckets[index])) for index in indices]
+
+
+def pieces(asks: list[Ask], size: int) -> Iterator[list[Ask]]:
+    """Asks in groups of one bucket, at most so many each."""
+    for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket):
+        same = list(group)
+        yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
     """Refuse data that the networks cannot take, or that lack what the conditioner reads."""
     backbone = model.denoiser.backbone
-    factor = getattr(backbone, "factor", getattr(backbone, "patch", 1))
-    factor *= 1 if model.autoencoder is None else model.autoencoder.factor
+    below = 1 if model.autoencoder is None else model.autoencoder.factor
+    factor = below * getattr(backbone, "factor", getattr(backbone, "patch", 1))
     for key, data in found.by_key():
         if isinstance(data, Latents):
             if model.autoencoder is None:
                 raise config.source.error("autoencoder: missing", "autoencoder", expected="the one of the cache")
             data.check(model.autoencoder, model.conditioner, config["conditioner"])
         check_divisible(config, key, data, factor, "the networks'")
-        batch = data.batch([Ask(0, 0, 0 if data.buckets is None else int(data.buckets[0]))], config["seed"])
+        batch = data.batch(next(pieces(spread(data, LOOKED_AT), LOOKED_AT)), config["seed"])
         here = {*batch, *batch.get("states", {}), *(MADE if "image" in batch else ())}
         reads = () if model.conditioner is None else model.conditioner.reads
         for name in reads:
             if name not in here:
                 what, got = f"{key}: no {name}, which the conditioner reads", ", ".join(sorted(batch))
                 raise config.source.error(what, key, got=got, expected=", ".join(reads))
+        if model.conditioner is not None:
+            with config.blame("conditioner"):
+                check_conditions(model.conditioner, data, batch, below)
+
+
+@torch.no_grad()
+def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any], factor: int) -> None:
+    """Refuse what a conditioner would stumble over, in some samples, and in all labels where they lie ready."""
+    if "latents" in batch:
+        x0 = batch["latents"]
+    else:
+        pixels = batch["image"]
+        x0 = torch.zeros(len(pixels), 1, pixels.shape[2] // factor, pixels.shape[3] // factor)
+    with warnings.catch_warnings(action="ignore"):  # `notices` says that texts are cut off
+        conditioner(completed(batch, conditioner.reads, x0, 0))
+    for label in (leaf for _, leaf in conditioner.leaves() if isinstance(leaf, Label)):
+        label.check_taught(torch.as_tensor(getattr(data, "labels", batch["label"])))
 
 
 def notices(stage: LatentDiffusionStage) -> Iterable[str]:
@@ -275,9 +319,15 @@ def notices(stage: LatentDiffusionStage) -> Iterable[str]:
     rates = ", ".join(f"{part} {rate:.0%}" for part, rate in stage.drops.items())
     if rates:
         yield f"dropped: {rates} of samples" if any(stage.drops.values()) else "dropped: nothing, so only cfg 1 works"
+    if said := unguided(stage.conditioner, stage.samples.guidance.cfg):
+        yield f"guidance: {said}"
+    size, sizes = stage.config["size"], stage.data.sizes
+    if (size, size) not in sizes:
+        height, width = sizes[0]
+        yield f"size: sample.py will make {size}x{size} pixels; the data have {height}x{width}; try size={height}"
     texts = [m for m in stage.modules() if isinstance(m, Text)]
-    longer_than = getattr(stage.data, "longer_than", None)
-    if texts and longer_than is not None:
-        tokenizer, room = texts[0].known(), texts[0].chunks * (texts[0].length - 2)
-        if count := longer_than(room, lambda text: len(tokenizer.encode(text))):
-            yield f"captions: {count} are longer than the {room} tokens that are read of each"
+    captions = captions_of(stage.data, stage.seed, JUDGED) if texts and hasattr(stage.data, "captions") else []
+    for text in texts:
+        longer = sum(len(text.known().encode(caption)) > text.room for caption in captions)
+        if longer:
+            yield f"captions: {longer / len(captions):.0%} are longer than the {text.room} tokens that are read of each"

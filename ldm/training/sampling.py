@@ -11,7 +11,6 @@ from torch import Tensor
 from ldm import assemble, pictures
 from ldm.condition import Condition
 from ldm.config import Config
-from ldm.data.latents import leaves
 from ldm.diffusion.path import Path as NoisePath
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class Samples:
 
     def __init__(self, config: Config, path: NoisePath):
         self.guidance, self.solver = config.build("guidance"), assemble.solver(config)
-        self.grid, self.node = assemble.grid(config, path), config["conditioner"]
+        self.grid = assemble.grid(config, path)
 
     def show(self, stage: LatentDiffusionStage, asks: list[Any], file: Path) -> None:
         """Pairs of a sample and what is made of its condition; every rank makes them, the first writes them."""
@@ -51,11 +50,8 @@ class Samples:
         return x.to(x0.dtype)
 
     def guided(self, stage: LatentDiffusionStage) -> list[str]:
-        """The parts that guidance moves away from lacking: what is said, never what is laid beside the latents."""
-        if self.guidance.cfg == 1:
-            return []
-        found = leaves(stage.conditioner, self.node)
-        return [name for name, leaf, _ in found if leaf.drop and not leaf.concat_channels]
+        """The parts that guidance moves away from lacking."""
+        return [] if self.guidance.cfg == 1 or stage.conditioner is None else stage.conditioner.guided()
 
     def noise(self, like: Tensor) -> Callable[[], Tensor]:
         """Noise from a generator for each sample."""

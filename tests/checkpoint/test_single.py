@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm import checkpoint
+from ldm.checkpoint.networks import differences
 from ldm.errors import CheckpointError
 from tests.checkpoint.made_up import CONFIGS, make
 
@@ -316,3 +317,17 @@ def test_strict_loading_into_a_module():
         with pytest.raises(CheckpointError) as error:
             checkpoint.load_weights(module, bad, "a")
         assert str(error.value) == message
+
+
+def test_what_differs_is_shown_name_by_name():
+    ours = {name: torch.ones(2, 3) for name in "abcdefgh"} | {"same": torch.ones(1)}
+    theirs = {"h": torch.ones(3, 2), "same": torch.ones(1), "more": torch.ones(4)}
+    assert differences(ours, theirs) == [
+        "             tensor      the network's  the checkpoint's",
+        *[f"missing      {name}           (2, 3)         -" for name in "abcd"],
+        "missing      and 3 more",
+        "extra        more        -              (4,)",
+        "other shape  h           (2, 3)         (3, 2)",
+    ]
+    many = {str(i): torch.ones(1) for i in range(100)}
+    assert len(differences(many, {})) == 1 + 12 + 1

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent.parent
 CLIP = {"type": "clip", "width": 32, "layers": 1, "heads": 2}
 JOINT = {"type": "joint_text", "width": 32, "layers": 1, "heads": 2, "length": 16, "vocabulary": 530}
 LABEL = {"type": "label", "classes": 4, "null": 3}
+LAYOUT = {"type": "layout", "classes": 4, "width": 32, "boxes": 3}
+MAP = {"type": "segmentation", "classes": 3}
 BALL = "a red ball"
 
 
@@ -60,7 +62,7 @@ def write_model(path: Path, conditioner: dict | None, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    conditioners = {"joint": JOINT, "clip": CLIP, "label": LABEL, "plain": None}
+    conditioners = {"joint": JOINT, "clip": CLIP, "label": LABEL, "layout": LAYOUT, "map": MAP, "plain": None}
     return {name: write_model(folder / f"{name}.safetensors", node) for name, node in conditioners.items()}
 
 
@@ -204,6 +206,48 @@ def test_any_size_that_the_factor_allows(pictures):
 def test_labels(pictures):
     a, b = (pictures("--label", label, model="label")[0] for label in (0, 1))
     assert distance(a, b) > 1
+
+
+def boxes(labels: list[int], name: str = "boxes.json") -> str:
+    """A box on the left and one on the right."""
+    corners = [[0, 0.25, 0.5, 0.75], [0.5, 0.25, 1, 1]]
+    Path(name).write_text(json.dumps({"boxes": corners[: len(labels)], "labels": labels}))
+    return name
+
+
+def test_boxes(pictures, models):
+    """From a file or a dictionary; where and what they are matters, and so does guidance away from none."""
+    made = {}
+    for labels in ([0, 1], [1, 0], [0], []):
+        (made[str(labels)],) = pictures("--condition", boxes(labels), model="layout")
+    names = list(made)
+    assert all(distance(made[a], made[b]) > 1 for i, a in enumerate(names) for b in names[:i])
+    node = {"boxes": [(0, 0.25, 0.5, 0.75), (0.5, 0.25, 1, 1)], "labels": [0, 1]}
+    pipe = ldm.load(models["layout"], device="cpu")
+    assert distance(made["[0, 1]"], np.asarray(pipe(condition=node)[0]).astype(int)) == 0
+    (alone,) = pictures("--condition", boxes([0, 1]), "--cfg", 1, model="layout")
+    assert distance(made["[0, 1]"], alone) > 1
+    (nothing,) = pictures("--condition", boxes([]), "--cfg", 1, model="layout")
+    assert distance(made["[]"], nothing) <= 1, "it is what guidance moves away from"
+
+
+def test_a_picture_of_boxes_is_made_again(run, capsys):
+    (file,) = run("--condition", boxes([0, 1]), model="layout")[1]
+    assert main(["replay", file, "--device", "cpu"]) == 0
+    assert "identical" in capsys.readouterr().out
+    boxes([1, 0])
+    assert main(["replay", file, "--device", "cpu"]) == 2
+
+
+def test_guidance_away_from_what_lies_beside_the_latents_is_not_pretended(run):
+    Image.fromarray(np.eye(16, dtype=np.uint8)).save("map.png")
+    status, (line,), err = run("--condition", "map.png", model="map")
+    assert (status, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: cfg 3 does nothing: segmentation ")
+    guided = pixels(line)
+    status, (line,), err = run("--condition", "map.png", "--cfg", 1, model="map")
+    assert (status, err) == (0, "")
+    assert distance(guided, pixels(line)) == 0
 
 
 def test_a_model_that_reads_nothing(pictures):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +69,22 @@ def clutter(tmp_path, monkeypatch):
     Path("file").touch()
     Path("empty.txt").write_text(" \n\n")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
+    box = [0, 0, 1, 1]
+    nodes: dict[str, Any] = {
+        "list": [1],
+        "keys": {"boxes": [box], "classes": [0]},
+        "one": {"boxes": [box], "labels": []},
+        "no_list": {"boxes": [box], "labels": 0},
+        "word": {"boxes": [["left", 0, 1, 1]], "labels": [0]},
+        "pixels": {"boxes": [[0, 0, 64, 64]], "labels": [0]},
+        "nan": {"boxes": [[0, 0, float("nan"), 1]], "labels": [0]},
+        "turned": {"boxes": [[1, 0, 0.5, 1]], "labels": [0]},
+        "named": {"boxes": [box], "labels": ["cube"]},
+        "class": {"boxes": [box], "labels": [4]},
+        "many": {"boxes": [box] * 4, "labels": [0] * 4},
+    }
+    for name, node in nodes.items():
+        Path(f"{name}.json").write_text(json.dumps(node))
 
 
 @pytest.mark.parametrize(("options", "words"), BEFORE_TORCH, ids=lambda value: "".join(value)[:40])
@@ -148,6 +166,21 @@ def test_a_first_stage_alone_and_no_file_at_all(run, models, tmp_path):
         ("label", ("--label", "4"), ("label", "got 4", "0 to 3", "try 3")),
         ("label", ("--label=-1",), ("label", "got -1")),
         ("label", ("--label", "1", "--prompt", BALL), ("prompt: this model reads none", "label")),
+        ("layout", (), ("boxes: this model needs one", "--condition FILE.json")),
+        ("layout", ("--condition", "file"), ("condition: not JSON (file)", '"boxes"')),
+        ("layout", ("--condition", "mask.png"), ("condition: not JSON (mask.png)",)),
+        ("layout", ("--condition", "list.json"), ("condition: not boxes with labels (list.json)", "got [1]")),
+        ("layout", ("--condition", "keys.json"), ("condition: not boxes with labels", "got the keys boxes, classes")),
+        ("layout", ("--condition", "one.json"), ("condition: not a label for each box", "got 1 boxes and 0 labels")),
+        ("layout", ("--condition", "no_list.json"), ("condition: not a label for each box", "no list of labels")),
+        ("layout", ("--condition", "word.json"), ("condition: not a box", 'got ["left", 0, 1, 1]', "in [0, 1]")),
+        ("layout", ("--condition", "pixels.json"), ("condition: not a box", "got [0, 0, 64, 64]", "in [0, 1]")),
+        ("layout", ("--condition", "nan.json"), ("condition: not a box", "NaN")),
+        ("layout", ("--condition", "turned.json"), ("boxes: not a box", "left < right")),
+        ("layout", ("--condition", "named.json"), ("condition: not a class", 'got "cube"')),
+        ("layout", ("--condition", "class.json"), ("box_labels: no such class", "got 4", "0 to 3")),
+        ("layout", ("--condition", "many.json"), ("boxes: too many", "got 4", "at most 3")),
+        ("joint", ("--condition", "class.json"), ("cannot read the picture (class.json)",)),
         ("plain", ("--prompt", BALL), ("prompt: this model reads none",)),
     ],
 )

@@ -6,9 +6,15 @@ import json
 
 import pytest
 
+import ldm
+from ldm import checkpoint
 from ldm.cli import main
+from ldm.data.scenes.source import Scenes
 from tests.data.photographs import photograph
 from tests.training.second_stage import cached, command, first_stage
+
+TEXT = "{type: joint_text, width: 32, layers: 1, heads: 2, vocabulary: "
+SEGMENTS, BOXES = "conditioner={type: segmentation, classes: ", "conditioner={type: layout, width: 32, classes: "
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +37,11 @@ def one_process(monkeypatch):
         (["spacing.steps=0"], 2, "spacing.steps"),
         (["trainer={steps: 1, precision: 16-mixed, strategy: fsdp2, devices: 2}"], 2, "trainer.precision: FSDP2"),
         (["data={type: latents, root: nowhere, batch_size: 8}"], 3, "no cache (nowhere)"),
+        (["prediction.type=v", "path.type=cosine", "solver={type: ddpm, noise_var: learned}"], 2, "solver.noise_var: "),
+        ([f"conditioner={{type: compose, parts: [{TEXT}600}}, {TEXT}700}}]}}"], 2, "got 2 that differ; expected one"),
+        ([SEGMENTS + "3}", "data.adds=[segmentation]"], 2, "segmentation: no such class; got 0 to 4; expected 0 to 2"),
+        ([BOXES + "2, boxes: 8}", "data.adds=[boxes]"], 2, "box_labels: no such class"),
+        ([BOXES + "4, boxes: 2}", "data.adds=[boxes]"], 2, "boxes: too many; got 3; expected at most 2"),
         (["--init-from", "CKPT"], 4, "--init-from: no denoiser inside"),
         (["--run", "CKPT"], 2, "--run: cannot be written to"),
     ],
@@ -65,8 +76,76 @@ def test_captions_that_are_cut_off_are_counted_before_training(tmp_path, monkeyp
     assert main([*command(tmp_path / "run", data)[:-1], "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "dropped: caption 30% of samples" in said
-    assert "captions: 3 are longer than the 30 tokens that are read of each" in said
+    assert "captions: 38% are longer than the 30 tokens that are read of each" in said
+    assert "size: " not in said
     assert not (tmp_path / "run").exists()
+
+
+def labelled(folder, labels: list[int]) -> str:
+    """The node of pictures with these labels."""
+    folder.mkdir()
+    lines = []
+    for i, label in enumerate(labels):
+        photograph(32, 32, i).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "a ball", "label": label}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return f"data={{type: images, root: {folder}, resolution: 16, batch_size: 8, workers: 0}}"
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (9, "label: no such class; got 9; expected 0 to 4"),
+        (4, "label: it is the row that means nothing; got 4"),
+        (3, ""),
+    ],
+)
+def test_labels_are_looked_at_before_training(label, words, tmp_path, monkeypatch, capsys):
+    """All of them: the one that is wrong is not among the first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    data = labelled(tmp_path / "pictures", [*[i % 4 for i in range(12)], label, *[0] * 27])
+    label_of_5 = "conditioner={type: label, classes: 5, null: 4, width: 32}"
+    assert main([*command(tmp_path / "run", data, label_of_5)[:-1], "--dry-run"]) == (2 if words else 0)
+    assert words in capsys.readouterr().err
+
+
+def test_what_a_conditioner_cannot_read_is_an_error_of_the_configuration(tmp_path, monkeypatch, capsys):
+    batch = Scenes.batch
+    floats = lambda *args: (made := batch(*args)) | {"segmentation": made["segmentation"].float()}  # noqa: E731
+    monkeypatch.setattr(Scenes, "batch", floats)
+    argv = command(tmp_path / "run", SEGMENTS + "5}", "data.adds=[segmentation]")[:-1]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: conditioner.segmentation: not a map of classes (command line); got float32")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_encoders_share_a_tokenizer_that_both_would_learn(tmp_path):
+    argv = command(tmp_path / "run", f"conditioner={{type: compose, parts: [{TEXT}600}}, {TEXT}600}}]}}")[:-1]
+    assert main([*argv, "trainer.steps=1"]) == 0
+    pipe = ldm.load(tmp_path / "run" / "model.safetensors", device="cpu")
+    first, second = (member.known().to_json() for member in pipe.conditioner.members)
+    assert first == second
+    assert pipe("a red ball", steps=2, cfg=1)
+
+
+def test_another_size_than_the_data_s_is_said(tmp_path, capsys):
+    assert main([*command(tmp_path / "run", "size=32")[:-1], "--dry-run"]) == 0
+    assert "size: sample.py will make 32x32 pixels; the data have 16x16; try size=16" in capsys.readouterr().out
+
+
+def test_a_denoiser_of_pictures_is_none_of_latents(tmp_path, capsys):
+    argv = command(tmp_path / "run", "trainer.steps=1")[:-1]
+    assert main(argv) == 0
+    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    assert opened.config["fingerprint"]
+    for name, stored in {"ours": {"fingerprint": None}, "theirs": {}}.items():
+        config = {key: x for key, x in opened.config.items() if key != "fingerprint"} | stored
+        checkpoint.save(tmp_path / f"{name}.safetensors", config, opened.state, opened.tokenizer)
+    begin = [*command(tmp_path / "again")[:-1], "--dry-run", "--init-from"]
+    assert main([*begin, str(tmp_path / "ours.safetensors")]) == 4
+    assert "autoencoder: not the one that the denoiser was trained with" in capsys.readouterr().err
+    assert main([*begin, str(tmp_path / "theirs.safetensors")]) == 0
 
 
 def test_another_first_stage_than_the_run_s_or_the_cache_s_is_refused(tmp_path, capsys):

@@ -23,6 +23,7 @@ from tests.conditioning.conditions import (
     backbone,
     first_stage,
     images,
+    masked,
     output,
     small_joint,
     small_t5,
@@ -123,6 +124,17 @@ def test_each_part_is_dropped_by_itself():
     for flags in ({}, drop, {"caption": ALL}, {"label": ALL}, {"masked_image": ALL}, everything(both, ALL)):
         seen.add(output(unet, both(batch, flags)).sum().item())
     assert len(seen) == 6
+
+
+def test_guidance_moves_away_from_what_is_said_and_was_dropped():
+    assert composed().guided() == ["caption", "label"]
+    assert KINDS["compose_channels"].make().guided() == ["caption", "caption_2"]
+    never = Compose(parts=[Label(classes=7, null=6, width=12, drop=0), Label(classes=7, null=6, width=12), masked()])
+    assert never.guided() == ["label_2"]
+    inner = Compose(parts=[Label(classes=3, null=2, width=12), never])
+    assert inner.guided() == ["label", "label_2_2"]
+    assert {name: leaf.drop for name, leaf in inner.leaves()} == inner.parts
+    assert Label(classes=3, null=None).guided() == LowResolution(drop=0.5).guided() == []
 
 
 def test_masks_are_completed_where_a_part_has_none():
@@ -369,7 +381,7 @@ REFUSALS = [
     ),
     (
         layout_with(boxes=torch.zeros(1, 6, 4), box_labels=-torch.ones(1, 6).long()),
-        "boxes: too many; got 6; expected at most 5; try boxes=6",
+        "boxes: too many; got 6; expected at most 5",
     ),
     (lambda: Compose(parts=[]), "parts: nothing to join; got an empty list; expected conditioners; try one or more"),
     (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -9,7 +11,9 @@ from safetensors.torch import load_file
 import ldm
 from ldm import checkpoint, pictures
 from ldm.cli import main
+from ldm.conditioning.tokenizer import BPE
 from ldm.training.latent_diffusion import LatentDiffusionStage
+from tests.data.photographs import photograph
 from tests.test_pipeline import ask_ours, ask_theirs, distance
 from tests.training.second_stage import command
 
@@ -48,8 +52,21 @@ def test_the_file_makes_the_pictures_that_the_averages_made_in_memory(tmp_path, 
             assert not torch.equal(x, ema[f"model/denoiser.{name}"])
 
 
-def test_the_file_needs_nothing_else_and_names_no_folder(tmp_path):
-    assert main(command(tmp_path / "run", "trainer.steps=2")[:-1]) == 0
+def test_the_file_needs_nothing_else_and_names_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "pictures").mkdir()
+    for i, text in enumerate(["a red ball", "a blue ball"] * 20):
+        photograph(16, 16, i).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(text)
+    tokenizer = BPE.train(["a red ball", "a blue ball"], 530)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(tokenizer.ids))
+    (tmp_path / "tokenizer" / "merges.txt").write_text("\n".join(" ".join(pair) for pair in tokenizer.merges))
+    places = [f"data={{type: images, root: {tmp_path / 'pictures'}, resolution: 16, batch_size: 8, workers: 0}}"]
+    places += [f"data.manifest={tmp_path / 'manifest'}", f"conditioner.tokenizer={tmp_path / 'tokenizer'}"]
+    assert main(command(tmp_path / "run", "trainer.steps=2", *places)[:-1]) == 0
+    assert str(tmp_path / "pictures") in (tmp_path / "run" / "config.yaml").read_text()
+    assert str(tmp_path / "tokenizer") in (tmp_path / "run" / "config.yaml").read_text()
     opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
     assert str(tmp_path) not in (tmp_path / "run" / "model.safetensors").read_bytes().decode("latin-1")
     assert opened.config["autoencoder"]["type"] == "kl"
@@ -83,6 +100,13 @@ def test_init_from_begins_with_the_weights_of_a_file(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "tensors of another shape in the backbone" in error
     assert "encoder.0.main.weight (32, 4, 3, 3) for (64, 4, 3, 3)" in error
+    *table, line = error[error.index("             tensor  ") :].splitlines()
+    assert line.startswith("error: ")
+    assert any(
+        row.split()[2:] == ["encoder.0.main.weight", *["(64,", "4,", "3,", "3)", "(32,", "4,", "3,", "3)"]]
+        for row in table
+    )
+    assert len(table) == 14
     first_stage = str(tmp_path / "first.safetensors")
     assert main(command(tmp_path / "none", "--init-from", first_stage)[:-1]) == 4
     assert "--init-from: no denoiser inside" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
 from ldm.conditioning.layout import Layout
 from ldm.draws import draw, stream
+from ldm.training import latent_diffusion as stage_module
 from ldm.training.by_level import BINS
 from ldm.training.conditions import completed, rectangles
 from ldm.training.stage import SCALE, Stage
@@ -192,6 +193,15 @@ def test_what_a_batch_lacks_is_keyed_by_number():
     assert completed(batch | {"mask": 0}, ("mask", "image"), x0, 3)["mask"] == 0
 
 
+def another(name: str, x):
+    """Other conditions of the same kind."""
+    if name == "boxes":
+        return 0.9 * x
+    if name == "box_labels":
+        return torch.where(x < 0, x, (x + 1) % 4)
+    return x[::-1] if name == "caption" else x.flip(0)
+
+
 @pytest.mark.parametrize(
     ("conditioner", "adds"),
     [
@@ -203,16 +213,24 @@ def test_what_a_batch_lacks_is_keyed_by_number():
         (f"{{type: compose, parts: [{TEXT}, {{type: edit}}]}}", "[source]"),
     ],
 )
-def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path):
+def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, monkeypatch):
     backbone = [f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"]
     stage = stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", *backbone)
-    nn.init.normal_(stage.denoiser.backbone.out.weight)
-    loss, _ = stage.loss(stage.data.batch(ASKS, 3), ("denoiser",))
-    missing = [
-        name for (name, _), g in zip(stage.groups()["denoiser"], gradients(stage, loss)) if not g.isfinite().all()
-    ]
+    for p in stage.denoiser.backbone.parameters():
+        if not p.any() and p.ndim > 1:
+            nn.init.normal_(p, std=0.1)  # what begins at zero hides what is before it
+    batch = stage.data.batch(ASKS, 3)
+    loss, _ = stage.loss(batch, ("denoiser",))
+    found = zip(stage.groups()["denoiser"], gradients(stage, loss))
+    missing = [name for (name, _), g in found if not g.isfinite().all() or not g.any()]
     assert math.isfinite(loss)
-    assert not missing
+    assert [name for name in missing if "k.bias" not in name] == []
+    told = completed(batch, stage.conditioner.reads, stage.latents(batch), 3)
+    for name in stage.conditioner.reads:  # each that is read counts
+        other = told | {name: another(name, told[name])}
+        monkeypatch.setattr(stage_module, "completed", lambda *_, other=other: other)
+        changed, _ = stage.loss(batch, ("denoiser",))
+        assert abs(changed - loss) > 1e-7, name
 
 
 # ------------------------------------------------------------------------------------------------------ float16
