@@ -72,6 +72,15 @@ class Text(Conditioner):
             raise InputError("caption: no tokenizer yet", hint="one learned from captions, or the folder of one")
         return self.tokenizer
 
+    @property
+    def room(self) -> int:
+        """How many tokens of a text are read, starts and ends not counted."""
+        return self.chunks * (self.length - (self.known().start is not None) - 1)
+
+    def too_long(self, text: str) -> bool:
+        """Whether the end of a text is cut off."""
+        return len(self.known().encode(text)) > self.room
+
     def encode(self, ids: Tensor) -> Condition:
         """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
         device = self.transformer.tokens.weight.device
@@ -93,6 +102,11 @@ class Text(Conditioner):
 
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
         return repeat(self.encode(self.tokenize([""])), count)
+
+
+def text_in(module: nn.Module | None) -> Text | None:
+    """The text encoder in a module, the first one if there are several."""
+    return None if module is None else next((m for m in module.modules() if isinstance(m, Text)), None)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ldm.assemble import Model
 from ldm.checkpoint import Opened, load_weights
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import Conditioner
-from ldm.conditioning.text import Text
+from ldm.conditioning.text import Text, text_in
 from ldm.conditioning.tokenizer import from_json
 from ldm.config import Config
 from ldm.data.latents import Latents
@@ -32,6 +32,7 @@ from ldm.training.by_level import ByLevel
 from ldm.training.conditions import MADE, completed
 from ldm.training.sampling import Samples
 from ldm.training.stage import Report, Stage, Turn, named
+from ldm.training.told import Told
 
 if TYPE_CHECKING:
     from ldm.data.loader import Data
@@ -67,7 +68,7 @@ class LatentDiffusionStage(Stage):
         encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
         self.frozen = ("autoencoder", *encoders)
         warnings.filterwarnings("ignore", "the end of a text is cut off")  # `notices` says it once
-        text = next((m for m in self.modules() if isinstance(m, Text)), None)
+        text = text_in(self.conditioner)
         self.tokenizer = None if text is None else text.known().to_json()
 
     # --------------------------------------------------------------------------------------------------- the loss
@@ -104,6 +105,19 @@ class LatentDiffusionStage(Stage):
             x = self.memory_format(to_float(batch["image"]).to(self.dtype))  # (B, 3, H, W)
             x0 = (x if self.autoencoder is None else self.autoencoder.encode(x)).to(self.dtype)
         return self.memory_format(x0)  # (B, C, h, w)
+
+    def diffused(self, batch: dict[str, Any]) -> Tensor | None:
+        """Latents, and no pictures."""
+        return None if self.autoencoder is None else self.latents(batch)
+
+    def told(self, captions: Sequence[str]) -> Told | None:
+        """What the conditioner reads of such captions."""
+        if self.conditioner is None:
+            return None
+        text, guided = text_in(self.conditioner), self.samples.guidance.cfg != 1
+        if text is None:
+            return Told(0, 0, self.drops, guided)
+        return Told(text.room, sum(map(text.too_long, captions)), self.drops, guided)
 
     def condition(self, batch: Mapping[str, Any], x0: Tensor, drop: Mapping[str, Tensor]) -> Condition | None:
         """What the conditioner reads in a batch, without what is dropped."""
@@ -280,9 +294,8 @@ def notices(stage: LatentDiffusionStage) -> Iterable[str]:
     rates = ", ".join(f"{part} {rate:.0%}" for part, rate in stage.drops.items())
     if rates:
         yield f"dropped: {rates} of samples" if any(stage.drops.values()) else "dropped: nothing, so only cfg 1 works"
-    texts = [m for m in stage.modules() if isinstance(m, Text)]
-    longer_than = getattr(stage.data, "longer_than", None)
-    if texts and longer_than is not None:
-        tokenizer, room = texts[0].known(), texts[0].chunks * (texts[0].length - 2)
-        if count := longer_than(room, lambda text: len(tokenizer.encode(text))):
-            yield f"captions: {count} are longer than the {room} tokens that are read of each"
+    text, longer_than = text_in(stage.conditioner), getattr(stage.data, "longer_than", None)
+    if text is not None and longer_than is not None:
+        tokenizer = text.known()
+        if count := longer_than(text.room, lambda caption: len(tokenizer.encode(caption))):
+            yield f"captions: {count} are longer than the {text.room} tokens that are read of each"
