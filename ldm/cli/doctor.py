@@ -165,7 +165,7 @@ def data_rows(report: Report) -> Rows:
         yield "captions", f"{found.captions - found.empty} of {found.captions} are there: {words}"
     else:
         yield "captions", "none"
-    if found.told and found.told.room:
+    if found.told and found.told.room and found.captions:
         yield "", f"{found.told.longer} are longer than the {found.told.room} tokens that are read of each"
     if found.told and found.told.drops:
         rates = ", ".join(f"{part} {rate:.0%}" for part, rate in found.told.drops.items())

@@ -134,7 +134,15 @@ def propagate(stage: Stage, samples: int) -> None:
     batch = fetched(stage, [Ask(number, 0, bucket) for number in range(samples)])
     with untouched(stage), precisely(stage):
         for turn in stage.turns():
-            stage.loss(batch, turn)[0].backward()
+            back(stage, stage.loss(batch, turn)[0])
+
+
+def back(stage: Stage, loss: Tensor) -> None:
+    """All gradients, for nobody: DDP, which would remember whose came, is not told; FSDP2 has hooks to be run."""
+    if stage.plan.strategy == "fsdp2" and stage.trainer.world_size > 1:
+        loss.backward()
+    else:
+        torch.autograd.grad(loss, [p for p in stage.parameters() if p.requires_grad], allow_unused=True)
 
 
 def fetched(stage: Stage, asks: Sequence[Ask]) -> dict[str, Any]:

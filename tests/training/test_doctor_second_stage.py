@@ -69,7 +69,7 @@ THINGS = ("data", "captions", "dropped", "latents", "memory", "disk", "resume", 
 
 
 def test_all_is_well(examined):
-    report = examined("optimizer.lr=3e-3")
+    report = examined("optimizer.lr=3e-3", "conditioner.length=77")
     assert kinds(report) == dict.fromkeys(THINGS, "ok")
     assert [(phase.name, phase.first, phase.steps) for phase in report.trial.phases] == [("training", 0, 10)]
     rows = dict(row for row in (*command.data_rows(report), *command.cost_rows(report)) if row[0])
@@ -193,9 +193,9 @@ def test_operations_are_an_encoding_and_three_passes_of_what_learns(checkpointin
 
 
 def test_one_of_two_processes_is_tried(examined, tmp_path):
-    report = examined("trainer.devices=2", "trainer.steps=4", "optimizer.lr=3e-3")
+    report = examined("trainer.devices=2", "trainer.steps=4", "optimizer.lr=3e-3", "conditioner.length=77")
     (phase,) = report.trial.phases
-    assert phase.flops == 4 * within(stage_of(tmp_path), needs.flops_of)
+    assert phase.flops == 4 * within(stage_of(tmp_path, "conditioner.length=77"), needs.flops_of)
     assert report.images_per_second == pytest.approx(4 * 8 / report.seconds)
     assert set(kinds(report).values()) == {"ok"}
 
