@@ -2,8 +2,8 @@
 
 python -m benchmarks.second_stage FILE [--latents 10000] [--images 2048] [--prompts 200] [--cfg 1 4 7.5] [--steps 30]
 
-The two Gaussians know the mean and the variances, or the whole covariance, of the latents of so many training scenes, and
-are the best flows there are for normal data (by Bayes' rule, in closed form). The losses are those of training's
+The two Gaussians know the mean and the variances, or the whole covariance, of the latents of so many training scenes,
+and are the best flows there are for normal data (by Bayes' rule, in closed form). The losses are those of training's
 validation: the same scenes, noise and levels for all three. Prompts are captions of unseen scenes, by number of
 objects, and of combinations that no training scene has.
 """

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
-from benchmarks.networks import fill, paired_ratio, peak_bytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.networks import fill, paired_ratio, peak_bytes
 from ldm.checkpoint.autoencoder_keys import write_autoencoder
 from ldm.losses.stage_one import Loss
 from ldm.models.autoencoder import Autoencoder

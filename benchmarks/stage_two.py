@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from benchmarks.networks import fill, paired_ratio
-from benchmarks.stage_one import DEVICE, flops, peak, per_second
 from torch import Tensor, nn
 
+from benchmarks.networks import fill, paired_ratio
+from benchmarks.stage_one import DEVICE, flops, peak, per_second
 from ldm.checkpoint.backbone_keys import write_backbone
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoiser

@@ -89,12 +89,15 @@ def own_parts(arguments: argparse.Namespace) -> None:
         parts.plug(module)
 
 
-def config_file(name: str, folder: str) -> Path:
-    """The file itself, or the shipped configuration of that name: in the package, or beside it in a checkout."""
+def config_file(name: str, *folders: str) -> Path:
+    """The file itself, or the shipped configuration of that name: in the package, or beside it in a checkout.
+
+    A name that is in several folders means what is in the first of them.
+    """
     if Path(name).suffix in (".yaml", ".yml", ".json") or Path(name).name != name:
         return Path(name)
     package = Path(__file__).parent.parent
-    places = [package / "configs" / folder, package.parent / "configs" / folder]
+    places = [root / "configs" / folder for folder in reversed(folders) for root in (package, package.parent)]
     shipped = {file.stem: file for place in places for file in place.glob("*.yaml")}
     if name not in shipped:
         names = ", ".join(sorted(shipped))

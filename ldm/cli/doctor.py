@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -20,15 +20,22 @@ from ldm.cli import config_file, config_options, own_parts
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
+    from ldm.checkpoint import Opened
+    from ldm.config import Config
     from ldm.training.doctor import Report
+    from ldm.training.stage import Stage
 
 Rows = Iterator[tuple[str, str]]
+FOLDERS = {1: "autoencoder", 2: "ldm"}  # of the shipped configurations, by stage
+ENDINGS = {1: "", 2: "_ldm"}  # of a run directory's name, as the training commands have them
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser)
-    parser.add_argument("--run", metavar="DIR", help="where the run will be (default runs/NAME of the configuration)")
+    stages = "of a name that both stages have, which one is meant (default 1)"
+    parser.add_argument("--stage", type=int, choices=FOLDERS, help=stages)
+    parser.add_argument("--run", metavar="DIR", help="where the run will be (default as for training)")
     parser.add_argument("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint")
     parser.add_argument("--minutes", type=float, default=5.0, help="about how long this may take (default 5)")
     parser.add_argument("--json", action="store_true", help="print all that was found as JSON")
@@ -37,22 +44,19 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Try it out, and print what was found; the exit status is the first error's."""
     own_parts(arguments)
-    from ldm import config as configuration
-    from ldm.assemble import AutoencoderSchema
-
     name, overrides = named(arguments)
-    file = config_file(name, "autoencoder")
-    config = configuration.load(file, overrides, AutoencoderSchema)
+    file, stage = which(name, arguments.stage)
+    config = load(stage, file, overrides)[0]
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
     if not arguments.minutes > 0:
         raise InputError("out of range", "--minutes", str(arguments.minutes), "more than 0")
-    from ldm.training import autoencoder, doctor  # Lightning is only paid for once the configuration is right
+    from ldm.training import doctor  # Lightning is only paid for once the configuration is right
 
-    folder = Path(arguments.run or f"runs/{file.stem}").expanduser()
-    print(f"trying {file} for about {arguments.minutes:g} minutes", file=sys.stderr)
-    build = partial(autoencoder.build, init_from=arguments.init_from)
+    folder = Path(arguments.run or f"runs/{file.stem}{ENDINGS[stage]}").expanduser()
+    print(f"trying {file} (stage {stage}) for about {arguments.minutes:g} minutes", file=sys.stderr)
+    build = builder(stage, file, overrides, arguments.init_from)
     with TemporaryDirectory(prefix="ldm-doctor-") as scratch, signals_clear(Path(scratch)):
         report = doctor.examine(config, build, folder, Path(scratch), arguments.minutes)
     print(json.dumps(as_json(report), indent=2) if arguments.json else as_text(report))
@@ -67,6 +71,40 @@ def named(arguments: argparse.Namespace) -> tuple[str, list[str]]:
         expected = "one configuration: a YAML file, or the name of a shipped one"
         raise InputError("which configuration?", "command line", ", ".join(names) or "none", expected, "scenes")
     return names[0], [word for word in arguments.overrides if word not in words]
+
+
+def which(name: str, stage: int | None) -> tuple[Path, int]:
+    """The configuration's file and which stage it trains: what has a backbone trains the second."""
+    from ldm import configfile
+
+    folders = FOLDERS.values() if stage is None else [FOLDERS[stage]]
+    file = config_file(name, *folders)
+    found = 2 if "backbone" in configfile.read(file, []).values else 1
+    if stage not in (None, found):
+        raise InputError("--stage: the configuration is of the other one", str(file), str(stage), str(found))
+    return file, found
+
+
+def load(stage: int, file: Path, overrides: list[str]) -> tuple[Config, dict[str, Opened]]:
+    """The checked configuration, and the checkpoints that it names."""
+    from ldm import assemble, config
+
+    if stage == 1:
+        return config.load(file, overrides, assemble.AutoencoderSchema), {}
+    return assemble.load(file, overrides, assemble.DiffusionSchema)
+
+
+def builder(stage: int, file: Path, overrides: list[str], init_from: str | None) -> Callable[[Config], Stage]:
+    """What builds a stage; each with tensors of its own, for those of an opened checkpoint are trained in place."""
+    from ldm.training import autoencoder, latent_diffusion
+
+    if stage == 1:
+        return partial(autoencoder.build, init_from=init_from)
+
+    def build(config: Config) -> Stage:
+        return latent_diffusion.build(config, load(stage, file, overrides)[1], init_from)
+
+    return build
 
 
 @contextmanager
@@ -127,6 +165,11 @@ def data_rows(report: Report) -> Rows:
         yield "captions", f"{found.captions - found.empty} of {found.captions} are there: {words}"
     else:
         yield "captions", "none"
+    if found.told and found.told.room and found.captions:
+        yield "", f"{found.told.longer} are longer than the {found.told.room} tokens that are read of each"
+    if found.told and found.told.drops:
+        rates = ", ".join(f"{part} {rate:.0%}" for part, rate in found.told.drops.items())
+        yield "dropped", f"{rates} of samples"
     yield "loader", f"{found.images_per_second:.1f} images/s for each process, with nothing else to do"
 
 
@@ -134,15 +177,18 @@ def cost_rows(report: Report) -> Rows:
     found, plan = report.trial, report.plan
     if found is None:
         return
+    if z := found.latents:
+        of = f"{z.samples} looked at: {z.least:.2f} to {z.most:.2f}, mean {z.mean:.3f}, deviation {z.std:.3f}"
+        yield "latents", of
     parts = ", ".join(f"{name} {amount(count)}" for name, count in vars(found.needs).items())
     yield "memory", f"{amount(found.needs.total)} for each process: {parts}"
     yield "", f"{amount(found.peak)} at most in real steps, {amount(found.before)} before them"
     for phase in found.phases:
         images = report.batch_size / plan.ranks
-        speed = (
-            f"{images / phase.seconds:.1f} images/s, {phase.seconds:.3g} s and {phase.flops / 1e12:.3g} TFLOP a step"
-        )
+        speed = f"{images / phase.seconds:.1f} images/s, {phase.seconds:.3g} s a step"
         yield "steps", f"{phase.steps} from {phase.first} ({phase.name}): {speed}, for each process"
+        step, image = phase.flops / 1e12, phase.flops / images / 1e9
+        yield "", f"{image:.4g} GFLOP an image, {step:.3g} TFLOP a step: {step / phase.seconds:.3g} TFLOP/s"
     yield "validation", f"{found.validation_seconds:.1f} s every {plan.validate_every} steps"
     yield "checkpoint", f"{found.checkpoint_seconds:.1f} s every {plan.save_every} steps"
     hours = report.seconds / 3600

@@ -75,8 +75,12 @@ class Text(Conditioner):
 
     @property
     def room(self) -> int:
-        """How many tokens of a caption are read."""
+        """How many tokens of a text are read, starts and ends not counted."""
         return self.chunks * room(self.known(), self.length)
+
+    def too_long(self, text: str) -> bool:
+        """Whether the end of a text is cut off."""
+        return len(self.known().encode(text)) > self.room
 
     def encode(self, ids: Tensor) -> Condition:
         """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
@@ -104,6 +108,11 @@ class Text(Conditioner):
 def room(tokenizer: Tokenizer, length: int) -> int:
     """How many of a chunk's tokens are the text's own: all but its end, and its start where there is one."""
     return length - 1 - (tokenizer.start is not None)
+
+
+def text_in(module: nn.Module | None) -> Text | None:
+    """The text encoder in a module, the first one if there are several."""
+    return None if module is None else next((m for m in module.modules() if isinstance(m, Text)), None)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:

@@ -15,6 +15,7 @@ from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.logs import Logs
 from ldm.training.stage import Stage
+from ldm.training.utilisation import Utilisation
 
 SIGNALS = {signal.SIGTERM: "sigterm", signal.SIGINT: "sigint"}
 CODES = {"sigterm": 143, "sigint": 130}
@@ -33,8 +34,9 @@ class Run(Callback):
         found = checkpointing.newest(self.folder)
         if found:
             checkpointing.restore(*found, stage)
+        utilisation = Utilisation.of(stage)
         if self.logs:
-            self.logs.begin(stage, stage.images_seen)
+            self.logs.begin(stage, stage.images_seen, utilisation)
         if stage.step >= stage.plan.steps:
             trainer.should_stop = True
 

@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from ldm.config import Config
-from ldm.data.loader import Data, loader
+from ldm.data.loader import loader
 from ldm.errors import CheckpointError, DataError, InputError, LdmError
 from ldm.pictures import to_float
 from ldm.training.stage import Stage
+from ldm.training.told import Told
 from ldm.training.trainer import Plan
-from ldm.training.trial import LEAST, State, Trial, follow, learned, resumed, together, trial
+from ldm.training.trial import LEAST, State, Trial, Values, follow, learned, resumed, together, trial
 
 LOOKED_AT = 320  # samples
 FLAT = 0.02  # a channel's standard deviation, where pictures go from -1 to 1
 ENOUGH = 1.1  # of what training takes, what a loader should make that has a processor for itself
+FEW = 0.1  # of the captions, as many as are dropped on purpose
+NEAR, NARROW, WIDE = 0.3, 0.7, 1.4  # of latents: how far their mean may be from 0, and their deviation from 1
 FALL = 0.8  # the part of the loss that is left at most when one batch has been learned by heart
 ROOM = 0.9  # of the memory
 
@@ -55,6 +58,7 @@ class Survey:
     empty: int
     words: list[float]  # least, median and most of the captions that are not empty
     images_per_second: float
+    told: Told | None = None  # of the captions, where there is a condition
 
 
 @dataclass
@@ -105,8 +109,9 @@ def examine(config: Config, build: Callable[[Config], Stage], run: Path, scratch
         share = f"data.batch_size={data.batch_size // plan.ranks}"
         config = config.amended([share, "trainer.devices=1", "trainer.nodes=1"])
     with report.check():
-        report.survey = survey(data, whole.seed, plan, seconds / 10)
+        report.survey = survey(whole, seconds / 10)
         look_at_data(report, report.survey)
+        look_at_captions(report, report.survey)
     if report.survey:
         try_out(report, partial(build, config), run, scratch, seconds)
     return report
@@ -119,6 +124,8 @@ def try_out(report: Report, build: Callable[[], Stage], run: Path, scratch: Path
         report.trial, state = follow(build(), partial(trial, plan=plan, folder=scratch, seconds=seconds / 2))
     if report.trial is None:
         return
+    if report.trial.latents:
+        look_at_latents(report, report.trial.latents)
     with report.check():
         look_at_costs(report, report.trial)
     with report.check():
@@ -137,9 +144,10 @@ def first_batch(stage: Stage) -> Iterator[dict[str, Any]]:
     return cycle(list(islice(loader(stage.data, stage.seed, accumulate=parts), parts)))
 
 
-def survey(data: Data, seed: int, plan: Plan, seconds: float) -> Survey:
+def survey(stage: Stage, seconds: float) -> Survey:
     """Look at some hundred samples as the loader of one process makes them."""
-    batches = iter(loader(data, seed, ranks=plan.ranks, accumulate=plan.accumulate))
+    data, plan = stage.data, stage.plan
+    batches = iter(loader(data, stage.seed, ranks=plan.ranks, accumulate=plan.accumulate))
     queue = max(1, 2 * data.workers)  # what the workers have ready when they need not wait
     for _ in range(queue):
         next(batches)
@@ -168,6 +176,7 @@ def survey(data: Data, seed: int, plan: Plan, seconds: float) -> Survey:
         empty=len(captions) - len(words),
         words=[min(words), statistics.median(words), max(words)] if words else [],
         images_per_second=speed,
+        told=stage.told(captions),
     )
 
 
@@ -184,6 +193,27 @@ def look_at_data(report: Report, found: Survey) -> None:
     if found.counts.get("skipped"):
         text = f"data: {found.counts['skipped']} of {found.counts['seen']} samples are skipped"
         report.say(text, False, "skipped.jsonl beside their manifest names each")
+
+
+def look_at_captions(report: Report, found: Survey) -> None:
+    """Few are missing, few are longer than what is read of them, and some are dropped where guidance needs it."""
+    if (told := found.told) is None:
+        return
+    if told.room and found.captions:
+        text = f"captions: {found.empty} of {found.captions} are empty, {told.longer} longer than {told.room} tokens"
+        why = "who has none teaches nothing of the words, and the ends of long ones are not read"
+        report.say(text, max(found.empty, told.longer) <= FEW * found.captions, why)
+    if told.drops:
+        rates = ", ".join(f"{part} of {rate:.0%} of samples" for part, rate in told.drops.items())
+        why = "guidance needs what was trained without a condition too: try conditioner.drop=0.1, or guidance.cfg=1"
+        report.say(f"dropped: {rates}", any(told.drops.values()) or not told.guided, why)
+
+
+def look_at_latents(report: Report, found: Values) -> None:
+    """About N(0, 1), as paths and predictions take them to be."""
+    text = f"latents: mean {found.mean:.2f}, deviation {found.std:.2f}"
+    good = abs(found.mean) < NEAR and NARROW < found.std < WIDE
+    report.say(text, good, "they should be near 0 and 1: was this first stage trained on pictures like these?")
 
 
 def look_at_costs(report: Report, found: Trial) -> None:

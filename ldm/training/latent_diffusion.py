@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from ldm.checkpoint import Opened, load_weights
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
-from ldm.conditioning.text import Text
+from ldm.conditioning.text import Text, text_in
 from ldm.config import Config
 from ldm.data.latents import Latents
 from ldm.data.sampler import Ask
@@ -32,6 +32,7 @@ from ldm.training.by_level import ByLevel
 from ldm.training.conditions import MADE, completed
 from ldm.training.sampling import Samples
 from ldm.training.stage import Report, Stage, Turn, named
+from ldm.training.told import Told
 
 if TYPE_CHECKING:
     from ldm.data.loader import Data
@@ -106,6 +107,19 @@ class LatentDiffusionStage(Stage):
             x = self.memory_format(to_float(batch["image"]).to(self.dtype))  # (B, 3, H, W)
             x0 = (x if self.autoencoder is None else self.autoencoder.encode(x)).to(self.dtype)
         return self.memory_format(x0)  # (B, C, h, w)
+
+    def diffused(self, batch: dict[str, Any]) -> Tensor | None:
+        """Latents, and no pictures."""
+        return None if self.autoencoder is None else self.latents(batch)
+
+    def told(self, captions: Sequence[str]) -> Told | None:
+        """What the conditioner reads of such captions."""
+        if self.conditioner is None:
+            return None
+        text, guided = text_in(self.conditioner), self.samples.guidance.cfg != 1
+        if text is None:
+            return Told(0, 0, self.drops, guided)
+        return Told(text.room, sum(map(text.too_long, captions)), self.drops, guided)
 
     def condition(self, batch: Mapping[str, Any], x0: Tensor, drop: Mapping[str, Tensor]) -> Condition | None:
         """What the conditioner reads in a batch, without what is dropped."""
@@ -325,9 +339,7 @@ def notices(stage: LatentDiffusionStage) -> Iterable[str]:
     if (size, size) not in sizes:
         height, width = sizes[0]
         yield f"size: sample.py will make {size}x{size} pixels; the data have {height}x{width}; try size={height}"
-    texts = [m for m in stage.modules() if isinstance(m, Text)]
-    captions = captions_of(stage.data, stage.seed, JUDGED) if texts and hasattr(stage.data, "captions") else []
-    for text in texts:
-        longer = sum(len(text.known().encode(caption)) > text.room for caption in captions)
-        if longer:
-            yield f"captions: {longer / len(captions):.0%} are longer than the {text.room} tokens that are read of each"
+    text = text_in(stage.conditioner)
+    captions = captions_of(stage.data, stage.seed, JUDGED) if text and hasattr(stage.data, "captions") else []
+    if text and (longer := sum(map(text.too_long, captions))):
+        yield f"captions: {longer / len(captions):.0%} are longer than the {text.room} tokens that are read of each"

@@ -17,8 +17,17 @@ from tqdm import tqdm
 
 from ldm.checkpoint.files import replacing
 from ldm.training.stage import Stage
+from ldm.training.utilisation import Utilisation
 
 FIRST = ("step", "images_seen", "skipped", "images_per_second")
+SHOWN = {  # beside the progress, each with its name there
+    "images_per_second": ("images/s", "{:.1f}"),
+    "tflops_per_second": ("TFLOP/s", "{:.3g}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "loss/loss": ("loss", "{:.4g}"),
+    "val/psnr": ("psnr", "{:.4g}"),
+    "val/loss": ("val loss", "{:.4g}"),
+}
 
 
 class Logs:
@@ -29,8 +38,9 @@ class Logs:
         self.sinks: list[Any] = []
         self.bar: Any = None
 
-    def begin(self, stage: Stage, images_seen: int) -> None:
+    def begin(self, stage: Stage, images_seen: int, utilisation: Utilisation) -> None:
         """Take up the log where the checkpoint was written: later rows will be written again."""
+        self.utilisation = utilisation
         self.table = Table(self.file, images_seen)
         self.sinks = [sink(self.run, stage) for sink in (TensorBoard, WandB) if find_spec(sink.package)]
         interval = 0.5 if sys.stderr.isatty() else 30.0
@@ -46,14 +56,11 @@ class Logs:
         now = time.perf_counter(), stage.images_seen
         speed = (now[1] - self.since[1]) / max(now[0] - self.since[0], 1e-9)
         self.since = now
-        row = {**stage.report, "images_per_second": round(speed, 2)}
+        row = {**stage.report, "images_per_second": round(speed, 2), **self.utilisation.row(stage.step, speed)}
         self.table.add(row)
         for sink in self.sinks:
             sink.add(row, stage.step)
-        shown = {
-            name.split("/")[-1]: f"{row[name]:.4g}" for name in ("loss/loss", "val/psnr", "val/loss") if name in row
-        }
-        self.bar.set_postfix({"images/s": f"{speed:.1f}", **shown}, refresh=False)
+        self.bar.set_postfix({name: form.format(row[key]) for key, (name, form) in SHOWN.items() if key in row}, False)
         if not stage.advanced:
             self.say(f"step {stage.step} skipped: its gradient is not finite")
         for line in stage.verdicts(row):

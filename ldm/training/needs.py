@@ -6,14 +6,16 @@ import os
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.data.sampler import Order
+from ldm.data.sampler import Ask
 from ldm.training.stage import Stage
 
 
@@ -36,10 +38,12 @@ class Needs:
 def needs_of(stage: Stage, ranks: int) -> Needs:
     """Of a stage that stands for one of so many processes, at the step where it is."""
     trained = [p for group in stage.groups().values() for _, p in group]
+    spread = {p for module in (*stage.roots(), *stage.blocks()) for p in module.parameters()}
+    whole = [x for x in (*stage.parameters(), *stage.buffers()) if x not in spread]
     shards = ranks if stage.plan.strategy == "fsdp2" else 1
     one, two = held(stage, 1), held(stage, 2)  # some of it, such as weights in bfloat16, does not grow with a batch
     return Needs(
-        weights=size([*stage.parameters(), *stage.buffers()]) // shards,
+        weights=size(whole) + size(spread) // shards,
         gradients=size(trained) // shards,
         optimizer=round(size(trained) * remembered(stage)) // shards,
         averages=size(stage.ema.shadows.values()) // shards,
@@ -62,10 +66,26 @@ def remembered(stage: Stage) -> float:
 
 
 def flops_of(stage: Stage) -> int:
-    """The operations of one sample, forward and back, a multiplication and an addition being two."""
-    with FlopCounterMode(display=False) as counter:
+    """The operations of one sample, forward and back, a multiplication and an addition being two.
+
+    What gradient checkpointing computes again is no work of the model's, and left out.
+    """
+    with without_checkpointing(stage), FlopCounterMode(display=False) as counter:
         propagate(stage, 1)
     return counter.get_total_flops()
+
+
+@contextmanager
+def without_checkpointing(stage: Stage) -> Iterator[None]:
+    """Nothing is computed twice."""
+    modules: list[Any] = [m for m in stage.modules() if getattr(m, "checkpointing", False)]
+    for module in modules:
+        module.checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.checkpointing = True
 
 
 def held(stage: Stage, samples: int) -> int:
@@ -109,14 +129,46 @@ class Kept:
 
 
 def propagate(stage: Stage, samples: int) -> None:
-    """The losses of the first samples, forward and back, without a step."""
-    data = stage.data
-    asks = Order(len(data), data.batch_size, stage.seed, data.buckets, data.groups).batch(0)[:samples]
-    batch = stage.transfer_batch_to_device(data.batch(asks, stage.seed), stage.device, 0)
-    with stage.trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
+    """The losses of the first sample, so many times, forward and back, without a step; nothing changes by it."""
+    bucket = 0 if stage.data.buckets is None else int(stage.data.buckets[0])
+    batch = fetched(stage, [Ask(number, 0, bucket) for number in range(samples)])
+    with untouched(stage), precisely(stage):
         for turn in stage.turns():
-            stage.loss(batch, turn)[0].backward()
-    stage.zero_grad(set_to_none=True)
+            back(stage, stage.loss(batch, turn)[0])
+
+
+def back(stage: Stage, loss: Tensor) -> None:
+    """All gradients, for nobody: DDP, which would remember whose came, is not told; FSDP2 has hooks to be run."""
+    if stage.plan.strategy == "fsdp2" and stage.trainer.world_size > 1:
+        loss.backward()
+    else:
+        torch.autograd.grad(loss, [p for p in stage.parameters() if p.requires_grad], allow_unused=True)
+
+
+def fetched(stage: Stage, asks: Sequence[Ask]) -> dict[str, Any]:
+    """Training samples where they are used."""
+    return stage.transfer_batch_to_device(stage.data.batch(asks, stage.seed), stage.device, 0)
+
+
+@contextmanager
+def precisely(stage: Stage) -> Iterator[None]:
+    """The precision of training; what will be compiled is not yet."""
+    with stage.trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def untouched(stage: Stage) -> Iterator[None]:
+    """Afterwards counts and statistics in buffers and the state of generators are as before, and no gradients left."""
+    before = [(x, x.clone()) for x in stage.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[stage.device] if stage.device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for x, value in before:
+                x.copy_(value)
+        stage.zero_grad(set_to_none=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the machine

@@ -21,6 +21,7 @@ from ldm.training.trainer import Plan
 
 if TYPE_CHECKING:
     from ldm.data.loader import Data
+    from ldm.training.told import Told
 
 Turn = tuple[str, ...]  # groups of parameters whose gradients come from one backward pass
 Report = dict[str, Tensor]  # scalars by name, still on the device
@@ -84,6 +85,14 @@ class Stage(pl.LightningModule):
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
         """The loss of a micro-batch whose backward pass gives the turn's groups their gradients, and what to log."""
         raise NotImplementedError
+
+    def diffused(self, batch: dict[str, Any]) -> Tensor | None:
+        """The latents that a denoiser learns from, if that is what is trained: their deviation should be 1."""
+        return None
+
+    def told(self, captions: Sequence[str]) -> Told | None:
+        """What is read of such captions, if there is a condition."""
+        return None
 
     def blocks(self) -> list[nn.Module]:
         """The modules to compile one by one, and to shard."""

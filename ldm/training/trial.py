@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ldm.data.sampler import Order
 from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.checkpointing import COUNTERS, MODEL
-from ldm.training.needs import Needs, flops_of, machine_memory, needs_of, peak
+from ldm.training.needs import Needs, fetched, flops_of, machine_memory, needs_of, peak, precisely
 from ldm.training.stage import Stage
 from ldm.training.trainer import Plan
 
@@ -24,7 +25,18 @@ T = TypeVar("T")
 State = dict[str, Tensor]
 Course = Generator[None, None, T]  # each `yield` is a step of the training
 WARM, LEAST, TIMED, LEARNED = 4, 3, 24, 60  # steps
+LATENTS, PIECE = 64, 8  # samples: whose latents are looked at, and as many of them at once
 RISE = 10  # steps: a schedule's own warm-up may be longer than a trial
+
+
+class Values(NamedTuple):
+    """Of so many samples' latents: least, most, mean and standard deviation."""
+
+    samples: int
+    least: float
+    most: float
+    mean: float
+    std: float
 
 
 @dataclass
@@ -51,6 +63,7 @@ class Trial:
     checkpoint_seconds: float
     checkpoint_bytes: int
     model_bytes: int
+    latents: Values | None = None  # where they are what is learned from
 
 
 class Between(Callback):
@@ -108,6 +121,7 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
     stage.step = kinds[-1][1]  # of the phases the one that needs most
     needs, memory = needs_of(stage, plan.ranks), machine_memory(stage.device)
     check_memory(needs, plan, memory)
+    latents = latents_of(stage, seconds / 6)
     before, phases = peak(stage.device), []
     for name, first, steps in kinds:
         stage.step = first
@@ -126,9 +140,28 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
         checkpoint_seconds=clocked(lambda: checkpointing.write(folder, stage)),
         checkpoint_bytes=sum(file.stat().st_size for file in folder.glob("checkpoints/*/*")),
         model_bytes=(folder / MODEL).stat().st_size,
+        latents=latents,
     )
     yield
     return found, state_of(stage)
+
+
+@torch.no_grad()
+def latents_of(stage: Stage, seconds: float) -> Values | None:
+    """Of the first samples, as many as this time allows; None where no denoiser learns from latents."""
+    data, parts, begun = stage.data, list[Tensor](), time.perf_counter()
+    asks = Order(len(data), data.batch_size, stage.seed, data.buckets, data.groups).batch(0)[:LATENTS]
+    piece = min(PIECE, data.batch_size // stage.plan.accumulate)
+    for start in range(0, len(asks), piece):
+        with precisely(stage):
+            z = stage.diffused(fetched(stage, asks[start : start + piece]))  # (B, C, h, w)
+        if z is None:
+            return None
+        parts.append(z.double().cpu())
+        if time.perf_counter() - begun > seconds:
+            break
+    z = torch.cat(parts)
+    return Values(len(z), z.min().item(), z.max().item(), z.mean().item(), z.std().item())
 
 
 def check_memory(needs: Needs, plan: Plan, there: int) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ldm.cli import main
+from ldm.cli import doctor, main
 from ldm.training import trial
 from tests.training import toy
 from tests.training.killing import toy_data, wait
@@ -59,12 +59,33 @@ def test_print_config_stops(capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "said", "folder", "stage"),
+    [
+        ("scenes", None, "autoencoder", 1),
+        ("scenes", 1, "autoencoder", 1),
+        ("scenes", 2, "ldm", 2),
+        ("kl_f8", None, "autoencoder", 1),
+        ("sd15", None, "ldm", 2),
+        ("sd15", 2, "ldm", 2),
+    ],
+)
+def test_a_name_means_the_first_stage_that_has_it(name, said, folder, stage):
+    file, found = doctor.which(name, said)
+    assert (file.parent.name, file.stem, found) == (folder, name, stage)
+
+
+@pytest.mark.parametrize(
     ("words", "error"),
     [
         ([], "error: which configuration? (command line); got none; expected one"),
         (["toy.yaml", "scenes"], "error: which configuration? (command line); got toy.yaml, scenes; expected one"),
         (["toy.yaml", "--config", "scenes"], "error: which configuration? (command line); got toy.yaml, scenes;"),
-        (["nothing"], "error: no such configuration (nothing); expected a .yaml file, or one of kl_f16"),
+        (
+            ["nothing"],
+            "error: no such configuration (nothing); expected a .yaml file, or one of celebahq_vq4",
+        ),
+        (["kl_f8", "--stage", "2"], "error: no such configuration (kl_f8); expected a .yaml file, or one of celebahq"),
+        (["toy.yaml", "--stage", "2"], "error: --stage: the configuration is of the other one (toy.yaml); got 2; exp"),
         (["toy.yaml", "--minutes", "0"], "error: out of range (--minutes); got 0.0; expected more than 0"),
         (["toy.yaml", "data.resolution=15"], "error: data.resolution: not divisible by the autoencoder's factor"),
         (["toy.yaml", "trainer.devices=3"], "error: a batch cannot be split evenly"),

@@ -76,10 +76,13 @@ def running(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+CLOCKED = ("images_per_second", "tflops_per_second", "mfu")  # what a clock has a part in
+
+
 def rows(run: Path) -> list[dict[str, str]]:
     """The log of a run, without what a clock had a part in."""
     with open(run / "metrics.csv", encoding="utf-8") as file:
-        return [{name: x for name, x in row.items() if name != "images_per_second"} for row in csv.DictReader(file)]
+        return [{name: x for name, x in row.items() if name not in CLOCKED} for row in csv.DictReader(file)]
 
 
 def last_step(run: Path) -> int:
