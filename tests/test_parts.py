@@ -33,6 +33,7 @@ PLAIN = (int, float, bool, str, types.NoneType)
 LATER = {  # what a part is called with when training or sampling goes on
     "solver": ["denoise", "x", "grid", "noise"],
     "optimizer": ["parameters"],
+    "discriminator_optimizer": ["parameters"],
     "schedule": ["step", "steps"],
     "ema": ["parameters"],
 }

@@ -19,7 +19,7 @@ from ldm.draws import draw, stream
 from ldm.models.autoencoder import kl
 from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
-from ldm.training import codes
+from ldm.training import codes, utilisation
 from ldm.training.autoencoder import build
 from ldm.training.statistics import Spread, measured
 from tests.training import toy
@@ -261,6 +261,7 @@ def test_codes_begin_as_latents_where_quantising_begins(tmp_path, revivals, monk
     """Until then nothing looks them up, and nothing pulls latents towards them."""
     quantised, forward = [], VectorQuantizer.forward
     monkeypatch.setattr(VectorQuantizer, "forward", lambda self, *x: quantised.append(self) or forward(self, *x))
+    monkeypatch.setattr(utilisation, "counted", lambda stage: {})  # which passes forward too
     late = ["sample_from=4", "revive=0", "trainer.steps=6", "trainer.validate_every=6"]
     assert main(command(tmp_path / "run", *VQ, *late)[:-1]) == 0
     ((before, usage, after, memory),) = revivals

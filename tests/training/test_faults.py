@@ -15,7 +15,7 @@ from ldm import checkpoint
 from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
-from ldm.training import checkpointing, logs, run
+from ldm.training import checkpointing, logs, run, utilisation
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, toy_data, wait
 
 __all__ = ["toy_data"]
@@ -223,6 +223,7 @@ def poison(monkeypatch, steps: set[int]) -> None:
         return reconstruction, bottled
 
     monkeypatch.setattr(Autoencoder, "forward", broken)
+    monkeypatch.setattr(utilisation, "counted", lambda stage: {})  # which passes forward too
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, monkeypatch):
