@@ -108,7 +108,7 @@ def curve(runs: list[Path]) -> Image.Image:
     pen.text((WIDTH - 170, HEIGHT - 16), f"thousand images (to {most:.0f})", "black")
     for i, (run, line) in enumerate(zip(runs, lines)):
         pen.line([place(*point) for point in line], colours[i % 3], 2)
-        pen.text((LEFT + 20, HEIGHT - DOWN - 40 + 14 * i), run.name, colours[i % 3])
+        pen.text((WIDTH - 110, HEIGHT - DOWN - 60 + 14 * i), run.name, colours[i % 3])
     return canvas
 
 
