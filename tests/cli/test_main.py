@@ -152,7 +152,9 @@ def test_ctrl_c_ends_a_running_command_with_130_and_leaves_nothing_behind(tmp_pa
     """A real signal while the demo is learning."""
     command = [sys.executable, "-m", "ldm", "demo", "--out", str(tmp_path / "roll.png"), "steps=1000000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes: dict = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a shell's background jobs ignore it)
+    with subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes) as process:
         said = b""
         while b"learning" not in said:  # the progress bar: torch is here and the loop runs
             said += process.stderr.read(1) or pytest.fail(said.decode())
