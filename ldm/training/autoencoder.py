@@ -242,6 +242,9 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
     second = optimizer(config, key) if config[key] else None
     loss = config.build("loss")
     if init_from and not begun:
+        if config["sample_from"] and isinstance(autoencoder.bottleneck, VectorQuantizer):
+            what, got = "sample_from: would put new codes in the place of trained ones", str(config["sample_from"])
+            raise config.source.error(what, "sample_from", got=got, expected="0 with --init-from", hint="sample_from=0")
         load_weights(autoencoder, checkpoint.open(init_from).state, "autoencoder")
     elif config["train"] == "decoder" and not begun:
         hint = "--init-from CKPT"

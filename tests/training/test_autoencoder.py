@@ -274,6 +274,15 @@ def test_codes_begin_as_latents_where_quantising_begins(tmp_path, revivals, monk
     assert len(quantised) == 2 + 1  # two steps, one validation
 
 
+def test_trained_codes_are_not_put_out_of_their_place(tmp_path, capsys):
+    first = command(tmp_path / "first", *VQ, "trainer.steps=1")[:-1]
+    assert main(first) == 0
+    argv = command(tmp_path / "run", *VQ, "trainer.steps=1", "--init-from", str(tmp_path / "first/model.safetensors"))
+    assert main([*argv[:-1], "sample_from=2"]) == 2
+    assert "sample_from: would put new codes in the place of trained ones" in capsys.readouterr().err
+    assert main(argv[:-1]) == 0
+
+
 def test_codes_come_back_alike_on_two_processes_that_stop_in_between(tmp_path):
     """A checkpoint between two revivals holds what both have counted."""
     overrides = [*VQ, *DOUBLE, "schedule.type=constant"]
