@@ -6,6 +6,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from ldm.models.layers import (
+    SHORT,
     Attention,
     Downsample,
     ResBlock,
@@ -39,6 +40,31 @@ def test_attention_is_the_formula(mask, causal):
     allowed &= torch.ones(5, 5).tril().bool() if causal else True
     allowed &= True if mask is None else mask[:, None]
     torch.testing.assert_close(attention(Q, K, V, 2, mask, causal), by_hand(Q, K, V, 2, allowed))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [SHORT, SHORT + 8])
+def test_attention_in_bfloat16_is_the_formula_on_either_side_of_the_limit(masked, causal, keys):
+    q, k, v = (x.bfloat16() for x in torch.randn(3, 2, keys, 8))
+    mask = (torch.arange(keys) < torch.tensor([[keys // 2], [keys]])) if masked else None
+    allowed = torch.ones(2, keys, keys, dtype=torch.bool)
+    allowed &= torch.ones(keys, keys).tril().bool() if causal else True
+    allowed &= True if mask is None else mask[:, None]
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    exact, close = by_hand(*inputs, 2, allowed), attention(*(x.requires_grad_() for x in (q, k, v)), 2, mask, causal)
+    torch.testing.assert_close(close.double(), exact, atol=0.02, rtol=0.02)
+    exact.sum().backward(), close.sum().backward()
+    for x, reference in zip((q, k, v), inputs):
+        torch.testing.assert_close(x.grad.double(), reference.grad, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("keys", [SHORT, SHORT + 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_nothing_is_zero(keys, dtype):
+    q, k, v = torch.randn(3, 2, keys, 8, dtype=dtype).unbind()
+    out = attention(q, k, v, 2, torch.zeros(2, keys, dtype=torch.bool))
+    torch.testing.assert_close(out, torch.zeros_like(out))
 
 
 def rope(start: int):
