@@ -95,6 +95,7 @@ KINDS = {
     "clip_chunks": Kind(lambda: fill(clip(width=12, layers=2, heads=2, chunks=2)), TEXTS, OTHER_TEXTS),
     "open_clip": Kind(lambda: fill(open_clip(width=12, layers=3, heads=2)), TEXTS, OTHER_TEXTS),
     "joint_text": Kind(small_joint, TEXTS, OTHER_TEXTS),
+    "joint_pooled": Kind(lambda: small_joint(projection=6), TEXTS, OTHER_TEXTS),
     "t5": Kind(small_t5, TEXTS, OTHER_TEXTS),
     "label": Kind(lambda: Label(classes=7, null=6), {"label": torch.tensor([1, 2])}, {"label": torch.tensor([2, 0])}),
     "label_token": Kind(

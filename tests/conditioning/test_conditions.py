@@ -90,7 +90,7 @@ def test_it_says_what_it_gives(kind):
     back.load_state_dict(conditioner.state_dict())
 
 
-@pytest.mark.parametrize("name", ["clip", "clip_pooled", "joint_text", "label_token", "layout"])
+@pytest.mark.parametrize("name", ["clip", "clip_pooled", "joint_text", "joint_pooled", "label_token", "layout"])
 def test_it_answers_on_the_device_where_it_lives(name):
     kind = KINDS[name]
     conditioner = kind.make().to("meta")

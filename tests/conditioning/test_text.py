@@ -21,7 +21,7 @@ from ldm.checkpoint.text_keys import write_text
 from ldm.conditioning import text as text_module
 from ldm.conditioning.t5 import t5
 from ldm.conditioning.text import clip, joint_text, open_clip
-from ldm.conditioning.tokenizer import BPE, clip_tokenizer, from_json
+from ldm.conditioning.tokenizer import BPE, clip_tokenizer, from_folder, from_json
 from ldm.errors import CheckpointError, InputError
 from tests.conditioning.conditions import CAPTIONS, T5_NUMBERS, TEXTS, small_joint, small_t5, unigram
 from tests.conditioning.x_transformer import x_transformer
@@ -91,10 +91,16 @@ def test_t5_s_states_are_those_of_transformers():
     torch.testing.assert_close(condition.tokens[condition.mask], states[mask.bool()], atol=1e-5, rtol=1e-4)
 
 
+def bert(folder):
+    """BERT's tokenizer with a few words, whose end is not its highest id, also as files in a folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube"]
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    return from_folder(str(folder))
+
+
 @torch.no_grad()
 def test_ldm_s_states_are_those_of_an_x_transformer_on_bert_s_ids(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube"]
-    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path)
+    bert(tmp_path)
     numbers = {"width": 12, "layers": 2, "heads": 2, "head_width": 8, "length": 6, "vocabulary": 8}
     ours = fill(joint_text(**numbers, masked=False, tokenizer=str(tmp_path)))
     assert ours.tokenize(["a red cube", ""]).tolist() == [[2, 5, 6, 7, 3, 0], [2, 3, 0, 0, 0, 0]]
@@ -117,6 +123,17 @@ def test_the_published_encoders_have_their_sizes(monkeypatch):
     # diffusers' SD 2 text encoder has 23 of OpenCLIP-H's 24 layers of 12,596,224, and no projection of 1024 x 1024
     assert sizes[:2] == [123_060_480, 354_032_640 - 12_596_224 - 1024 * 1024]
     assert sizes[2] == 32 * (1280 * (4 * 512 + 2 * 5120) + 6 * 1280 + 5120) + (30522 + 77 + 2) * 1280
+
+
+@torch.no_grad()
+def test_the_pooled_vector_of_a_joint_encoder_is_what_its_end_token_has_read():
+    ours = small_joint(projection=4)
+    ids = ours.tokenize(["a red cube"])
+    end = int((ids[0] == ours.known().end).nonzero()[0])
+    states, _ = ours.transformer(ids, ours.counts(ids))
+    pooled = ours({"caption": ["a red cube"]}).pooled
+    torch.testing.assert_close(pooled, ours.transformer.projection(states[:, end]))
+    assert not torch.allclose(pooled, ours({"caption": ["a blue cube"]}).pooled)
 
 
 def test_tokenizing_and_encoding_are_apart():
@@ -328,7 +345,7 @@ def test_weights_that_do_not_fit_are_refused(published, tmp_path):
     assert refusal(lambda: clip(**CLIP, weights=str(tmp_path / "other.safetensors"))) == expected
 
 
-def test_texts_and_numbers_that_make_no_sense_are_refused():
+def test_texts_and_numbers_that_make_no_sense_are_refused(tmp_path):
     ours = clip(**CLIP)
     expected = "prompt: too long; got 50000 characters: 'word word word word word word word word '...; "
     expected += "expected at most 8192 characters; try a shorter one"
@@ -342,6 +359,9 @@ def test_texts_and_numbers_that_make_no_sense_are_refused():
         refusal(lambda: joint_text(width=12, layers=1, heads=2, vocabulary=520).use(BPE.train(CAPTIONS, 530)))
         == expected
     )
+    expected = "projection: its end token is not found; got 3 of 8 ids; expected the highest, where the pooled vector "
+    expected += "is read; try none"
+    assert refusal(lambda: small_joint(projection=4).use(bert(tmp_path))) == expected
     assert refusal(lambda: clip(**CLIP, length=2)) == "length: no room for a word; got 2; expected 3 or more; try 77"
     assert refusal(lambda: clip(**CLIP, chunks=0)) == "chunks: too small; got 0; expected 1 or more; try 1"
     assert refusal(lambda: clip(**{**CLIP, "heads": 0})) == "heads: too small; got 0; expected 1 or more; try 1"
