@@ -41,18 +41,25 @@ def fill(module: nn.Module) -> None:
         parameter.data.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
 
 
-def unet() -> Pair:
-    """A U-Net of 50 M parameters on latents of 32 x 32, with 77 tokens."""
-    ours = UNet(channels=128, multipliers=(1, 2, 2, 2), attend=(2, 4), heads=8, context=512)
+def unets(channels: int) -> tuple[UNet, UNet2DConditionModel]:
+    """One U-Net twice, with random numbers everywhere, the same at every call: ours and diffusers'."""
+    torch.manual_seed(0)
+    ours = UNet(channels=channels, multipliers=(1, 2, 2, 2), attend=(2, 4), heads=8, context=512)
     fill(ours)
     theirs = UNet2DConditionModel(
-        block_out_channels=(128, 256, 256, 256),
+        block_out_channels=(channels, 2 * channels, 2 * channels, 2 * channels),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
         cross_attention_dim=512,
     )
     theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
+    return ours, theirs
+
+
+def unet() -> Pair:
+    """A U-Net of 50 M parameters on latents of 32 x 32, with 77 tokens."""
+    ours, theirs = unets(128)
     t, tokens = torch.tensor([500, 20]), torch.randn(2, 77, 512)
     return Pair(
         lambda x: ours(x, t, tokens), lambda x: theirs(x, t, tokens).sample, (ours, theirs), torch.randn(2, 4, 32, 32)
@@ -111,6 +118,12 @@ def paired_ratio(ours: Callable[[], None], theirs: Callable[[], None], rounds: i
     measured = torch.tensor(ratios[1:])  # the first round warms up
     draws = torch.randint(rounds, (10_000, rounds), generator=torch.Generator().manual_seed(0))
     return measured.median().item(), measured[draws].median(1).values.quantile(0.025).item()
+
+
+def verdict(figure: float, wanted: float, most: bool = False) -> str:
+    """A target, and whether it is met."""
+    met = figure <= wanted if most else figure >= wanted
+    return f"wanted {'at most' if most else 'at least'} {wanted:.1f}: {'pass' if met else 'MISS'}"
 
 
 def peak_bytes(run: Callable[[], None]) -> int:

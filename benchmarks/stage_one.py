@@ -12,7 +12,6 @@ theirs, theirs, ours, with the lower end of its 95% interval. With a GPU the sha
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -20,9 +19,9 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import fill, paired_ratio, peak_bytes
+from benchmarks.device import DEVICE, flops, peak, per_second, settled
+from benchmarks.networks import fill, paired_ratio
 from ldm.checkpoint.autoencoder_keys import write_autoencoder
 from ldm.losses.stage_one import Loss
 from ldm.models.autoencoder import Autoencoder
@@ -30,7 +29,6 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.lpips import LPIPS
 from ldm.models.quantize import Bottled, Gaussian
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KL_WEIGHT, ADVERSARIAL_WEIGHT, LIMIT = 1e-6, 0.5, 1e4  # kl-f8's; the limit is of losses summed over an image
 
 
@@ -138,12 +136,6 @@ def update(optimizer: torch.optim.Optimizer, value: Tensor) -> None:
 # ------------------------------------------------------------------------------------------- gates and measures
 
 
-def flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def check_losses(shape: tuple[int, int, int]) -> None:
     """Stop unless the three steps have the same losses; with a learning rate of 0 their order does not matter."""
     ours = our_step(game(*shape, lr=0.0))
@@ -184,27 +176,8 @@ def job(step: Callable[[Game], object], players: Game, dtype: torch.dtype) -> Ca
             step(players)
         for optimizer in players.optimizers:
             optimizer.zero_grad(set_to_none=True)  # what a call holds afterwards cannot be counted in the next
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    return run
-
-
-def peak(run: Callable[[], None]) -> float:
-    """The most memory that a step takes, in MiB."""
-    if DEVICE == "cpu":
-        return peak_bytes(run) / 2**20
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
-def per_second(run: Callable[[], None], batch: int, rounds: int) -> float:
-    start = time.perf_counter()
-    for _ in range(rounds):
-        run()
-    return batch * rounds / (time.perf_counter() - start)
+    return settled(run)
 
 
 def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, operations: int, best: float) -> None:

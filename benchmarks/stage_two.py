@@ -2,55 +2,82 @@
 
     python -m benchmarks.stage_two [--channels 128] [--size 16] [--batch 4] [--rounds 10] [--threads 2] [--peak TFLOPS]
 
-Theirs is written from the example's steps: noise and times from torch's own stream, UNet2DConditionModel, the mean
-squared error, clipping, AdamW, EMAModel, and the loss read once. Ours draws by sample number, and has fused AdamW and
-our average. Weights, latents and text states are the same. Before anything is timed, losses and gradients at the same
-noise and times must agree. The ratio is their time over ours, from rounds of ours, theirs, theirs, ours, with the lower
-end of its 95% interval: at equal precision, and at what each does unless told otherwise (bfloat16 and channels_last;
-float32). With a GPU it also says images/s and the share of the peak for Stable Diffusion's U-Net and DiT-XL/2 at 256
-pixels.
+Ours is LatentDiffusionStage as `train_ldm.py` runs it. Inside the timing are the loader's next batch, its way to the
+device, Lightning's precision and all of `training_step`: keyed noise and times, the condition, loss, backward pass,
+clipping, the one read of norm and losses, schedule, AdamW, average. Outside are Lightning's own loop, logs, validation,
+checkpoints, and the reading of files: samples lie in memory for both sides, and benchmarks/data.py times a cache.
+Theirs is benchmarks/text_to_image.py, on the same latents and text states; neither side drops any.
+
+Before each pair is timed, losses and gradients must agree at the same weights, noise and times: in float32 within 1e-4
+of their size, 5e-2 where a side computes in bfloat16, and each single weight's gradient within ten times as much. The
+ratio is their time over ours, from rounds of ours, theirs, theirs, ours, with the lower end of its 95% interval: at
+equal precision, and as each side comes. Theirs comes in float32; ours in bfloat16, with channels_last on a GPU and
+without it on a CPU, whose GroupNorm takes ten times as long in that order. Memory is the peak of a step together with
+what is kept between steps; gradients come as activations go, so that it is less than the sum of its parts.
+
+With a GPU follow images/s, the share of the peak, and the kernels that take most of the time, for Stable Diffusion's
+U-Net and DiT-XL/2 at 256 pixels, cached, with the conditioner and the dropping that their configurations have.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from benchmarks.networks import fill, paired_ratio
-from benchmarks.stage_one import DEVICE, flops, peak, per_second
+from benchmarks.device import DEVICE, flops, has_bfloat16, peak, per_second, settled, show_kernels
+from benchmarks.networks import fill, paired_ratio, unets, verdict
+from benchmarks.text_to_image import ADAMW, CLIP, Example
+from ldm.assemble import Model
 from ldm.checkpoint.backbone_keys import write_backbone
-from ldm.condition import Condition
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.label import Label
+from ldm.conditioning.text import clip
+from ldm.data.loader import loader
+from ldm.data.sampler import Ask
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import linear, scaled_linear
 from ldm.diffusion.prediction import Eps, LearnedRange
 from ldm.diffusion.times import Uniform
+from ldm.diffusion.weights import Constant
 from ldm.draws import draw, stream
-from ldm.models.autoencoder import kl
+from ldm.models.autoencoder import Autoencoder, kl
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 from ldm.training.ema import EMA
-from ldm.training.optimizers import adamw
+from ldm.training.latent_diffusion import DENOISER, LatentDiffusionStage
+from ldm.training.needs import Needs, Waiting, size
+from ldm.training.optimizers import adamw, constant
+from ldm.training.trainer import Plan
+from ldm.training.utilisation import peak_of
 
-CLIP = 1.0
-SD15 = {"channels": 320, "multipliers": (1, 2, 4, 4), "attend": (1, 2, 4), "heads": 8, "context": 768}
+SEED, BATCHES = 0, 8  # of so many batches the set consists
+SD15: dict[str, Any] = {"channels": 320, "multipliers": (1, 2, 4, 4), "attend": (1, 2, 4), "heads": 8, "context": 768}
+CACHED, MEMORY, AIM = 2.0, 1.0, 0.8  # wanted: a ratio of at least, a peak of at most; and the aim
+STEPS = 10  # that a GPU takes between two looks at the clock
+TINY = 1e-5  # of all gradients, below which one is 0 but for rounding
 
 
-class Learner(NamedTuple):
-    """What a step needs: a network, its optimiser and average, latents and text states."""
+class Row(NamedTuple):
+    """What each side computes in, how far losses and gradients may be apart, and the ratio that a CPU should reach."""
 
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: EMA | EMAModel
-    x0: Tensor
-    condition: Condition
+    ours: Literal["32-true", "bf16-mixed"]
+    theirs: torch.dtype
+    channels_last: bool
+    tolerance: float
+    wanted: float
+
+
+ROWS = {
+    "float32": Row("32-true", torch.float32, False, 1e-4, 1.1),
+    "bfloat16": Row("bf16-mixed", torch.bfloat16, False, 5e-2, 1.1),
+    "defaults": Row("bf16-mixed", torch.float32, DEVICE == "cuda", 5e-2, 1.8),
+}
 
 
 class Shape(NamedTuple):
@@ -61,177 +88,226 @@ class Shape(NamedTuple):
     batch: int
 
 
-def unet(channels: int) -> UNet:
-    """A U-Net with random numbers everywhere, the same at every call."""
-    torch.manual_seed(0)
-    network = UNet(channels=channels, multipliers=(1, 2, 2, 2), attend=(2, 4), heads=8, context=512)
-    fill(network)
-    return network
+class Side(NamedTuple):
+    """One of two that are compared: its step, and what it keeps from step to step."""
+
+    step: Callable[[], object]
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: Iterable[Tensor]
 
 
-def inputs(shape: Shape, width: int = 512) -> tuple[Tensor, Condition]:
+# ---------------------------------------------------------------------------------------------------- both sides
+
+
+class Ready:
+    """Samples that lie in memory, as a cache hands them over."""
+
+    buckets = groups = None
+    workers = 0
+
+    def __init__(self, batch_size: int, tokens: Tensor | None = None, **columns: Tensor):
+        self.batch_size, self.tokens, self.columns = batch_size, tokens, columns
+        self.sizes: list[tuple[int, int]] = []  # of pictures, for which nobody asks
+
+    def __len__(self) -> int:
+        return BATCHES * self.batch_size
+
+    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+        index = torch.tensor([ask.index for ask in asks])
+        batch: dict[str, Any] = {name: x[index] for name, x in self.columns.items()}
+        if self.tokens is not None:
+            batch["states"] = {"caption": {"tokens": self.tokens[index]}}
+        return batch | {"number": torch.tensor([ask.number for ask in asks]), "index": index}
+
+
+def cached(shape: Shape, width: int = 512) -> Ready:
     """Latents and 77 text states each."""
-    generator = torch.Generator().manual_seed(1)
-    x0 = torch.randn(shape.batch, 4, shape.size, shape.size, generator=generator)
-    return x0.to(DEVICE), Condition(tokens=torch.randn(shape.batch, 77, width, generator=generator).to(DEVICE))
+    count, generator = BATCHES * shape.batch, torch.Generator().manual_seed(1)
+    latents = torch.randn(count, 4, shape.size, shape.size, generator=generator)  # (N, 4, h, w)
+    return Ready(shape.batch, torch.randn(count, 77, width, generator=generator), latents=latents)
 
 
-def ours(shape: Shape, channels_last: bool = False) -> Learner:
-    """Our U-Net as a denoiser."""
-    return learner(Denoiser(unet(shape.channels), scaled_linear(), Eps()), *inputs(shape), channels_last)
-
-
-def learner(denoiser: Denoiser, x0: Tensor, condition: Condition, channels_last: bool) -> Learner:
-    """A denoiser with what trains it."""
-    memory = torch.channels_last if channels_last else torch.contiguous_format
-    denoiser, x0 = denoiser.to(DEVICE, memory_format=memory), x0.contiguous(memory_format=memory)
-    return Learner(denoiser, adamw(denoiser.parameters(), lr=1e-5), EMA(denoiser.named_parameters()), x0, condition)
-
-
-def theirs(shape: Shape) -> Learner:
-    """diffusers' U-Net with the same weights."""
-    own, width = unet(shape.channels), shape.channels
-    network = UNet2DConditionModel(
-        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        cross_attention_dim=512,
+def stage_of(model: Model, data: Ready, row: Row) -> LatentDiffusionStage:
+    """A stage with the example's numbers."""
+    return LatentDiffusionStage(
+        model=model,
+        level=Uniform(),
+        weight=Constant(),
+        samples=None,  # type: ignore[arg-type]  # of validation, which is not done
+        config={},
+        data=data,
+        plan=Plan(steps=1000, clip=CLIP, precision=row.ours, channels_last=row.channels_last, devices=1),
+        seed=SEED,
+        optimizer=partial(adamw, **ADAMW),
+        schedule=constant,
+        ema=partial(EMA, decay=0.9999),
     )
-    network.load_state_dict(write_backbone(own.state_dict(), own, "diffusers"))
-    network.to(DEVICE)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=1e-2)
-    return Learner(network, optimizer, EMAModel(network.parameters()), *inputs(shape))
 
 
-# ------------------------------------------------------------------------------------------------- the two losses
-
-SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-
-
-def our_loss(one: Learner, u: Tensor, noise: Tensor) -> Tensor:
-    """The mean of the denoiser's losses at keyed levels."""
-    level = Uniform()(one.network.path, u).map(lambda x: x.to(DEVICE))
-    return one.network.loss(one.x0, level, noise.to(DEVICE), one.condition).mean()
+def small(network: UNet, data: Ready, row: Row, autoencoder: Autoencoder | None = None) -> LatentDiffusionStage:
+    """The stage that is compared: its conditioner has no weights and hands on the states of the data."""
+    model = Model(Denoiser(network, scaled_linear(), Eps()), Conditioner("caption", drop=0.0), autoencoder)
+    return stage_of(model, data, row)
 
 
-def their_loss(one: Learner, steps: Tensor, noise: Tensor) -> Tensor:
-    """The example's."""
-    noisy = SCHEDULER.add_noise(one.x0, noise, steps)
-    return F.mse_loss(one.network(noisy, steps, one.condition.tokens, return_dict=False)[0].float(), noise.float())
+class Within(pl.Callback):
+    """Work to do where a training would begin: the stage is in its place, with its optimiser, and no loop runs."""
+
+    def __init__(self, work: Callable[[], object]):
+        self.work = work
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.work()
+        trainer.should_stop = True
 
 
-def our_step(one: Learner, number: list[int]) -> None:
-    """Draw, learn, average; the norm of the gradient is what is read."""
-    u, noise = draw(stream(0, "loss"), range(number[0], number[0] + len(one.x0)), 2, one.x0.shape[1:])
-    our_loss(one, u[:, 0], noise).backward()
-    float(nn.utils.clip_grad_norm_(one.network.parameters(), CLIP))
-    one.optimizer.step()
-    one.optimizer.zero_grad(set_to_none=True)
-    number[0] += len(one.x0)
-    one.ema.update(number[0])
+def within(stage: LatentDiffusionStage, work: Callable[[], object]) -> None:
+    """Do something with a stage that Lightning has put in its place."""
+    stage.plan.trainer([Within(work)], stage.unused).fit(stage)
 
 
-def their_step(one: Learner) -> None:
-    """The same in the example's order; the loss is what is read."""
-    noise = torch.randn_like(one.x0)
-    loss = their_loss(one, torch.randint(0, 1000, (len(noise),), device=DEVICE), noise)
-    loss.backward()
-    nn.utils.clip_grad_norm_(one.network.parameters(), CLIP)
-    one.optimizer.step()
-    one.optimizer.zero_grad()
-    one.ema.step(one.network.parameters())
-    float(loss)
+def ours(stage: LatentDiffusionStage) -> Side:
+    """A stage that is in its place; its step is what Lightning's loop calls."""
+    batches = iter(stage.train_dataloader())
+
+    def step() -> None:
+        batch = stage.transfer_batch_to_device(next(batches), stage.device, 0)
+        with stage.trainer.precision_plugin.train_step_context():
+            stage.training_step(batch, 0)
+
+    return Side(step, stage, stage.optimizers_by_group()[DENOISER], stage.ema.shadows.values())
 
 
-def job(step: Callable[[], None], dtype: torch.dtype) -> Callable[[], None]:
-    """One step to time, in a precision."""
-
-    def run() -> None:
-        with torch.autocast(DEVICE, dtype) if dtype != torch.float32 else nullcontext():
-            step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-def our_job(one: Learner, dtype: torch.dtype) -> Callable[[], None]:
-    number = [0]
-    return job(lambda: our_step(one, number), dtype)
-
-
-def their_job(one: Learner, dtype: torch.dtype) -> Callable[[], None]:
-    return job(lambda: their_step(one), dtype)
+def pair(shape: Shape, row: Row) -> tuple[LatentDiffusionStage, Example]:
+    """Both with the same weights and samples."""
+    mine, other = unets(shape.channels)
+    batches = iter(loader(cached(shape), SEED))
+    return small(mine, cached(shape), row), Example(other.to(DEVICE), batches, row.theirs)
 
 
 # ------------------------------------------------------------------------------------------- gates and measures
 
 
-def check_losses(shape: Shape) -> None:
-    """Stop unless both have one loss and gradients of one size at the same noise and times."""
-    a, b = ours(shape), theirs(shape)
-    u, noise = draw(0, range(shape.batch), 1, a.x0.shape[1:])
-    steps = (u[:, 0] * 1000 - 1e-9).ceil().clamp(1, 1000).long() - 1
-    pair = our_loss(a, u[:, 0], noise), their_loss(b, steps.to(DEVICE), noise.to(DEVICE))
-    norms = []
-    for loss, one in zip(pair, (a, b)):
-        loss.backward()
-        norms.append(nn.utils.get_total_norm([p.grad for p in one.network.parameters()]))
-    for name, (mine, other) in {"loss": pair, "gradient": norms}.items():
-        if abs(float(mine - other)) > 1e-4 * abs(float(mine)):
-            raise SystemExit(f"{name}: {float(other):.6g} beside {float(mine):.6g}: nothing to time")
-    print(f"losses and gradients agree within 1e-4: {float(pair[0]):.5f}, norm {float(norms[0]):.5f}")
+def check(stage: LatentDiffusionStage, example: Example, tolerance: float) -> str:
+    """Stop unless both have one loss and the same gradients at the same noise and times; says how near they are."""
+    batch = stage.transfer_batch_to_device(next(iter(stage.train_dataloader())), stage.device, 0)
+    x0, tokens = batch["latents"], batch["states"]["caption"]["tokens"].to(DEVICE)
+    u, noise = draw(stream(SEED, "loss"), batch["number"].tolist(), 1 + len(stage.drops), x0.shape[1:])
+    steps = stage.level(stage.denoiser.path, u[:, 0]).t.long()  # (B,)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with stage.trainer.precision_plugin.train_step_context():
+            mine = stage.loss(batch, (DENOISER,))[0]
+            stage.manual_backward(mine)
+        other = example.loss(x0, tokens, steps.to(DEVICE), noise.to(DEVICE))
+        other.backward()
+    apart = {"loss": abs(mine.item() - other.item()) / other.item(), **gradients_apart(stage, example.network)}
+    for network in (stage, example.network):
+        network.zero_grad(set_to_none=True)
+    for name, difference in apart.items():
+        limit = tolerance * (1 if name in ("loss", "gradient") else 10)
+        if not difference <= limit:
+            raise SystemExit(f"{name}: ours and theirs are {difference:.1e} apart, not {limit:.0e}: nothing to time")
+    return f"losses {apart['loss']:.1e} apart, gradients {apart['gradient']:.1e}, at most {max(apart.values()):.1e}"
 
 
-def compare(shape: Shape, rounds: int) -> None:
-    """A line for each pair of precisions, the last one what each side does by itself."""
-    pairs = {"float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16)}
-    pairs["defaults"] = (torch.bfloat16, torch.float32)
-    for name, (mine, other) in pairs.items():
-        a = our_job(ours(shape, channels_last=name == "defaults"), mine)
-        b = their_job(theirs(shape), other)
-        (ratio, low), peaks = paired_ratio(a, b, rounds), [peak(a), peak(b)]
-        print(f"{name}: ratio {ratio:.3f}, at least {low:.3f}; peak {peaks[0]:.1f} MiB, theirs {peaks[1]:.1f} MiB")
+def gradients_apart(stage: LatentDiffusionStage, other: nn.Module) -> dict[str, float]:
+    """How far, as a part of their size, the whole gradients are apart, and those of each weight by its name there."""
+    backbone = stage.denoiser.backbone
+    mine = write_backbone({name: p.grad for name, p in backbone.named_parameters()}, backbone, "diffusers")
+    norms = {name: (float((mine[name] - p.grad).norm()), float(p.grad.norm())) for name, p in other.named_parameters()}
+    difference, whole = torch.tensor(list(norms.values())).norm(dim=0).tolist()
+    return {"gradient": difference / whole} | {name: a / max(b, TINY * whole) for name, (a, b) in norms.items()}
 
 
-def compare_cached(shape: Shape, rounds: int) -> None:
+def compare(name: str, shape: Shape, rounds: int) -> None:
+    """Gate, ratio and memory of one pair of precisions."""
+    row = ROWS[name]
+    stage, example = pair(shape, row)
+
+    def work() -> None:
+        print(f"{name}: {check(stage, example, row.tolerance)}", flush=True)
+        a, b = ours(stage), Side(example.step, example.network, example.optimizer, example.ema.shadow_params)
+        ratio, low = paired_ratio(settled(a.step), settled(b.step), rounds)
+        words = verdict(ratio, row.wanted) if DEVICE == "cpu" else "no target on a GPU"
+        print(f"  ratio {ratio:.3f}, at least {low:.3f}; {words}")
+        compare_memory(a, b)
+
+    within(stage, work)
+
+
+def compare_memory(a: Side, b: Side) -> None:
+    """Of both sides the parts and the peak, in MiB."""
+    table = {}
+    for name, side in {"ours": a, "theirs": b}.items():
+        parts = {part: count / 2**20 for part, count in vars(needs_of(side)).items()}
+        step = peak(settled(side.step))
+        kept = parts["weights"] + parts["optimizer"] + parts["averages"]
+        table[name] = {**parts, "of a step": step, "peak": kept + step}
+    print("  MiB     " + "".join(f"{part:>12}" for part in table["ours"]))
+    for name, row in table.items():
+        print(f"  {name:8}" + "".join(f"{figure:12.1f}" for figure in row.values()))
+    ratio = table["ours"]["peak"] / table["theirs"]["peak"]
+    print(f"  peak {ratio:.3f} of theirs; {verdict(ratio, MEMORY, most=True)}; the aim is {AIM}", flush=True)
+
+
+def needs_of(side: Side) -> Needs:
+    """The bytes of each part; activations are the most that waits for the backward pass, weights left out."""
+    waiting = Waiting(side.network)
+    with torch.autograd.graph.saved_tensors_hooks(waiting.pack, lambda kept: kept.x):
+        side.step()
+    states = side.optimizer.state.values()
+    return Needs(
+        weights=size((*side.network.parameters(), *side.network.buffers())),
+        gradients=size(p for p in side.network.parameters() if p.requires_grad),
+        optimizer=size(x for state in states for x in state.values() if isinstance(x, Tensor)),
+        averages=size(side.averages),
+        activations=waiting.most,
+    )
+
+
+def compare_cached(shape: Shape, row: Row, rounds: int) -> None:
     """Our step on cached latents beside the same with kl-f8's encoder before it."""
-    cached, online = ours(shape), ours(shape)
-    encoder = kl().to(DEVICE).requires_grad_(False)
+    data, pixels, encoder = cached(shape), 8 * shape.size, kl()
     fill(encoder)
-    x = torch.rand(shape.batch, 3, 8 * shape.size, 8 * shape.size, device=DEVICE) * 2 - 1
-    number = [0]
+    pictures = torch.randint(256, (len(data), 3, pixels, pixels), dtype=torch.uint8)  # (N, 3, H, W)
+    a = small(unets(shape.channels)[0], data, row)
+    b = small(unets(shape.channels)[0], Ready(shape.batch, data.tokens, image=pictures), row, encoder)
 
-    def step() -> None:
-        with torch.no_grad():
-            z = encoder.encode(x).float()
-        our_step(online._replace(x0=z), number)
+    def work() -> None:
+        ratio, low = paired_ratio(settled(ours(a).step), settled(ours(b).step), rounds)
+        print(f"cached latents beside {pixels} px through kl-f8, {row.ours}:", end=" ")
+        print(f"ratio {ratio:.3f}, at least {low:.3f}; {verdict(ratio, CACHED)}", flush=True)
 
-    ratio, low = paired_ratio(our_job(cached, torch.bfloat16), job(step, torch.bfloat16), rounds)
-    print(f"cached latents beside online ones, bfloat16: ratio {ratio:.3f}, at least {low:.3f}")
+    within(a, lambda: within(b, work))
 
 
-def large(name: str) -> tuple[Learner, int]:
-    """Stable Diffusion 1.5's or DiT-XL/2's learner at 256 pixels, and its batch."""
-    shape = Shape(320, 32, 32)
-    x0, condition = inputs(shape, 768)
+# --------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def large(name: str) -> LatentDiffusionStage:
+    """Stable Diffusion 1.5's or DiT-XL/2's stage at 256 pixels."""
+    data = cached(Shape(320, 32, 32), 768)
     with torch.device(DEVICE):
-        if name == "SD 1.5":
-            return learner(Denoiser(UNet(**SD15), scaled_linear(), Eps()), x0, condition, True), shape.batch
-        dit = Denoiser(DiT(classes=1001), linear(), LearnedRange(of=Eps()))
-        return learner(dit, x0, Condition(pooled=torch.arange(shape.batch)), False), shape.batch
+        network = UNet(**SD15) if name == "SD 1.5" else DiT(classes=1001)
+    if name == "SD 1.5":
+        model = Model(Denoiser(network, scaled_linear(), Eps()), clip(weights="random"), None)
+        return stage_of(model, data, ROWS["defaults"])
+    labelled = Ready(data.batch_size, label=torch.arange(len(data)), **data.columns)
+    model = Model(Denoiser(network, linear(), LearnedRange(of=Eps())), Label(), None)
+    return stage_of(model, labelled, ROWS["bfloat16"])
 
 
-def speeds(best: float, rounds: int) -> None:
-    """Images/s of the large networks on a GPU, and how much of its peak that is."""
-    for name in ("SD 1.5", "DiT-XL/2"):
-        one, batch = large(name)
-        run = our_job(one, torch.bfloat16)
-        operations = flops(run)
-        speed = per_second(run, batch, rounds)
-        used = f", {operations / batch * speed / best / 1e12:.1%} of the peak" if best else ""
-        print(f"{name} at 256 px, bfloat16, batch {batch}: {speed:.1f} images/s{used}", flush=True)
+def speed(name: str, stage: LatentDiffusionStage, best: float | None, rounds: int) -> None:
+    """Images/s, how much of the device's peak that is, and where the time goes."""
+    step, batch = ours(stage).step, stage.data.batch_size
+    operations = flops(step) / batch
+    many = settled(lambda: [step() for _ in range(STEPS)])
+    many()
+    rate = per_second(many, STEPS * batch, rounds)
+    used = f", {operations * rate / best:.1%} of the peak" if best else ""
+    print(f"{name} at 256 px, bfloat16, batch {batch}: {rate:.1f} images/s{used}", flush=True)
+    show_kernels(settled(step), 1e3 * batch / rate)
 
 
 def main() -> None:
@@ -242,17 +318,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4 if cpu else 32)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", type=float, default=0.0, help="the device's best TFLOP/s, for the share of it used")
+    parser.add_argument("--peak", type=float, default=0.0, help="the device's best TFLOP/s, where it is not known here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shape = Shape(arguments.channels, arguments.size, arguments.batch)
-    print(f"torch {torch.__version__}, {DEVICE}, {arguments.threads} threads, {arguments.rounds} rounds,", end=" ")
+    shape, rounds = Shape(arguments.channels, arguments.size, arguments.batch), arguments.rounds
+    print(f"torch {torch.__version__}, {DEVICE}, {arguments.threads} threads, {rounds} rounds,", end=" ")
     print("a U-Net of {} channels on latents of side {}, batch {}".format(*shape), flush=True)
-    check_losses(shape)
-    compare(shape, arguments.rounds)
-    compare_cached(shape, arguments.rounds)
-    if DEVICE == "cuda":
-        speeds(arguments.peak, arguments.rounds)
+    names = list(ROWS) if has_bfloat16() else ["float32"]
+    for name in names:
+        compare(name, shape, rounds)
+    compare_cached(shape, ROWS[names[-1]], rounds)
+    for name in () if cpu else ("SD 1.5", "DiT-XL/2"):
+        stage = large(name)
+        best = 1e12 * arguments.peak or peak_of(stage.plan, torch.cuda.get_device_name())
+        within(stage, partial(speed, name, stage, best, rounds))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.data.sampler import Ask
@@ -99,8 +99,8 @@ def held(stage: Stage, samples: int) -> int:
 class Waiting:
     """Bytes of the tensors that a graph holds, each storage counted once."""
 
-    def __init__(self, stage: Stage):
-        self.owned = {x.untyped_storage().data_ptr() for x in (*stage.parameters(), *stage.buffers())}
+    def __init__(self, module: nn.Module):
+        self.owned = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
         self.times: Counter[int] = Counter()
         self.now = self.most = 0
 
