@@ -1,0 +1,122 @@
+"""Each task on scenes, trained for some minutes: pictures of unseen scenes are as their conditions say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ldm
+from ldm.checkpoint.pretrained import judge
+from ldm.cli import main
+from ldm.data.sampler import Ask
+from ldm.data.scenes import Scenes
+from ldm.data.scenes.drawing import draw
+from ldm.metrics.reading import overlap
+from ldm.metrics.scenes import CERTAIN
+from ldm.pictures import to_float
+from ldm.pipeline import NOISE_LEVEL, SHIPPED
+from ldm.training.conditions import completed
+from tests.reduced import FILES, words, written
+
+COUNT, SEED = 100, 0  # unseen scenes that are painted
+ADDS = {"semantic_synthesis": ["segmentation"], "layout_to_image": ["boxes"], "inpainting": [], "super_resolution": []}
+STEPS = {"semantic_synthesis": 500, "layout_to_image": 1200, "inpainting": 300, "super_resolution": 300}
+OF_SCENES = ("backbone", "path", "prediction", "solver", "optimizer")  # nodes that are those of the small model
+CHANGES: dict[str, Any] = {
+    **{name: written("scenes")[name] for name in OF_SCENES},
+    **{"autoencoder": str(SHIPPED), "size": 64, "ema.decay": 0.99, "schedule": {"type": "cosine", "warmup": 50}},
+    **{"spacing": {"type": "trailing", "steps": 30}, "trainer.channels_last": False, "trainer.validate_images": 8},
+}
+
+
+def trained(name: str, folder) -> Any:
+    """A task's configuration, trained small on scenes."""
+    steps = {f"trainer.{key}": STEPS[name] for key in ("steps", "validate_every", "save_every")}
+    data = {"type": "scenes", "resolution": 64, "batch_size": 32, "adds": ADDS[name], "workers": 0}
+    changes = {**CHANGES, **steps, "data": data}
+    if name == "layout_to_image":
+        changes |= {"conditioner.width": 128, "conditioner.boxes": 3}
+    assert main(["train-ldm", "--config", str(FILES[name]), "--run", str(folder), *words(changes)]) == 0
+    return ldm.load(folder / "model.safetensors", device="cpu", precision="fp32")
+
+
+@torch.inference_mode()
+def painted(name: str, folder) -> tuple[Tensor, dict[str, Any]]:
+    """Pictures (B, 3, H, W) of unseen scenes' conditions, and what they were told."""
+    pipe = trained(name, folder)
+    data = Scenes(resolution=64, batch_size=COUNT, split="validation", adds=ADDS[name])
+    batch = data.batch([Ask(i, i, 0) for i in range(COUNT)], SEED)
+    noise = torch.randn(COUNT, 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
+    told = completed(batch, pipe.conditioner.reads, noise, SEED)
+    told["noise_level"] = torch.full((COUNT,), NOISE_LEVEL)  # of the small picture, where there is one: sampling's
+    condition, recipe = pipe.conditioner(told), pipe.recipe()
+    *_, last = recipe.solver(lambda x, level: pipe.denoiser(x, level, condition), noise, recipe.grid)
+    return pipe.decode(last.x).clamp(-1, 1), told
+
+
+def instances() -> Tensor:
+    """Which object each pixel of the scenes shows (B, H, W)."""
+    return ldm.data.scenes.render(draw(SEED, range(COUNT), "validation"), 64, want=("mask",))["mask"]
+
+
+@pytest.mark.slow
+def test_objects_lie_where_the_map_has_them(tmp_path):
+    pictures, _ = painted("semantic_synthesis", tmp_path)
+    found = overlap(judge()(pictures), instances()).mean().item()
+    print(f"semantic synthesis: masks overlap {found:.2f}")
+    assert found >= 0.6
+
+
+@pytest.mark.slow
+def test_objects_lie_in_their_boxes(tmp_path):
+    pictures, told = painted("layout_to_image", tmp_path)
+    reading = judge()(pictures)
+    found = []
+    for boxes, labels, score, mask in zip(told["boxes"], told["box_labels"], reading.score, reading.mask > 0.5):
+        seen = around(mask[(score > CERTAIN) & mask.any((1, 2))])  # (K, 4)
+        for box in boxes[labels >= 0]:
+            found.append(max((alike(box, other) for other in seen), default=0.0))
+    print(f"layout to image: boxes overlap {sum(found) / len(found):.2f}")
+    assert sum(found) / len(found) >= 0.5
+
+
+def around(masks: Tensor) -> Tensor:
+    """The boxes (K, 4) of masks (K, H, W): corners as parts of width and height."""
+    sides = []
+    for axis in (1, 2):
+        line = masks.any(axis)  # (K, W), then (K, H)
+        at = torch.arange(line.shape[1])
+        first = at.where(line, line.shape[1]).amin(1)
+        last = at.where(line, -1).amax(1) + 1
+        sides.append((first / line.shape[1], last / line.shape[1]))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], 1)
+
+
+def alike(a: Tensor, b: Tensor) -> float:
+    """Intersection over union of two boxes."""
+    both = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0).prod()
+    return (both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both)).item()
+
+
+@pytest.mark.slow
+def test_a_large_picture_made_small_is_the_one_it_was_made_of(tmp_path):
+    pictures, told = painted("super_resolution", tmp_path)
+    error = (F.interpolate(pictures, (16, 16), mode="area") - told["low_resolution"]).square().mean((1, 2, 3))
+    found = (10 * torch.log10(4 / error)).mean().item()
+    print(f"super-resolution: {found:.1f} dB")
+    assert found >= 30
+
+
+@pytest.mark.slow
+def test_what_is_painted_anew_keeps_what_is_known(tmp_path):
+    pictures, told = painted("inpainting", tmp_path)
+    known, whole = 1 - told["mask"], to_float(told["image"])
+    error = ((pictures - whole).square() * known).sum((1, 2, 3)) / known.sum((1, 2, 3)) / 3
+    found = (10 * torch.log10(4 / error)).mean().item()
+    print(f"inpainting: known pixels {found:.1f} dB before they are put back")
+    assert found >= 25
