@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text, text_in
 from ldm.config import Config
 from ldm.data.latents import Latents
-from ldm.data.sampler import Ask
+from ldm.data.sampler import grouped
 from ldm.diffusion.path import Level
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
@@ -266,9 +265,9 @@ def tokenizers(conditioner: Conditioner | None) -> list[str]:
 def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
     """Captions of samples spread over a source, fewer where each costs a picture."""
     if ready := getattr(data, "captions", None):
-        return [text for ask in spread(data, count) for text in ready(ask.index)]
+        return [text for index in spread(len(data), count) for text in ready(index)]
     found: list[str] = []
-    for asks in pieces(spread(data, min(count, DRAWN)), PIECE):
+    for asks in grouped(spread(len(data), min(count, DRAWN)), PIECE, data.buckets):
         batch = data.batch(asks, seed)
         if "caption" not in batch:
             got = ", ".join(batch)
@@ -277,18 +276,10 @@ def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
     return found
 
 
-def spread(data: Data, count: int) -> list[Ask]:
-    """Asks for samples at equal distances in a source."""
-    count = min(count, len(data))
-    indices = [i * len(data) // count for i in range(count)]
-    return [Ask(index, index, 0 if data.buckets is None else int(data.buckets[index])) for index in indices]
-
-
-def pieces(asks: list[Ask], size: int) -> Iterator[list[Ask]]:
-    """Asks in groups of one bucket, at most so many each."""
-    for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket):
-        same = list(group)
-        yield from (same[start : start + size] for start in range(0, len(same), size))
+def spread(length: int, count: int) -> list[int]:
+    """The places of so many samples at equal distances, or of all."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
 
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
@@ -302,7 +293,8 @@ def check_sources(config: Config, found: Sources, model: Model) -> None:
                 raise config.source.error("autoencoder: missing", "autoencoder", expected="the one of the cache")
             data.check(model.autoencoder, model.conditioner, config["conditioner"])
         check_divisible(config, key, data, factor, "the networks'")
-        batch = data.batch(next(pieces(spread(data, LOOKED_AT), LOOKED_AT)), config["seed"])
+        asks = next(grouped(spread(len(data), LOOKED_AT), LOOKED_AT, data.buckets))
+        batch = data.batch(asks, config["seed"])
         here = {*batch, *batch.get("states", {}), *(MADE if "image" in batch else ())}
         reads = () if model.conditioner is None else model.conditioner.reads
         for name in reads:

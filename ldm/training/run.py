@@ -17,7 +17,7 @@ from ldm import configfile
 from ldm.checkpoint.files import replacing
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
-from ldm.training.building import FOLDERS
+from ldm.training.building import LOCAL
 from ldm.training.callbacks import CODES, Run
 from ldm.training.stage import Stage
 
@@ -25,7 +25,8 @@ from ldm.training.stage import Stage
 FREE = {f"trainer.{name}" for name in ("steps", "accumulate", "accelerator", "devices", "nodes", "strategy", "compile")}
 FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"trainer.keep", "trainer.validate_images"}
 FREE |= {"data.workers", "validation.workers"}
-FREE |= {f"{node}.{name}" for node in ("data", "validation", "loss") for name in FOLDERS[node]}
+# and where files lie, but for a conditioner's: its `weights` say which encoder it is
+FREE |= {f"{node}.{name}" for node, names in LOCAL.items() if node != "conditioner" for name in names}
 CONFIG = "config.yaml"
 PATIENCE = 10.0  # seconds: a killed run's workers live on for some
 MEMORIES = 3  # of a trained weight, beside itself: its average and two moments
