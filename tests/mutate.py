@@ -128,6 +128,7 @@ SABOTAGES = [
     Sabotage("resume: moments in another order than their weights", "ldm/training/checkpointing.py", "torch.empty_like(p, dtype=x.dtype).copy_(like(x, p))", "like(x, p)", "tests/training/test_doctor.py"),
     Sabotage("codes: they begin at random", "ldm/training/autoencoder.py", " or self.step == self.sample_from", "", "tests/training/test_autoencoder.py"),
     Sabotage("resume: on top of what cannot be read", "ldm/training/checkpointing.py", "    if damaged:\n", "    if not damaged:\n", "tests/training/test_faults.py"),
+    Sabotage("resume: any data of the same number", "ldm/training/checkpointing.py", '"data": getattr(stage.data, "digest", None)', '"data": None', "tests/training/test_building.py"),
     Sabotage("resume: bare weights are a run", "ldm/training/run.py", "if weights.exists() and not begun and not unfinished:", "if weights.exists() and begun and unfinished:", "tests/training/test_faults.py"),
     Sabotage("resume: a frozen encoder begins anew", "ldm/training/latent_diffusion.py", "if first := before or init_from:", "if first := init_from if not before else None:", "tests/training/test_latent_diffusion.py"),
     Sabotage("second stage: what is kept is dropped", "ldm/training/latent_diffusion.py", "u[:, 1 + k] < rate", "u[:, 1 + k] > rate", "tests/training/test_latent_diffusion_loss.py"),

@@ -51,7 +51,10 @@ def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
 
 def check(stage: Stage, config: dict[str, Any], folder: Path) -> None:
     """Refuse a folder that cannot be gone on with, or has no room; nothing is written."""
-    agree(folder, config)
+    begun = checkpointing.newest(folder)
+    agree(folder, config, begun is not None)
+    if begun:
+        check_data(stage, *begun)
     check_space(folder, stage)
     there = existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -106,10 +109,9 @@ def take(handle: int) -> bool:
         return False
 
 
-def agree(folder: Path, config: dict[str, Any]) -> None:
+def agree(folder: Path, config: dict[str, Any], begun: bool) -> None:
     """Refuse a folder that was begun with another configuration, or never here."""
     file, weights = folder / CONFIG, folder / checkpointing.MODEL
-    begun = checkpointing.newest(folder)
     unfinished = any(folder.glob("checkpoints/*"))  # killed in writing its first one
     if weights.exists() and not begun and not unfinished:
         hint = f"--init-from {weights} and another --run"
@@ -121,6 +123,16 @@ def agree(folder: Path, config: dict[str, Any]) -> None:
     if different := [key for key in changed if key != "format"]:
         words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
         raise InputError("--run: begun with another configuration", str(file), ", ".join(words), hint="another --run")
+
+
+def check_data(stage: Stage, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Refuse other data than a run began with; those of a source without a digest are told by their number alone."""
+    now = checkpointing.data_of(stage)
+    for name, words in (("samples", "{} samples an epoch"), ("data", "sha256 {:.10}")):
+        before = manifest.get(name)
+        if None not in (before, now[name]) and before != now[name]:
+            got, expected = words.format(now[name]), f"{words.format(before)}, as before"
+            raise InputError("--run: begun with other data", str(checkpoint), got, expected, "another --run")
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
