@@ -14,6 +14,7 @@ from ldm import assemble, checkpoint
 from ldm.assemble import Model
 from ldm.checkpoint import Opened, load_weights
 from ldm.condition import Condition
+from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text, text_in
@@ -69,6 +70,7 @@ class LatentDiffusionStage(Stage):
             self.autoencoder.requires_grad_(False)
         encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
         self.frozen = ("autoencoder", *encoders)
+        self.left_out = tuple(x.place for x in left_out.encoders(self.conditioner) if x.key in config["left_out"])
         warnings.filterwarnings("ignore", "the end of a text is cut off")  # `notices` says it once
         self.tokenizer = next(iter(tokenizers(self.conditioner)), None)
 
@@ -173,12 +175,13 @@ class LatentDiffusionStage(Stage):
 
     @torch.no_grad()
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that sampling needs."""
+        """Everything that sampling needs, or its name."""
         parts = {"backbone": self.denoiser.backbone, "conditioner": self.conditioner, "autoencoder": self.autoencoder}
         modules = {name: module for name, module in parts.items() if module is not None}
         with self.averaged():
             tensors = {f"{name}.{key}": x for name, m in modules.items() for key, x in m.state_dict().items()}
-            return self.config, self.whole(tensors)
+            held = {name: x for name, x in tensors.items() if not name.startswith(self.left_out)}
+            return self.config, self.whole(held)
 
 
 # --------------------------------------------------------------------------------------------------- how it is built
@@ -222,18 +225,18 @@ def build(
         validation=found.validation,
         plan=plan,
         seed=config["seed"],
-        config={**portable(config.values), "fingerprint": fingerprint},
+        config={**left_out.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint},
         **learned,
     )
 
 
 def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> None:
-    """Give the denoiser, and a conditioner if there is one inside, the weights of a checkpoint."""
+    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint."""
     if not opened.config.get("backbone"):
         raise CheckpointError("--init-from: no denoiser inside", where, opened.family, "a second stage")
     check_same_latents(opened.config, fingerprint, where)
     load_weights(model.denoiser.backbone, opened.state, "backbone")
-    inside = any(name.startswith("conditioner.") for name in opened.state)
+    inside = any(name.startswith("conditioner.") for name in (*opened.state, *opened.config.get("left_out", ())))
     if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
         assemble.fill_part(model.conditioner, opened, "conditioner")
 

@@ -155,8 +155,9 @@ def disk_needed(stage: Stage) -> int:
     frozen = tuple(f"{name}." for name in stage.frozen)
     sizes = {name: x.numel() * x.element_size() for name, x in stage.state_dict().items()}
     state = sum(size for name, size in sizes.items() if not name.startswith(frozen))
+    model = sum(size for name, size in sizes.items() if not name.startswith(stage.left_out))
     learned = sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
-    return state + MEMORIES * learned + sum(sizes.values())
+    return state + MEMORIES * learned + model
 
 
 def begun(folder: Path) -> bool:
