@@ -14,6 +14,7 @@ from torch import nn
 from ldm import checkpoint
 from ldm import config as configuration
 from ldm.checkpoint import Opened, load_weights
+from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import from_folder, from_json
@@ -96,7 +97,7 @@ class Encoders(NamedTuple):
 def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """What the configuration of a checkpoint says of the model, checked, with overrides in the place of it."""
     trained = {field.name for field in fields(DiffusionSchema)} - {field.name for field in fields(Schema)}
-    known = {key: value for key, value in values.items() if key not in trained | {"fingerprint"}}
+    known = {key: value for key, value in values.items() if key not in trained | {"fingerprint", "left_out"}}
     return stored(known, origin, overrides, Schema)
 
 
@@ -170,13 +171,26 @@ def fill(model: Model, opened: Opened) -> None:
 
 
 def fill_part(module: nn.Module, opened: Opened, prefix: str) -> None:
-    """The same of one network, with the tokenizer if it reads text."""
-    load_weights(module, opened.state, prefix)
+    """The same of one network, with the tokenizer if it reads text; it has read by name what the file leaves out."""
+    load_weights(module, left_out.whole(opened, module).state if prefix == "conditioner" else opened.state, prefix)
+    for encoder in left_out.encoders(module):
+        if encoder.key not in opened.config.get("left_out", ()):
+            encoder.text.weights = None  # they are the file's now
     texts = [part for part in module.modules() if isinstance(part, Text)]
     carried = opened.tokenizer  # JSON in a file of ours, a folder beside a diffusers model
-    for text in [text for text in texts if text.tokenizer is None] or texts[:1]:
+    for text in [text for text in texts if not text.published] or texts[:1]:
         if carried is not None:
             text.use(from_json(carried) if carried.startswith("{") else from_folder(carried))
+
+
+def whole(opened: Opened, overrides: Sequence[str]) -> Opened:
+    """A checkpoint with the encoders that it leaves out, found by name or where the overrides say."""
+    if not opened.config.get("left_out"):
+        return opened
+    with empty():
+        conditioner = encoders(configure(opened.config, str(opened.files[0]), overrides)).conditioner
+    assert conditioner is not None
+    return left_out.whole(opened, conditioner)
 
 
 def denoiser(config: Config, **shapes: Any) -> Denoiser:

@@ -19,8 +19,9 @@ from ldm import assemble, checkpoint, pictures
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.layout import read_boxes
+from ldm.conditioning.left_out import whole
 from ldm.conditioning.text import Text
-from ldm.conditioning.weights import HUB_ID
+from ldm.conditioning.weights import on_hub
 from ldm.config import Config
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
@@ -275,16 +276,17 @@ class Pipeline:
         return batch
 
     def to_diffusers(self):
-        """The same model as a pipeline of diffusers, with the weights of the opened file."""
+        """The same model as a pipeline of diffusers, with the weights of the opened file, and what it leaves out."""
         if self.opened is None:
             raise InputError("to_diffusers: needs a pipeline that was loaded from a file", hint="ldm.load(PATH)")
         from diffusers import DiffusionPipeline
 
         texts = [part for part in self.conditioner.modules() if isinstance(part, Text)] if self.conditioner else []
+        opened = whole(self.opened, self.conditioner) if self.conditioner else self.opened
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
             tokenizer = texts[0].known() if texts else None
-            checkpoint.write_diffusers(target, self.config.values, self.opened.state, tokenizer)
+            checkpoint.write_diffusers(target, self.config.values, opened.state, tokenizer)
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -350,7 +352,7 @@ def load(
 
 def local(path: str | Path) -> Path:
     """The file or folder itself; a hub is asked only for what looks like its id and is not here."""
-    if Path(path).exists() or not HUB_ID.fullmatch(str(path)):
+    if not on_hub(str(path)):
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

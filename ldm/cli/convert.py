@@ -23,6 +23,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as they are without it")
     parser.add_argument("--vae", metavar="PATH", help="another checkpoint, whose first stage is taken")
     parser.add_argument("--prediction", choices=("eps", "v"), help="overrules what was recognised")
+    where = "where an encoder is that SRC leaves out: conditioner.weights=FOLDER"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=where)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,9 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
     layout = check(target, arguments.to)
     import torch
 
-    from ldm import checkpoint
+    from ldm import assemble, checkpoint
 
     opened = checkpoint.open(arguments.source, vae=arguments.vae, pickles=True)
+    if arguments.overrides and not opened.config.get("left_out"):
+        raise InputError("SRC leaves no encoder out", arguments.source, arguments.overrides[0])
+    if layout != "ldm" or arguments.overrides:
+        opened = assemble.whole(opened, arguments.overrides)
     if arguments.prediction:
         opened.config["prediction"] = {"type": arguments.prediction}
     count = sum(x.numel() for x in opened.state.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.rename import refuse
@@ -56,12 +57,13 @@ def t5(
     numbers: dict[str, Any] = {"d_model": width, "num_layers": layers, "num_heads": heads, "d_kv": head_width}
     numbers |= {"d_ff": hidden, "vocab_size": vocabulary, "feed_forward_proj": "gated-gelu" if gated else "relu"}
     tokenizer = None
-    if stored.given(weights):
+    if named := stored.given(weights):
         model = load(str(weights), numbers)
         tokenizer = from_folder(str(weights)) if Path(str(weights)).is_dir() else from_hub(str(weights))
     else:
         model = T5EncoderModel(T5Config(**numbers))
     text = Text(T5Tower(model.encoder, length), tokenizer, masked=True, drop=drop)
+    text.weights = weights if named else None
     text.freeze()
     return text
 
@@ -70,7 +72,7 @@ def load(weights: str, numbers: dict[str, Any]) -> Any:
     """transformers' T5 from a folder or a hub, if it has the numbers that were asked for, and every weight."""
     from transformers import AutoConfig, T5EncoderModel
 
-    if not Path(weights).is_dir() and not stored.HUB_ID.fullmatch(weights):
+    if not Path(weights).is_dir() and not stored.on_hub(weights):
         raise ValueError(f"weights: no such folder; got {weights}; expected a folder, a hub's id or random; try random")
     config = pretrained(AutoConfig, weights)
     for name, value in numbers.items():
@@ -85,7 +87,8 @@ def load(weights: str, numbers: dict[str, Any]) -> Any:
 def pretrained(kind: Any, weights: str, **options: Any) -> Any:
     """Something of transformers from a folder, or from a hub where there is no such folder."""
     try:
-        return kind.from_pretrained(weights, local_files_only=Path(weights).is_dir(), **options)
+        with torch.device("cpu"):  # transformers reads nothing where networks are made without memory
+            return kind.from_pretrained(weights, local_files_only=Path(weights).is_dir(), **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"weights: cannot be read; got {weights}: {reason}; expected a T5; try a folder") from error

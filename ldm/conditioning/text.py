@@ -42,6 +42,7 @@ class Text(Conditioner):
         check_positive(chunks=chunks)
         if transformer.length < 3:
             raise ValueError(f"length: no room for a word; got {transformer.length}; expected 3 or more; try 77")
+        self.weights: str | None = None  # the name that they were read by
         self.published = False  # whether its tokenizer comes with its kind, and not with a checkpoint
         self.transformer, self.chunks, self.masked = transformer, chunks, masked
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
@@ -191,12 +192,12 @@ def open_clip(
 
 def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool, chunks: int, drop: float) -> Text:
     """A published encoder that stays as it is."""
-    if stored.given(weights):
+    if named := stored.given(weights):
         stored.load_text(transformer, str(weights))
     published = transformer.tokens.num_embeddings >= 49408  # else a small one, whose tokenizer comes with it
     tokenizer = clip_tokenizer(None if pad_with_end else 0) if published else None
     text = Text(transformer, tokenizer, chunks=chunks, drop=drop)
-    text.published = published
+    text.published, text.weights = published, weights if named else None
     text.freeze()
     return text
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.checkpoint.files import raw
 from ldm.checkpoint.text_keys import find_text, read_text
 from ldm.errors import CheckpointError
 from ldm.models.transformer import TextTransformer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILES = ("model.safetensors", "open_clip_model.safetensors", "text_encoder/model.safetensors")
@@ -22,15 +24,29 @@ def given(weights: str | None) -> bool:
     return weights not in (None, "random")
 
 
+def on_hub(weights: str) -> bool:
+    """Whether this is a hub's id: it looks like one, and is nothing that lies here."""
+    return HUB_ID.fullmatch(weights) is not None and not Path(weights).exists()
+
+
+def digest(encoder: nn.Module) -> str:
+    """The sha256 of an encoder's tensors, in float32 whatever they are stored in."""
+    total = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        total.update(f"{name} {tuple(tensor.shape)}".encode())
+        total.update(raw(tensor.float()))
+    return total.hexdigest()
+
+
 def load_text(transformer: TextTransformer, weights: str) -> None:
-    """Fill a text encoder with the weights in a folder, in a file of any known layout, or on a hub."""
+    """Fill a text encoder, even one without memory, with the weights in a folder, in a file, or on a hub."""
     layout, state = find_text(read(find(weights)))
     state = read_text(state, transformer, layout)
     for name, parameter in transformer.state_dict().items():
         if state[name].shape != parameter.shape:
             got, expected = f"{name} of shape {tuple(state[name].shape)}", str(tuple(parameter.shape))
             raise CheckpointError("another encoder's weights", weights, got, expected, "its width, length, vocabulary")
-    transformer.load_state_dict(state)
+    transformer.load_state_dict(state, assign=any(x.is_meta for x in transformer.parameters()))
 
 
 def find(weights: str) -> Path:
@@ -43,7 +59,7 @@ def find(weights: str) -> Path:
             if (path / name).is_file():
                 return path / name
         raise ValueError(f"weights: nothing in the folder; got {weights}; expected {FILES[0]}; try another folder")
-    if HUB_ID.fullmatch(weights):
+    if on_hub(weights):
         return fetch(weights)
     raise ValueError(
         f"weights: no such folder or file; got {weights}; expected a folder, a file, a hub's id or random; try random"

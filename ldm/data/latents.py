@@ -16,6 +16,7 @@ from ldm.checkpoint.files import DIGEST, open_file
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import Text
+from ldm.conditioning.weights import digest
 from ldm.data.images import drawn
 from ldm.data.sampler import Ask
 from ldm.errors import CheckpointError, DataError, shown
@@ -191,14 +192,10 @@ def identities(conditioner: Conditioner | None, node: Any) -> tuple[dict[str, An
 
 
 def identity(text: Text, node: Mapping[str, Any]) -> dict[str, Any]:
-    """A text encoder's numbers, and digests of its weights (in float32) and its tokenizer."""
-    digest = hashlib.sha256()
-    for name, tensor in text.transformer.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    """A text encoder's numbers, and digests of its weights and its tokenizer."""
     numbers = {name: value for name, value in node.items() if name not in NOT_STATES}
     tokenizer = hashlib.sha256(text.known().to_json().encode()).hexdigest()
-    return {**numbers, "weights": digest.hexdigest(), "tokenizer": tokenizer}
+    return {**numbers, "weights": digest(text.transformer), "tokenizer": tokenizer}
 
 
 def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:

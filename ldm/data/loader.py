@@ -20,7 +20,10 @@ from ldm.errors import LdmError
 
 
 class Data(Protocol):
-    """What the axis `data` builds; it is pickled once per worker, so it opens files late and maps what is large."""
+    """What the axis `data` builds; it is pickled once per worker, so it opens files late and maps what is large.
+
+    One may also have a `digest`, a text that tells its samples from any others.
+    """
 
     batch_size: int  # over all ranks and micro-batches
     workers: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterable, Iterator
+from itertools import count, groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +118,14 @@ def members_of(buckets: NDArray | None, length: int) -> list[NDArray]:
     if buckets is None:
         return [np.arange(length)]
     return np.split(np.argsort(buckets, kind="stable"), np.cumsum(np.bincount(buckets))[:-1])
+
+
+def grouped(indices: Iterable[int], size: int, buckets: NDArray | None) -> Iterator[list[Ask]]:
+    """Asks for these samples, numbered as in the source: bucket by bucket, at most `size` together."""
+    asks = [Ask(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
+    for _, same in groupby(sorted(asks, key=attrgetter("bucket")), attrgetter("bucket")):
+        together = list(same)
+        yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
 class Stream:

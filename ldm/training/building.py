@@ -14,7 +14,7 @@ from ldm.training.trainer import Plan
 if TYPE_CHECKING:
     from ldm.data.loader import Data
 
-FOLDERS = {  # of nodes, what only one machine has; weights and tokenizer of a conditioner are in the file itself
+LOCAL = {  # by node, the keys that name a place on one machine
     "data": ("root", "manifest"),
     "validation": ("root", "manifest"),
     "loss": ("vgg",),
@@ -82,8 +82,8 @@ def check_divisible(config: Config, key: str, data: Data, factor: int, whose: st
 
 
 def portable(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the folders of the machine that it was used on."""
-    return {key: without(node, FOLDERS.get(key, ())) for key, node in values.items()}
+    """A configuration without the places of the machine that it was used on."""
+    return {key: without(node, LOCAL.get(key, ())) for key, node in values.items()}
 
 
 def without(node: Any, names: tuple[str, ...]) -> Any:

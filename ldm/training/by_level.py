@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.data.sampler import grouped
 from ldm.diffusion.times import Uniform
 from ldm.draws import draw, stream
-from ldm.training.reconstructions import averages, first_batches
-from ldm.training.statistics import Spread, shared
+from ldm.training.reconstructions import averages
+from ldm.training.statistics import BATCH, Spread, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ class ByLevel:
 
     def __init__(self, data: Data, count: int, seed: int):
         self.data, self.count, self.seed = data, min(count, len(data)), seed
-        self.batches = first_batches(data, self.count)
+        self.batches = list(grouped(range(self.count), BATCH, data.buckets))
 
     def measure(self, stage: LatentDiffusionStage) -> dict[str, float]:
         """Averages over the samples, which the ranks share: over training's levels, and in each part of time."""

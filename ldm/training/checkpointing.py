@@ -53,13 +53,18 @@ def write_files(
     digests = {STATE: write_file(folder / STATE, state, {})}
     digests[MODEL] = save(run / MODEL, config, model, stage.tokenizer)
     counters = {name: getattr(stage, name) for name in COUNTERS}
-    said = {**counters, "sha256": digests, "threads": torch.get_num_threads(), "samples": len(stage.data)}
+    said = {**counters, "sha256": digests, "threads": torch.get_num_threads(), **data_of(stage)}
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(said).encode())
     flush_folder(folder.parent)
     whole = [old for old in sorted(folder.parent.iterdir()) if old <= folder and (old / MANIFEST).exists()]
     for old in whole[: -stage.plan.keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def data_of(stage: Stage) -> dict[str, Any]:
+    """What tells the data from others of the same configuration, which is all there is to scenes."""
+    return {"samples": len(stage.data), "data": getattr(stage.data, "digest", None)}
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -99,7 +104,7 @@ def clear(run: Path) -> None:
 @torch.no_grad()
 def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
     """Put a stage back to where a checkpoint was written."""
-    check_same(folder, manifest, stage)
+    check_threads(folder, manifest, stage)
     saved = open_file(folder / STATE)
     own = tensors_of(stage)
     remembered = [name for name in saved if name.startswith("optimizer/")]
@@ -123,12 +128,9 @@ def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
             getattr(stage, name).zero_()
 
 
-def check_same(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
-    """Refuse other data, whose order would be another one; say where sums may be rounded in another way."""
-    samples, threads = len(stage.data), torch.get_num_threads()
-    if manifest.get("samples", samples) != samples:
-        got, expected = f"{samples} samples an epoch", f"{manifest['samples']}, as before"
-        raise CheckpointError("other data than this run began with", str(folder), got, expected, "another --run")
+def check_threads(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
+    """Say where sums may be rounded in another way."""
+    threads = torch.get_num_threads()
     if stage.device.type == "cpu" and manifest.get("threads", threads) != threads:
         text = f"{manifest['threads']} threads until {folder.name}, {threads} from now on: sums are rounded otherwise"
         warnings.warn(text, stacklevel=2)

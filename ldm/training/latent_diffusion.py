@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,13 @@ from ldm import assemble, checkpoint
 from ldm.assemble import Model
 from ldm.checkpoint import Opened, load_weights
 from ldm.condition import Condition
+from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text, text_in
 from ldm.config import Config
 from ldm.data.latents import Latents
-from ldm.data.sampler import Ask
+from ldm.data.sampler import grouped
 from ldm.diffusion.path import Level
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
@@ -70,6 +70,7 @@ class LatentDiffusionStage(Stage):
             self.autoencoder.requires_grad_(False)
         encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
         self.frozen = ("autoencoder", *encoders)
+        self.left_out = tuple(x.place for x in left_out.encoders(self.conditioner) if x.key in config["left_out"])
         warnings.filterwarnings("ignore", "the end of a text is cut off")  # `notices` says it once
         self.tokenizer = next(iter(tokenizers(self.conditioner)), None)
 
@@ -174,12 +175,13 @@ class LatentDiffusionStage(Stage):
 
     @torch.no_grad()
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that sampling needs."""
+        """Everything that sampling needs, or its name."""
         parts = {"backbone": self.denoiser.backbone, "conditioner": self.conditioner, "autoencoder": self.autoencoder}
         modules = {name: module for name, module in parts.items() if module is not None}
         with self.averaged():
             tensors = {f"{name}.{key}": x for name, m in modules.items() for key, x in m.state_dict().items()}
-            return self.config, self.whole(tensors)
+            held = {name: x for name, x in tensors.items() if not name.startswith(self.left_out)}
+            return self.config, self.whole(held)
 
 
 # --------------------------------------------------------------------------------------------------- how it is built
@@ -223,18 +225,18 @@ def build(
         validation=found.validation,
         plan=plan,
         seed=config["seed"],
-        config={**portable(config.values), "fingerprint": fingerprint},
+        config={**left_out.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint},
         **learned,
     )
 
 
 def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> None:
-    """Give the denoiser, and a conditioner if there is one inside, the weights of a checkpoint."""
+    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint."""
     if not opened.config.get("backbone"):
         raise CheckpointError("--init-from: no denoiser inside", where, opened.family, "a second stage")
     check_same_latents(opened.config, fingerprint, where)
     load_weights(model.denoiser.backbone, opened.state, "backbone")
-    inside = any(name.startswith("conditioner.") for name in opened.state)
+    inside = any(name.startswith("conditioner.") for name in (*opened.state, *opened.config.get("left_out", ())))
     if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
         assemble.fill_part(model.conditioner, opened, "conditioner")
 
@@ -266,9 +268,9 @@ def tokenizers(conditioner: Conditioner | None) -> list[str]:
 def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
     """Captions of samples spread over a source, fewer where each costs a picture."""
     if ready := getattr(data, "captions", None):
-        return [text for ask in spread(data, count) for text in ready(ask.index)]
+        return [text for index in spread(len(data), count) for text in ready(index)]
     found: list[str] = []
-    for asks in pieces(spread(data, min(count, DRAWN)), PIECE):
+    for asks in grouped(spread(len(data), min(count, DRAWN)), PIECE, data.buckets):
         batch = data.batch(asks, seed)
         if "caption" not in batch:
             got = ", ".join(batch)
@@ -277,18 +279,10 @@ def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
     return found
 
 
-def spread(data: Data, count: int) -> list[Ask]:
-    """Asks for samples at equal distances in a source."""
-    count = min(count, len(data))
-    indices = [i * len(data) // count for i in range(count)]
-    return [Ask(index, index, 0 if data.buckets is None else int(data.buckets[index])) for index in indices]
-
-
-def pieces(asks: list[Ask], size: int) -> Iterator[list[Ask]]:
-    """Asks in groups of one bucket, at most so many each."""
-    for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket):
-        same = list(group)
-        yield from (same[start : start + size] for start in range(0, len(same), size))
+def spread(length: int, count: int) -> list[int]:
+    """The places of so many samples at equal distances, or of all."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
 
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
@@ -302,7 +296,8 @@ def check_sources(config: Config, found: Sources, model: Model) -> None:
                 raise config.source.error("autoencoder: missing", "autoencoder", expected="the one of the cache")
             data.check(model.autoencoder, model.conditioner, config["conditioner"])
         check_divisible(config, key, data, factor, "the networks'")
-        batch = data.batch(next(pieces(spread(data, LOOKED_AT), LOOKED_AT)), config["seed"])
+        asks = next(grouped(spread(len(data), LOOKED_AT), LOOKED_AT, data.buckets))
+        batch = data.batch(asks, config["seed"])
         here = {*batch, *batch.get("states", {}), *(MADE if "image" in batch else ())}
         reads = () if model.conditioner is None else model.conditioner.reads
         for name in reads:

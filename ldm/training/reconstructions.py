@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from itertools import groupby
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ldm import pictures
 from ldm.checkpoint.pretrained import judge
-from ldm.data.sampler import Ask
+from ldm.data.sampler import grouped
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
 from ldm.training.statistics import BATCH, Spread, shared
@@ -41,7 +40,7 @@ class Reconstructions:
         """
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
-        batches = first_batches(self.data, self.count)
+        batches = list(grouped(range(self.count), BATCH, self.data.buckets))
         for k, counts in shared(len(batches), spread):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
@@ -52,13 +51,6 @@ class Reconstructions:
             if k == 0 and spread.rank == 0:
                 pictures.write(grid(x[:SHOWN], y[:SHOWN]), file)
         return averages(sums, self.count, spread) | {"val/frechet": distance(moments, spread)}
-
-
-def first_batches(data: Data, count: int) -> list[list[Ask]]:
-    """The asks of a source's first samples, in batches of one bucket each."""
-    asks = [Ask(i, i, 0 if data.buckets is None else int(data.buckets[i])) for i in range(count)]
-    same = [list(group) for _, group in groupby(sorted(asks, key=lambda ask: ask.bucket), lambda ask: ask.bucket)]
-    return [group[start : start + BATCH] for group in same for start in range(0, len(group), BATCH)]
 
 
 def features(x: Tensor) -> Moments:

@@ -17,7 +17,7 @@ from ldm import configfile
 from ldm.checkpoint.files import replacing
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
-from ldm.training.building import FOLDERS
+from ldm.training.building import LOCAL
 from ldm.training.callbacks import CODES, Run
 from ldm.training.stage import Stage
 
@@ -25,7 +25,8 @@ from ldm.training.stage import Stage
 FREE = {f"trainer.{name}" for name in ("steps", "accumulate", "accelerator", "devices", "nodes", "strategy", "compile")}
 FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"trainer.keep", "trainer.validate_images"}
 FREE |= {"data.workers", "validation.workers"}
-FREE |= {f"{node}.{name}" for node in ("data", "validation", "loss") for name in FOLDERS[node]}
+# and where files lie, but for a conditioner's: its `weights` say which encoder it is
+FREE |= {f"{node}.{name}" for node, names in LOCAL.items() if node != "conditioner" for name in names}
 CONFIG = "config.yaml"
 PATIENCE = 10.0  # seconds: a killed run's workers live on for some
 MEMORIES = 3  # of a trained weight, beside itself: its average and two moments
@@ -50,7 +51,10 @@ def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
 
 def check(stage: Stage, config: dict[str, Any], folder: Path) -> None:
     """Refuse a folder that cannot be gone on with, or has no room; nothing is written."""
-    agree(folder, config)
+    begun = checkpointing.newest(folder)
+    agree(folder, config, begun is not None)
+    if begun:
+        check_data(stage, *begun)
     check_space(folder, stage)
     there = existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -105,10 +109,9 @@ def take(handle: int) -> bool:
         return False
 
 
-def agree(folder: Path, config: dict[str, Any]) -> None:
+def agree(folder: Path, config: dict[str, Any], begun: bool) -> None:
     """Refuse a folder that was begun with another configuration, or never here."""
     file, weights = folder / CONFIG, folder / checkpointing.MODEL
-    begun = checkpointing.newest(folder)
     unfinished = any(folder.glob("checkpoints/*"))  # killed in writing its first one
     if weights.exists() and not begun and not unfinished:
         hint = f"--init-from {weights} and another --run"
@@ -120,6 +123,16 @@ def agree(folder: Path, config: dict[str, Any]) -> None:
     if different := [key for key in changed if key != "format"]:
         words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
         raise InputError("--run: begun with another configuration", str(file), ", ".join(words), hint="another --run")
+
+
+def check_data(stage: Stage, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Refuse other data than a run began with; those of a source without a digest are told by their number alone."""
+    now = checkpointing.data_of(stage)
+    for name, words in (("samples", "{} samples an epoch"), ("data", "sha256 {:.10}")):
+        before = manifest.get(name)
+        if None not in (before, now[name]) and before != now[name]:
+            got, expected = words.format(now[name]), f"{words.format(before)}, as before"
+            raise InputError("--run: begun with other data", str(checkpoint), got, expected, "another --run")
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -142,8 +155,9 @@ def disk_needed(stage: Stage) -> int:
     frozen = tuple(f"{name}." for name in stage.frozen)
     sizes = {name: x.numel() * x.element_size() for name, x in stage.state_dict().items()}
     state = sum(size for name, size in sizes.items() if not name.startswith(frozen))
+    model = sum(size for name, size in sizes.items() if not name.startswith(stage.left_out))
     learned = sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
-    return state + MEMORIES * learned + sum(sizes.values())
+    return state + MEMORIES * learned + model
 
 
 def begun(folder: Path) -> bool:

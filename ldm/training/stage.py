@@ -37,6 +37,7 @@ class Stage(pl.LightningModule):
     """
 
     frozen: tuple[str, ...] = ()  # names of modules that no checkpoint needs
+    left_out: tuple[str, ...] = ()  # those of them that not even `model.safetensors` has
     tokenizer: str | None = None  # as it is stored with the weights
     counted: tuple[str, ...] = ()  # names of buffers that each rank counts for itself
     telling = "loss/loss"  # of what is logged, what falls where something is learned

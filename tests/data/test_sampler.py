@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ldm.data.sampler import WINDOW, Ask, Once, Order, Stream, hashed, permutation
+from ldm.data.sampler import WINDOW, Ask, Once, Order, Stream, grouped, hashed, permutation
 from ldm.draws import mix32
 from ldm.errors import InputError
 
@@ -237,6 +237,19 @@ def test_a_plain_order_may_begin_anywhere():
 
 
 # ------------------------------------------------------------------------------------------------ once
+
+
+def test_samples_are_grouped_by_bucket_and_keep_their_order():
+    assert list(grouped(range(5), 3, None)) == [[Ask(i, i, 0) for i in range(3)], [Ask(3, 3, 0), Ask(4, 4, 0)]]
+    groups = list(grouped([1, 2, 4, 5, 7, 8, 9], 2, np.arange(10) % 3))
+    assert [(group[0].bucket, indices(group)) for group in groups] == [
+        (0, [9]),
+        (1, [1, 4]),
+        (1, [7]),
+        (2, [2, 5]),
+        (2, [8]),
+    ]
+    assert all(ask.number == ask.index and ask.bucket == group[0].bucket for group in groups for ask in group)
 
 
 @given(some_buckets, st.integers(1, 9), st.integers(1, 5), st.booleans())

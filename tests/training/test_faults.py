@@ -16,6 +16,7 @@ from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import checkpointing, logs, run, utilisation
+from tests.data.photographs import photograph
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, toy_data, wait
 
 __all__ = ["toy_data"]
@@ -153,8 +154,35 @@ def test_other_data_are_refused(tmp_path, capsys):
     assert main(argv[:-1]) == 0
     said = tmp_path / "run/checkpoints/00000005/manifest.json"
     said.write_text(said.read_text().replace('"samples": 40', '"samples": 41'))
-    assert main([*argv[:-1], "trainer.steps=6"]) == 4
-    assert "other data than this run began with" in capsys.readouterr().err
+    assert main([*argv[:-1], "trainer.steps=6"]) == 2
+    error = capsys.readouterr().err
+    assert "begun with other data" in error
+    assert "got 40 samples an epoch; expected 41 samples an epoch, as before" in error
+
+
+def pictures(folder, caption: str = "a ball") -> str:
+    """The node of eight pictures, one of them with this caption."""
+    folder.mkdir()
+    for i in range(8):
+        photograph(16, 16, i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cube" if i else caption)
+    return f"data={{type: images, root: {folder}, resolution: 16, batch_size: 8, workers: 0}}"
+
+
+def test_other_pictures_are_refused_though_they_are_as_many(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    before, moved, other = pictures(tmp_path / "a"), pictures(tmp_path / "b"), pictures(tmp_path / "c", "a cone")
+    argv = command(tmp_path / "run", "schedule.type=constant")[:-1]
+    assert main([*argv, before, "trainer.steps=1"]) == 0
+    assert main([*argv, moved, "trainer.steps=2"]) == 0
+    digest = manifest(tmp_path / "run")["data"]
+    capsys.readouterr()
+    monkeypatch.setattr("ldm.data.decode.picture", None)  # no picture is read
+    for more in (["trainer.steps=3"], ["--dry-run"]):
+        assert main([*argv, other, *more]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: --run: begun with other data")
+        assert f"expected sha256 {digest[:10]}, as before" in error
 
 
 def test_a_signal_before_the_first_step_saves_too(tmp_path, monkeypatch):
