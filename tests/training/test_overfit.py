@@ -22,8 +22,7 @@ CHANGES = {
     **{"trainer.steps": 200, "trainer.precision": "32-true", "trainer.validate_images": 4, "trainer.accumulate": 1},
     **{"optimizer.lr": 2e-3, "schedule": {"type": "cosine", "warmup": 20}, "ema.decay": 0.95},
     **{"data": {"type": "four", "length": 16}, "spacing.steps": 20, "size": 16},
-    # what learns fastest at this size: no skip from noise to output, and no noise to be predicted from noise
-    **{"backbone": {"type": "dit", "width": 128, "depth": 2, "heads": 4, "patch": 4}, "prediction": {"type": "x0"}},
+    "prediction": {"type": "x0"},  # learned sooner than noise that is to be predicted from noise
 }
 
 
@@ -45,7 +44,7 @@ def first_stages(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_condition_says_which_of_four_is_painted(name, first_stages, tmp_path):
-    changes = {key: x for key, x in small(name).items() if not key.startswith("backbone.")} | CHANGES
+    changes = small(name) | CHANGES
     changes["autoencoder"] = str(first_stages / f"{stage_of(name)[:2]}.safetensors")
     assert main(["train-ldm", "--config", str(FILES[name]), "--run", str(tmp_path / "run"), *words(changes)]) == 0
     made, targets = painted(ldm.load(tmp_path / "run/model.safetensors", device="cpu", precision="fp32"))
