@@ -110,6 +110,13 @@ class Table:
         """(B, 3) by size; 0 for no object."""
         return np.where(self.there, RADIUS[self.size], 0.0)
 
+    def clear(self, row: int) -> None:
+        """Take everything off a floor."""
+        for names in (self.shape, self.colour, self.material, self.size):
+            names[row] = -1
+        for numbers in (self.x, self.y, self.z, self.turn):
+            numbers[row] = 0
+
     def extent(self, by_shape: Floats) -> Floats:
         """(B, 3) HALF_WIDTH, HALF_HEIGHT or REACH in world units; 0 for no object."""
         return self.radius * by_shape[self.shape]

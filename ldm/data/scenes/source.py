@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.scenes.captions import captions
+from ldm.data.scenes.captions import FLOORS, captions
+from ldm.data.scenes.description import FLOORS as NAMES
 from ldm.data.scenes.description import Scene, Table
-from ldm.data.scenes.drawing import SPLITS, draw
+from ldm.data.scenes.drawing import SPLITS, draw, uniforms
 from ldm.data.scenes.edits import edit
 from ldm.data.scenes.render import render
+from ldm.draws import stream
 
 Addition = Literal["mask", "segmentation", "boxes", "depth", "normals", "edges", "source"]
 
 
 class Scenes:
-    """An epoch of `size` scenes, drawn as they are asked for; `adds` are conditions that go with the pictures."""
+    """An epoch of `size` scenes, drawn as they are asked for; `adds` are conditions that go with the pictures.
+
+    A share `bare` of them is a floor with nothing on it: a decoder that never saw one cannot paint it.
+    """
 
     def __init__(
         self,
@@ -28,6 +34,7 @@ class Scenes:
         size: int = 1_000_000,
         split: Literal["train", "validation", "held_out"] = "train",
         adds: Sequence[Addition] = (),
+        bare: float = 0.0,
         workers: int = 2,
     ):
         for name, value in {"resolution": resolution, "batch_size": batch_size, "size": size}.items():
@@ -37,8 +44,10 @@ class Scenes:
             raise ValueError(f"workers: must not be negative; got {workers}")
         if split not in SPLITS:
             raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
+        if not 0 <= bare <= 1 or (bare and "source" in adds):
+            raise ValueError(f"bare: out of range; got {bare}; expected 0 to 1, and 0 where `source` is added")
         self.resolution, self.batch_size, self.size, self.workers = resolution, batch_size, size, workers
-        self.split, self.adds = split, tuple(adds)
+        self.split, self.adds, self.bare = split, tuple(adds), bare
         self.buckets, self.groups, self.sizes = None, None, [(resolution, resolution)]
 
     def __len__(self) -> int:
@@ -51,7 +60,11 @@ class Scenes:
         if "source" in self.adds:
             made = self._edited(table.scenes(), seed, indices)
         else:
-            made = {**self._rendered(table), "caption": captions(table, seed, indices)}
+            texts = captions(table, seed, indices)
+            for row in np.flatnonzero(uniforms(stream(seed, "bare"), np.asarray(indices), 0, 1)[:, 0] < self.bare):
+                table.clear(row)
+                texts[row] = FLOORS[NAMES[table.floor[row]]]
+            made = {**self._rendered(table), "caption": texts}
         square = torch.full((len(asks), 2), self.resolution)
         where = {"original_size": square, "crop": torch.zeros_like(square)}
         return {**made, "number": torch.tensor(numbers), "index": torch.tensor(indices), **where}

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ldm import parts
+from ldm.data.scenes import FLOORS as DESCRIBED
 from ldm.data.scenes import Scenes, captions, draw, edit, render
+from ldm.data.scenes.captions import FLOORS
 
 ASKS = [(100 + i, index, 0) for i, index in enumerate((5, 0, 9, 5))]
 
@@ -53,6 +55,26 @@ def test_an_edit_comes_with_the_picture_before_it():
     assert torch.equal(batch["mask"][:, 0] > 0, render(twins, 32, want=("mask",))["mask"] > 0)
 
 
+def test_a_bare_floor_is_the_same_floor_with_nothing_on_it():
+    numbers = {"resolution": 32, "batch_size": 4, "adds": ["mask", "boxes"]}
+    full, empty = (Scenes(**numbers, bare=bare).batch(ASKS, 3) for bare in (0, 1))
+    table = draw(3, [5, 0, 9, 5])
+    assert empty["caption"] == [FLOORS[DESCRIBED[floor]] for floor in table.floor]
+    assert full["mask"].any() and not empty["mask"].any()
+    assert (empty["box_labels"] == -1).all()
+    sky = (..., slice(0, 2), slice(None))  # no object reaches so far up, and no shadow
+    assert torch.equal(full["image"][sky], empty["image"][sky])
+    assert not torch.equal(full["image"], empty["image"])
+
+
+def test_some_floors_are_bare_whatever_the_batch():
+    some = Scenes(resolution=8, batch_size=4, bare=0.25)
+    said = some.batch([(i, i, 0) for i in range(400)], 0)["caption"]
+    bare = [text in FLOORS.values() for text in said]
+    assert 70 < sum(bare) < 130
+    assert [some.batch([(0, i, 0)], 0)["caption"][0] for i in range(8)] == said[:8]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -60,6 +82,11 @@ def test_an_edit_comes_with_the_picture_before_it():
         ({"batch_size": 0}, "batch_size: must be positive; got 0"),
         ({"size": -1}, "size: must be positive; got -1"),
         ({"workers": -1}, "workers: must not be negative; got -1"),
+        ({"bare": 1.5}, "bare: out of range; got 1.5; expected 0 to 1, and 0 where `source` is added"),
+        (
+            {"bare": 0.1, "adds": ["source"]},
+            "bare: out of range; got 0.1; expected 0 to 1, and 0 where `source` is added",
+        ),
         ({"split": "test"}, "split: unknown name; got test; expected one of train, validation, held_out"),
     ],
 )
