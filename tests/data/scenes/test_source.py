@@ -60,7 +60,8 @@ def test_a_bare_floor_is_the_same_floor_with_nothing_on_it():
     full, empty = (Scenes(**numbers, bare=bare).batch(ASKS, 3) for bare in (0, 1))
     table = draw(3, [5, 0, 9, 5])
     assert empty["caption"] == [FLOORS[DESCRIBED[floor]] for floor in table.floor]
-    assert full["mask"].any() and not empty["mask"].any()
+    assert full["mask"].any()
+    assert not empty["mask"].any()
     assert (empty["box_labels"] == -1).all()
     sky = (..., slice(0, 2), slice(None))  # no object reaches so far up, and no shadow
     assert torch.equal(full["image"][sky], empty["image"][sky])
