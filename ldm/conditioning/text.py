@@ -43,6 +43,7 @@ class Text(Conditioner):
         if transformer.length < 3:
             raise ValueError(f"length: no room for a word; got {transformer.length}; expected 3 or more; try 77")
         self.weights: str | None = None  # the name that they were read by
+        self.unfilled = False  # whether it is to stay as it is, and nobody said with what weights
         self.published = False  # whether its tokenizer comes with its kind, and not with a checkpoint
         self.transformer, self.chunks, self.masked = transformer, chunks, masked
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
@@ -197,7 +198,7 @@ def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool
     published = transformer.tokens.num_embeddings >= 49408  # else a small one, whose tokenizer comes with it
     tokenizer = clip_tokenizer(None if pad_with_end else 0) if published else None
     text = Text(transformer, tokenizer, chunks=chunks, drop=drop)
-    text.published, text.weights = published, weights if named else None
+    text.published, text.weights, text.unfilled = published, weights if named else None, weights is None
     text.freeze()
     return text
 

@@ -207,9 +207,10 @@ def build(
     learned = settings(config)
     weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
     fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
-    found = sources(config, plan)
     if first := before or init_from:
         begin(model, checkpoint.open(first), fingerprint, str(first))
+    assemble.check_encoders(config, model.conditioner)
+    found = sources(config, plan)
     teach(model.conditioner, found.data, config["seed"])
     if len(known := tokenizers(model.conditioner)) > 1:
         what, got = "conditioner: text encoders with tokenizers of their own", f"{len(known)} that differ"
