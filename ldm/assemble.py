@@ -75,7 +75,7 @@ class DiffusionSchema(Schema):
     schedule: Part
     ema: Part
     data: Part
-    validation: Part | None = None  # another source for what is measured; without it, the first samples of `data`
+    validation: Part | None = None  # another source for what is measured; without it, samples spread over `data`
     trainer: Part
 
 

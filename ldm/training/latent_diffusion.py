@@ -20,7 +20,7 @@ from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text, text_in
 from ldm.config import Config
 from ldm.data.latents import Latents
-from ldm.data.sampler import grouped
+from ldm.data.sampler import grouped, spread
 from ldm.diffusion.path import Level
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
@@ -162,7 +162,7 @@ class LatentDiffusionStage(Stage):
     def validate(self, samples: Path) -> dict[str, float]:
         """The loss by level, and pictures."""
         with self.averaged():
-            self.samples.show(self, self.by_level.batches[0], samples / f"{self.step:08d}.png")
+            self.samples.show(self, self.by_level.shown, samples / f"{self.step:08d}.png")
             return self.by_level.measure(self)
 
     def fetched(self, data: Data, asks: list[Any]) -> dict[str, Any]:
@@ -264,12 +264,6 @@ def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
             raise InputError("conditioner: a tokenizer is learned from captions", "data", got, hint="tokenizer: FOLDER")
         found += batch["caption"]
     return found
-
-
-def spread(length: int, count: int) -> list[int]:
-    """The places of so many samples at equal distances, or of all."""
-    count = min(count, length)
-    return [i * length // count for i in range(count)]
 
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
