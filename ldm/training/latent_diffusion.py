@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm import assemble, checkpoint
 from ldm.assemble import Model
 from ldm.checkpoint import Opened
-from ldm.condition import Condition
+from ldm.condition import Condition, moved
 from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
@@ -134,8 +134,7 @@ class LatentDiffusionStage(Stage):
 
     def moved(self, x: Tensor) -> Tensor:
         """On the device, without waiting for it."""
-        x = x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
-        return x.to(self.device, non_blocking=True)
+        return moved(x, self.device)
 
     def memory_format(self, x: Tensor) -> Tensor:
         """In the networks' order of dimensions."""

@@ -122,6 +122,16 @@ def test_a_frozen_encoder_that_a_run_began_with_stays(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in names)
 
 
+def test_all_of_a_batch_is_moved_but_its_numbers(tmp_path):
+    """Also the states of a cache, which are dictionaries in a dictionary."""
+    batch = {"number": torch.zeros(2), "latents": torch.zeros(2), "caption": ["", ""]}
+    batch |= {"states": {"caption": {"tokens": torch.zeros(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.bool)}}}
+    moved = stage_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert [x.device.type for x in (moved["number"], moved["latents"])] == ["cpu", "meta"]
+    assert {x.device.type for x in moved["states"]["caption"].values()} == {"meta"}
+    assert moved["caption"] == batch["caption"]
+
+
 def test_micro_batches_are_one_batch(tmp_path):
     for count in (1, 4):
         assert main(command(tmp_path / str(count), *DOUBLE, f"trainer.accumulate={count}")[:-1]) == 0
