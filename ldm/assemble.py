@@ -75,7 +75,7 @@ class DiffusionSchema(Schema):
     schedule: Part
     ema: Part
     data: Part
-    validation: Part | None = None  # another source for what is measured; without it, the first samples of `data`
+    validation: Part | None = None  # another source for what is measured; without it, samples spread over `data`
     trainer: Part
 
 
@@ -122,6 +122,14 @@ def check_first_stage(config: Config, opened: Mapping[str, Opened]) -> None:
     if config["autoencoder"] and "autoencoder" not in opened:
         node, expected = config["autoencoder"]["type"], "the path of a checkpoint"
         raise config.source.error("autoencoder: has no weights", "autoencoder", got=node, expected=expected)
+
+
+def check_encoders(config: Config, conditioner: Conditioner | None) -> None:
+    """Refuse a frozen text encoder that neither a name nor a checkpoint filled; random weights have to be asked for."""
+    for key, _, text in left_out.encoders(conditioner):
+        if text.unfilled:
+            what, expected = f"{key}: missing, and the encoder is not trained", "a folder, a file, a hub's id or random"
+            raise config.source.error(what, key, got="none", expected=expected, hint=f"{key}=FOLDER")
 
 
 def model(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> Model:
@@ -174,6 +182,7 @@ def fill_part(module: nn.Module, opened: Opened, prefix: str) -> None:
     """The same of one network, with the tokenizer if it reads text; it has read by name what the file leaves out."""
     load_weights(module, left_out.whole(opened, module).state if prefix == "conditioner" else opened.state, prefix)
     for encoder in left_out.encoders(module):
+        encoder.text.unfilled = False
         if encoder.key not in opened.config.get("left_out", ()):
             encoder.text.weights = None  # they are the file's now
     texts = [part for part in module.modules() if isinstance(part, Text)]

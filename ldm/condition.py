@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """On a device; a GPU takes it without being waited for."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 @dataclass(frozen=True)
 class Condition:
     """Everything a denoiser may be told beside x and the noise level; each field is None or has the batch first."""

@@ -37,8 +37,3 @@ def draw(seed: int, numbers: Iterable[int], uniforms: int, shape: Sequence[int])
         u[i].uniform_(generator=generator)
         noise[i].normal_(generator=generator)
     return u, noise
-
-
-def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
-    """Noise (B, C, ...) whose mean varies per sample and channel by strength * offset (B, C)."""
-    return noise + strength * offset.reshape(*offset.shape, *[1] * (noise.ndim - 2))

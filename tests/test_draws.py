@@ -43,13 +43,6 @@ def test_the_numbers_are_what_they_claim():
     assert correlation.abs().max() < 0.06
 
 
-def test_offset_noise_has_a_mean_per_channel():
-    noise, offset = torch.randn(2, 3, 8, 8), torch.randn(2, 3)
-    found = draws.offset_noise(noise, offset, 0.1)
-    torch.testing.assert_close(found - noise, 0.1 * offset[:, :, None, None].expand_as(noise))
-    assert torch.equal(draws.offset_noise(noise, offset, 0.0), noise)
-
-
 def even(count: int) -> torch.Tensor:
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 

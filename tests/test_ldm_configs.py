@@ -104,6 +104,12 @@ def test_it_is_of_the_published_size(name):
     assert f"{size / 1e6:.1f} M" in FILES[name].read_text().split("\n")[0]
 
 
+def test_inpainting_learns_at_the_published_peak():
+    """CompVis: base_learning_rate 1e-6, times the batch, times the cosine's f_max of 0.1."""
+    values = written("inpainting")
+    assert float(values["optimizer"]["lr"]) == pytest.approx(1e-6 * values["data"]["batch_size"] * 0.1)
+
+
 @pytest.mark.parametrize("name", FIRST_STAGES)
 def test_a_first_stage_is_of_the_published_size(name):
     config = configuration.load(ROOT / f"autoencoder/{name}.yaml", ["data.root=DIR"], AutoencoderSchema)

@@ -102,6 +102,7 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
     torch.manual_seed(stream(config["seed"], "init"))  # random weights are those of training
     autoencoder, conditioner = assemble.encoders(config, opened)
     assert autoencoder is not None  # checked above
+    assemble.check_encoders(config, conditioner)
     for module in (autoencoder, conditioner):
         if module is not None:
             module.eval().requires_grad_(False).to(device)

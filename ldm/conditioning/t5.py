@@ -63,7 +63,7 @@ def t5(
     else:
         model = T5EncoderModel(T5Config(**numbers))
     text = Text(T5Tower(model.encoder, length), tokenizer, masked=True, drop=drop)
-    text.weights = weights if named else None
+    text.weights, text.unfilled = weights if named else None, weights is None
     text.freeze()
     return text
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition
+from ldm.condition import Condition, moved
 from ldm.conditioning import weights as stored
 from ldm.conditioning.conditioner import Conditioner, repeat
 from ldm.conditioning.tokenizer import BPE, Tokenizer, clip_tokenizer, from_folder
@@ -43,11 +43,13 @@ class Text(Conditioner):
         if transformer.length < 3:
             raise ValueError(f"length: no room for a word; got {transformer.length}; expected 3 or more; try 77")
         self.weights: str | None = None  # the name that they were read by
+        self.unfilled = False  # whether it is to stay as it is, and nobody said with what weights
         self.published = False  # whether its tokenizer comes with its kind, and not with a checkpoint
         self.transformer, self.chunks, self.masked = transformer, chunks, masked
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
         self.context = transformer.tokens.embedding_dim
         self.tokenizer: Tokenizer | None = None
+        self.nothing: dict[tuple[Any, ...], Condition] = {}  # of what is frozen, by device and precision
         if isinstance(transformer.projection, nn.Linear):
             self.pooled = transformer.projection.out_features
         if tokenizer is not None:
@@ -62,6 +64,7 @@ class Text(Conditioner):
             got, expected = f"{tokenizer.end} of {tokenizer.size} ids", "the highest, where the pooled vector is read"
             raise ValueError(f"projection: its end token is not found; got {got}; expected {expected}; try none")
         self.tokenizer = tokenizer
+        self.nothing.clear()
 
     def learn(self, captions: Iterable[str]) -> None:
         """Train a tokenizer of the vocabulary's size on captions."""
@@ -89,7 +92,7 @@ class Text(Conditioner):
     def encode(self, ids: Tensor) -> Condition:
         """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
         device = self.transformer.tokens.weight.device
-        chunks = ids.to(device, non_blocking=True).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
+        chunks = moved(ids, device).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
         mask = self.counts(chunks) if self.masked else None  # (B*K, L)
         states, pooled = self.transformer(chunks, mask)  # (B*K, L, C), (B*K, P)
         tokens = states.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L, C)
@@ -106,7 +109,26 @@ class Text(Conditioner):
         return self.encode(self.tokenize(batch["caption"]))
 
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
-        return repeat(self.encode(self.tokenize([""])), count)
+        return repeat(self.remembered() if self.frozen else self.encode(self.tokenize([""])), count)
+
+    def remembered(self) -> Condition:
+        """The empty text's states, encoded once on each device and in each precision."""
+        weight = self.transformer.tokens.weight
+        kind = weight.device.type
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        key = (weight.device, weight.dtype, torch.get_autocast_dtype(kind) if mixed else None)
+        if key not in self.nothing:
+            with torch.inference_mode(False), torch.no_grad():  # they may be read where gradients are taken
+                self.nothing[key] = self.encode(self.tokenize([""]))
+        return self.nothing[key]
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.nothing.clear()  # weights are moved or cast
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.nothing.clear()
+        super()._load_from_state_dict(*arguments)
 
 
 def room(tokenizer: Tokenizer, length: int) -> int:
@@ -197,7 +219,7 @@ def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool
     published = transformer.tokens.num_embeddings >= 49408  # else a small one, whose tokenizer comes with it
     tokenizer = clip_tokenizer(None if pad_with_end else 0) if published else None
     text = Text(transformer, tokenizer, chunks=chunks, drop=drop)
-    text.published, text.weights = published, weights if named else None
+    text.published, text.weights, text.unfilled = published, weights if named else None, weights is None
     text.freeze()
     return text
 

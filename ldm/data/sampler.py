@@ -128,6 +128,12 @@ def grouped(indices: Iterable[int], size: int, buckets: NDArray | None) -> Itera
         yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
+def spread(length: int, count: int) -> list[int]:
+    """The places of so many samples at equal distances, or of all."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
 class Stream:
     """One rank's part of an order from `position` (samples seen) on: its micro-batches of every global batch."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from ldm.data.sampler import grouped
+from ldm.data.sampler import grouped, spread
 from ldm.diffusion.times import Uniform
 from ldm.draws import draw, stream
 from ldm.training.reconstructions import averages
+from ldm.training.sampling import SHOWN
 from ldm.training.statistics import BATCH, Spread, shared
 
 if TYPE_CHECKING:
@@ -22,20 +24,23 @@ BINS = 8  # equal parts of the time from data to noise
 
 
 class ByLevel:
-    """The losses of the first `count` samples of a source, sample i in part i % 8 of time."""
+    """The losses of `count` samples spread over a source, the i-th of them in part i % 8 of time."""
 
     def __init__(self, data: Data, count: int, seed: int):
         self.data, self.count, self.seed = data, min(count, len(data)), seed
-        self.batches = list(grouped(range(self.count), BATCH, data.buckets))
+        self.places = np.array(spread(len(data), self.count))
+        self.batches = list(grouped(self.places.tolist(), BATCH, data.buckets))
+        alike = [ask for asks in self.batches for ask in asks if ask.bucket == self.batches[0][0].bucket]
+        self.shown = [alike[i] for i in spread(len(alike), SHOWN)]
 
     def measure(self, stage: LatentDiffusionStage) -> dict[str, float]:
         """Averages over the samples, which the ranks share: over training's levels, and in each part of time."""
         sums: dict[str, Any] = {}
-        spread: Spread = stage.spread
-        for k, counts in shared(len(self.batches), spread):
+        ranks: Spread = stage.spread
+        for k, counts in shared(len(self.batches), ranks):
             for name, values in self.losses(stage, stage.fetched(self.data, self.batches[k])).items():
                 sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
-        return averages(sums, self.count, spread)
+        return averages(sums, self.count, ranks)
 
     def losses(self, stage: LatentDiffusionStage, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Each sample's, (B,): weighted and not at a level of training, and not weighted in its part of time."""
@@ -43,12 +48,13 @@ class ByLevel:
         condition = stage.condition(batch, x0, {})
         numbers = batch["number"]
         u, noise = draw(stream(self.seed, "validation"), numbers.tolist(), 1, x0.shape[1:])
-        time = (numbers % BINS + u[:, 0]) / BINS  # (B,)
+        part = torch.from_numpy(np.searchsorted(self.places, numbers.numpy())) % BINS  # (B,)
+        time = (part + u[:, 0]) / BINS  # (B,)
         weighted, plain = stage.losses(x0, stage.level(stage.denoiser.path, time), noise, condition)
         _, even = stage.losses(x0, Uniform()(stage.denoiser.path, time), noise, condition)
         found = {"loss": weighted, "unweighted": plain}
-        for part in range(min(BINS, self.count)):
-            share = len(range(part, self.count, BINS)) / self.count
-            inside = stage.moved(numbers % BINS == part)
-            found[f"level_{part}"] = torch.where(inside, even / share, 0)
+        for k in range(min(BINS, self.count)):
+            share = len(range(k, self.count, BINS)) / self.count
+            inside = stage.moved(part == k)
+            found[f"level_{k}"] = torch.where(inside, even / share, 0)
         return found

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.condition import moved
 from ldm.draws import draw, stream
 from ldm.pictures import to_float
 
@@ -29,14 +30,14 @@ def completed(batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: 
         told["mask"] = rectangles(u[:, :4], image)
     if "low_resolution" in reads:
         told["low_resolution"] = F.interpolate(image, x0.shape[2:], mode="area")  # (B, 3, h, w)
-        told["noise_level"] = (u[:, 4] * NOISIEST).long().to(image.device, non_blocking=True)  # (B,)
-        told["low_resolution_noise"] = noise.to(image, non_blocking=True)  # (B, 3, h, w)
+        told["noise_level"] = moved((u[:, 4] * NOISIEST).long(), image.device)  # (B,)
+        told["low_resolution_noise"] = moved(noise, image.device).to(image.dtype)  # (B, 3, h, w)
     return told
 
 
 def rectangles(u: Tensor, like: Tensor) -> Tensor:
     """One rectangle (B, 1, H, W) of ones in each picture, of a size and at a place that u (B, 4) says."""
-    u = u.to(like.device, non_blocking=True)
+    u = moved(u, like.device)
     sides = SMALLEST + (LARGEST - SMALLEST) * u[:, :2]  # (B, 2) height and width
     begins = (1 - sides) * u[:, 2:]  # (B, 2)
     inside = []

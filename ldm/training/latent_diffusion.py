@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from ldm import assemble, checkpoint
 from ldm.assemble import Model
-from ldm.checkpoint import Opened, load_weights
-from ldm.condition import Condition
+from ldm.checkpoint import Opened
+from ldm.condition import Condition, moved
 from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text, text_in
 from ldm.config import Config
 from ldm.data.latents import Latents
-from ldm.data.sampler import grouped
+from ldm.data.sampler import grouped, spread
 from ldm.diffusion.path import Level
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
-from ldm.errors import CheckpointError, InputError
+from ldm.errors import InputError
 from ldm.models.transformer import TextTransformer
 from ldm.pictures import to_float
+from ldm.training.beginning import begin, differences
 from ldm.training.building import Sources, check_divisible, check_plan, portable, settings, sources
 from ldm.training.by_level import ByLevel
 from ldm.training.conditions import MADE, completed
@@ -59,11 +60,12 @@ class LatentDiffusionStage(Stage):
         samples: Samples,
         config: dict[str, Any],
         validation: Data | None = None,
+        notes: Sequence[str] = (),
         **common: Any,
     ):
         super().__init__(**common)
         self.denoiser, self.conditioner, self.autoencoder = model
-        self.level, self.weight, self.samples, self.config = level, weight, samples, config
+        self.level, self.weight, self.samples, self.config, self.notes = level, weight, samples, config, notes
         self.drops = {} if self.conditioner is None else self.conditioner.parts
         self.by_level = ByLevel(self.data if validation is None else validation, self.plan.validate_images, self.seed)
         if self.autoencoder is not None:
@@ -132,8 +134,7 @@ class LatentDiffusionStage(Stage):
 
     def moved(self, x: Tensor) -> Tensor:
         """On the device, without waiting for it."""
-        x = x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
-        return x.to(self.device, non_blocking=True)
+        return moved(x, self.device)
 
     def memory_format(self, x: Tensor) -> Tensor:
         """In the networks' order of dimensions."""
@@ -160,7 +161,7 @@ class LatentDiffusionStage(Stage):
     def validate(self, samples: Path) -> dict[str, float]:
         """The loss by level, and pictures."""
         with self.averaged():
-            self.samples.show(self, self.by_level.batches[0], samples / f"{self.step:08d}.png")
+            self.samples.show(self, self.by_level.shown, samples / f"{self.step:08d}.png")
             return self.by_level.measure(self)
 
     def fetched(self, data: Data, asks: list[Any]) -> dict[str, Any]:
@@ -207,9 +208,12 @@ def build(
     learned = settings(config)
     weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
     fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
-    found = sources(config, plan)
+    notes: list[str] = []
     if first := before or init_from:
-        begin(model, checkpoint.open(first), fingerprint, str(first))
+        begin(model, start := checkpoint.open(first), fingerprint, str(first))
+        notes += differences(config, start, str(first))
+    assemble.check_encoders(config, model.conditioner)
+    found = sources(config, plan)
     teach(model.conditioner, found.data, config["seed"])
     if len(known := tokenizers(model.conditioner)) > 1:
         what, got = "conditioner: text encoders with tokenizers of their own", f"{len(known)} that differ"
@@ -223,30 +227,12 @@ def build(
         samples=Samples(config, model.denoiser.path),
         data=found.data,
         validation=found.validation,
+        notes=notes,
         plan=plan,
         seed=config["seed"],
         config={**left_out.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint},
         **learned,
     )
-
-
-def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> None:
-    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint."""
-    if not opened.config.get("backbone"):
-        raise CheckpointError("--init-from: no denoiser inside", where, opened.family, "a second stage")
-    check_same_latents(opened.config, fingerprint, where)
-    load_weights(model.denoiser.backbone, opened.state, "backbone")
-    inside = any(name.startswith("conditioner.") for name in (*opened.state, *opened.config.get("left_out", ())))
-    if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
-        assemble.fill_part(model.conditioner, opened, "conditioner")
-
-
-def check_same_latents(stored: Mapping[str, Any], fingerprint: str | None, where: str) -> None:
-    """Refuse a denoiser of another first stage's latents, or of pictures; who says nothing of it is believed."""
-    theirs = stored.get("fingerprint", fingerprint)
-    if theirs != fingerprint:
-        got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
-        raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected)
 
 
 def teach(conditioner: Conditioner | None, data: Data, seed: int) -> None:
@@ -277,12 +263,6 @@ def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
             raise InputError("conditioner: a tokenizer is learned from captions", "data", got, hint="tokenizer: FOLDER")
         found += batch["caption"]
     return found
-
-
-def spread(length: int, count: int) -> list[int]:
-    """The places of so many samples at equal distances, or of all."""
-    count = min(count, length)
-    return [i * length // count for i in range(count)]
 
 
 def check_sources(config: Config, found: Sources, model: Model) -> None:
@@ -325,6 +305,7 @@ def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any]
 
 def notices(stage: LatentDiffusionStage) -> Iterable[str]:
     """What a user should know before training begins."""
+    yield from stage.notes
     rates = ", ".join(f"{part} {rate:.0%}" for part, rate in stage.drops.items())
     if rates:
         yield f"dropped: {rates} of samples" if any(stage.drops.values()) else "dropped: nothing, so only cfg 1 works"

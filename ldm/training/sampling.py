@@ -1,4 +1,4 @@
-"""What a model in training makes of the first validation samples' conditions, beside these samples."""
+"""What a model in training makes of some validation samples' conditions, beside these samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Samples:
 
     def show(self, stage: LatentDiffusionStage, asks: list[Any], file: Path) -> None:
         """Pairs of a sample and what is made of its condition; every rank makes them, the first writes them."""
-        batch = stage.fetched(stage.by_level.data, asks[:SHOWN])
+        batch = stage.fetched(stage.by_level.data, asks)
         x0 = stage.latents(batch)  # (B, C, h, w)
         made = self.latents(stage, batch, x0)
         pairs = torch.stack((stage.decode(x0), stage.decode(made)), 1).flatten(0, 1)  # (2B, 3, H, W)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from ldm.condition import moved
 from ldm.draws import mix32, stream
 from ldm.errors import DivergedError
 from ldm.training.ema import EMA
@@ -311,10 +312,14 @@ class Stage(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, index: int) -> dict[str, Any]:
         """All of a batch but its numbers, which key the noise that is drawn on the CPU."""
-        return {
-            name: x.to(device, non_blocking=True) if isinstance(x, Tensor) and name not in KEPT else x
-            for name, x in batch.items()
-        }
+        return {name: x if name in KEPT else all_moved(x, device) for name, x in batch.items()}
+
+
+def all_moved(x: Any, device: torch.device) -> Any:
+    """Tensors on a device, those in mappings too, such as a cache's states; what is no tensor stays as it is."""
+    if isinstance(x, Mapping):
+        return {name: all_moved(value, device) for name, value in x.items()}
+    return moved(x, device) if isinstance(x, Tensor) else x
 
 
 def full(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from tests.training.killing import start, wait
 from tests.training.second_stage import cached, first_stage, stage_of
 
 ROOT = Path(__file__).parent.parent.parent
-CLIP = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, drop: 0.3}"
+CLIP = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, weights: random}"
 PIXELS = ["autoencoder=null", "conditioner=null", "guidance.cfg=1", "backbone.attend=[]"]
 
 

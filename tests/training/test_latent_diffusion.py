@@ -95,12 +95,14 @@ def test_training_is_the_loop_written_out_by_hand(formula, overrides, tmp_path):
     }
 
 
+CLIP = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, weights: random}"
+
+
 def test_a_frozen_encoder_is_not_trained_nor_in_checkpoints(tmp_path):
-    clip = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, drop: 0.3}"
-    assert main(command(tmp_path / "run", clip, "trainer.steps=2")[:-1]) == 0
+    assert main(command(tmp_path / "run", CLIP, "trainer.steps=2")[:-1]) == 0
     assert not [name for name in state_of(tmp_path / "run") if "conditioner" in name or "autoencoder" in name]
     exported = load_file(tmp_path / "run" / "model.safetensors")
-    before = stage_of(tmp_path, clip).conditioner.state_dict()
+    before = stage_of(tmp_path, CLIP).conditioner.state_dict()
     assert before
     for name, x in before.items():
         assert torch.equal(x, exported[f"conditioner.{name}"])
@@ -108,17 +110,26 @@ def test_a_frozen_encoder_is_not_trained_nor_in_checkpoints(tmp_path):
 
 def test_a_frozen_encoder_that_a_run_began_with_stays(tmp_path):
     """Whatever the configuration would begin with next time: checkpoints hold no frozen weights."""
-    clip = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, drop: 0.3}"
-    assert main(command(tmp_path / "first", clip, "seed=4", "trainer.steps=1")[:-1]) == 0
+    assert main(command(tmp_path / "first", CLIP, "seed=4", "trainer.steps=1")[:-1]) == 0
     first, run = tmp_path / "first/model.safetensors", tmp_path / "run"
-    began = command(run, clip, "schedule.type=constant", "--init-from", str(first))[:-1]
+    began = command(run, CLIP, "schedule.type=constant", "--init-from", str(first))[:-1]
     for steps in (1, 2):
         assert main([*began, f"trainer.steps={steps}"]) == 0
     theirs, ours = (load_file(file) for file in (first, run / "model.safetensors"))
     names = [name for name in theirs if name.startswith("conditioner.")]
-    own = stage_of(tmp_path, clip).conditioner.state_dict()
+    own = stage_of(tmp_path, CLIP).conditioner.state_dict()
     assert any(not torch.equal(own[name.removeprefix("conditioner.")], theirs[name]) for name in names)
     assert all(torch.equal(ours[name], theirs[name]) for name in names)
+
+
+def test_all_of_a_batch_is_moved_but_its_numbers(tmp_path):
+    """Also the states of a cache, which are dictionaries in a dictionary."""
+    batch = {"number": torch.zeros(2), "latents": torch.zeros(2), "caption": ["", ""]}
+    batch |= {"states": {"caption": {"tokens": torch.zeros(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.bool)}}}
+    moved = stage_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert [x.device.type for x in (moved["number"], moved["latents"])] == ["cpu", "meta"]
+    assert {x.device.type for x in moved["states"]["caption"].values()} == {"meta"}
+    assert moved["caption"] == batch["caption"]
 
 
 def test_micro_batches_are_one_batch(tmp_path):
@@ -202,7 +213,7 @@ def test_killed_ten_times_on_a_cache_with_workers_and_accumulation(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["pictures", "cache"])
 def test_killed_three_times(text, workers, source, tmp_path):
-    clip = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 32, drop: 0.3}"
+    clip = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 32, drop: 0.3, weights: random}"
     overrides = [clip] if text == "frozen" else []
     overrides = cached(tmp_path, *overrides) if source == "cache" else overrides
     more = [f"data.workers={workers}", "trainer.validate_every=20"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +12,11 @@ from safetensors.torch import load_file
 import ldm
 from ldm import checkpoint, pictures
 from ldm.cli import main
-from ldm.conditioning.tokenizer import BPE
+from ldm.conditioning.tokenizer import BPE, clip_tokenizer
 from ldm.training.latent_diffusion import LatentDiffusionStage
 from tests.data.photographs import photograph
 from tests.test_pipeline import ask_ours, ask_theirs, distance
-from tests.training.second_stage import command
+from tests.training.second_stage import command, first_stage
 
 CLIP = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 77, weights: random}"
 SD = ["path={type: scaled_linear}", "prediction.type=eps", "draw={type: uniform}", CLIP]
@@ -107,6 +108,32 @@ def test_init_from_begins_with_the_weights_of_a_file(tmp_path, capsys):
         for row in table
     )
     assert len(table) == 14
-    first_stage = str(tmp_path / "first.safetensors")
-    assert main(command(tmp_path / "none", "--init-from", first_stage)[:-1]) == 4
+    no_denoiser = str(tmp_path / "first.safetensors")
+    assert main(command(tmp_path / "none", "--init-from", no_denoiser)[:-1]) == 4
     assert "--init-from: no denoiser inside" in capsys.readouterr().err
+
+
+def test_a_published_file_is_believed_no_autoencoder_but_its_own(tmp_path, capsys):
+    """It has no fingerprint; its path and prediction are told, for the weights know no others."""
+    argv = command(tmp_path / "run", *SD, "trainer.steps=1", "schedule.type=constant")
+    assert main(argv[:-1]) == 0
+    ours = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    theirs = str(tmp_path / "theirs")
+    checkpoint.write_diffusers(Path(theirs), ours.config, ours.state, clip_tokenizer())
+    assert "fingerprint" not in checkpoint.open(theirs).config
+    begun = [*SD[1:], "trainer.steps=1", "schedule.type=constant", "--init-from", theirs]
+    its_own = f"autoencoder={theirs}"
+    capsys.readouterr()
+    assert main(command(tmp_path / "same", SD[0], its_own, *begun)[:-1]) == 0
+    assert "--init-from" not in capsys.readouterr().out
+    assert main(command(tmp_path / "otherwise", "path={type: linear}", its_own, *begun, "--dry-run")[:-1]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--init-from")]
+    start = '--init-from: path is {"type": "scaled_linear", "start": 0.00085, '
+    assert len(said) == 1
+    assert said[0].startswith(start)
+    first_stage(tmp_path / "other.safetensors", seed=1)
+    other = f"autoencoder={tmp_path / 'other.safetensors'}"
+    assert main(command(tmp_path / "another", SD[0], other, *begun)[:-1]) == 4
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: autoencoder: not the one that the denoiser was trained with ({theirs}); got ")
+    assert line.endswith(f"; try autoencoder={theirs}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from ldm.conditioning.label import Label
 from ldm.conditioning.layout import Layout
 from ldm.draws import draw, stream
 from ldm.training import latent_diffusion as stage_module
-from ldm.training.by_level import BINS
+from ldm.training.by_level import BINS, ByLevel
 from ldm.training.conditions import completed, rectangles
 from ldm.training.stage import SCALE, Stage
 from ldm.training.statistics import Spread
@@ -109,7 +110,7 @@ class Knowing(nn.Module):
 
 
 def test_the_loss_by_level_is_that_of_the_level(tmp_path, alone, monkeypatch):
-    stage = stage_of(tmp_path, "draw={type: uniform}", "trainer.validate_images=64", "data.size=64")
+    stage = stage_of(tmp_path, "draw={type: uniform}", "trainer.validate_images=64", "data.size=640")
     knowing = Knowing(lambda t: t)
     losses = stage.losses
 
@@ -125,6 +126,20 @@ def test_the_loss_by_level_is_that_of_the_level(tmp_path, alone, monkeypatch):
     parts = [found[f"val/level_{part}"] for part in range(BINS)]
     assert found["val/unweighted"] == pytest.approx(sum(parts) / BINS) == found["val/loss"]
     assert stage.by_level.measure(stage) == found
+
+
+class Sorted(list):
+    """A source of ten classes of 400 samples, one after the other, in pictures of two sizes."""
+
+    buckets = np.arange(4000) // 200 % 2
+
+
+def test_what_is_measured_and_shown_is_of_all_classes():
+    by_level = ByLevel(Sorted(range(4000)), 40, 0)
+    measured = [ask.index // 400 for asks in by_level.batches for ask in asks]
+    assert sorted(measured) == sorted([*range(10)] * 4)
+    assert len({ask.index // 400 for ask in by_level.shown}) == 8
+    assert len({ask.bucket for ask in by_level.shown}) == 1
 
 
 def test_the_loss_is_weighted_as_it_is_trained(tmp_path, alone):

@@ -177,3 +177,21 @@ def test_other_programs_get_it_whole(tmp_path, capsys):
     assert "SRC leaves no encoder out" in refusal(capsys, *again, code=2)
     pipe = ldm.load(file, overrides=[where], device="cpu").to_diffusers()
     assert pipe.text_encoder.config.hidden_size == CLIP["width"]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_frozen_encoder_is_random_only_where_that_is_written(joined, tmp_path, capsys):
+    one = "{type: clip, width: 32, layers: 1, heads: 2}"
+    unsaid = f"{{type: compose, parts: [{{type: label, drop: 0}}, {one}]}}" if joined else one
+    key = "conditioner.parts.1.weights" if joined else "conditioner.weights"
+    argv = command(tmp_path / "run", f"conditioner={unsaid}", *SHORT)[:-1]
+    line = refusal(capsys, *argv, code=2)
+    assert line.startswith(f"error: {key}: missing, and the encoder is not trained (")
+    assert line.endswith(f"got none; expected a folder, a file, a hub's id or random; try {key}=FOLDER")
+    assert not (tmp_path / "run").exists()
+    cache = ["cache", *argv[1:3], "--out", str(tmp_path / "cache"), "--device", "cpu"]
+    assert refusal(capsys, *cache, f"conditioner={unsaid}", code=2) == line
+    if not joined:
+        file = trained(tmp_path / "named", node("clip", "random"))
+        trained(tmp_path / "begun", unsaid, "--init-from", file)
+        trained(tmp_path / "theirs", file)  # conditioner=CKPT

@@ -1,0 +1,59 @@
+"""What a denoiser begins with where `--init-from` names a checkpoint: its weights, if they fit what is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from ldm import assemble
+from ldm.assemble import Model
+from ldm.checkpoint import Opened, load_weights
+from ldm.checkpoint.networks import build_autoencoder
+from ldm.config import Config, Part, stored
+from ldm.errors import CheckpointError, shown
+
+
+@dataclass(kw_only=True)
+class Learned:
+    """What of a configuration says what a denoiser's numbers mean."""
+
+    path: Part
+    prediction: Part
+
+
+def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> None:
+    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint."""
+    if not opened.config.get("backbone"):
+        raise CheckpointError("--init-from: no denoiser inside", where, opened.family, "a second stage")
+    check_same_latents(opened, fingerprint, where)
+    load_weights(model.denoiser.backbone, opened.state, "backbone")
+    inside = any(name.startswith("conditioner.") for name in (*opened.state, *opened.config.get("left_out", ())))
+    if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
+        assemble.fill_part(model.conditioner, opened, "conditioner")
+
+
+def check_same_latents(opened: Opened, fingerprint: str | None, where: str) -> None:
+    """Refuse a denoiser of another first stage's latents, or of pictures; who says nothing of it is believed."""
+    own = opened.config.get("autoencoder")
+    theirs = opened.config.get("fingerprint", fingerprint_inside(opened) if own else fingerprint)
+    if theirs != fingerprint:
+        got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
+        hint = f"autoencoder={where}" if own else ""
+        raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected, hint)
+
+
+def fingerprint_inside(opened: Opened) -> str:
+    """That of the first stage in a checkpoint."""
+    autoencoder = build_autoencoder(opened.config["autoencoder"])
+    load_weights(autoencoder, opened.state, "autoencoder")
+    return autoencoder.fingerprint()
+
+
+def differences(config: Config, opened: Opened, where: str) -> Iterator[str]:
+    """What the denoiser of a checkpoint has learned otherwise than it is trained here."""
+    keys = [field.name for field in fields(Learned)]
+    if all(opened.config.get(key) for key in keys):
+        theirs = stored({key: opened.config[key] for key in keys}, where, (), Learned)
+        for key in keys:
+            if theirs[key] != config[key]:
+                yield f"--init-from: {key} is {shown(theirs[key])} in the file and {shown(config[key])} here"
