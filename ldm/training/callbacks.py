@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 
 from ldm.errors import InputError
 from ldm.training import checkpointing
+from ldm.training.checkpointing import Found
 from ldm.training.logs import Logs
 from ldm.training.stage import Stage
 from ldm.training.utilisation import Utilisation
@@ -24,14 +25,14 @@ CODES = {"sigterm": 143, "sigint": 130}
 class Run(Callback):
     """A run directory's side of training: where it begins, what it writes, when it ends and with which exit status."""
 
-    def __init__(self, folder: Path, main: bool, stop: dict[str, float]):
-        self.folder, self.stop, self.code = folder, stop, 0
+    def __init__(self, folder: Path, main: bool, stop: dict[str, float], begun: Found | None):
+        self.folder, self.stop, self.code, self.begun = folder, stop, 0, begun
         self.logs = Logs(folder) if main else None
 
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         """Put everything back to the newest whole checkpoint, if there is one, before the data are asked for."""
         assert isinstance(stage, Stage)
-        found = checkpointing.newest(self.folder)
+        found = checkpointing.agreed(self.folder, self.begun, stage.spread)
         if found:
             checkpointing.restore(*found, stage)
         utilisation = Utilisation.of(stage)

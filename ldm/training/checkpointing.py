@@ -21,9 +21,12 @@ from torch import Tensor, distributed
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
 from ldm.errors import CheckpointError, DivergedError
+from ldm.training.ranks import gathered
 from ldm.training.stage import Stage
+from ldm.training.statistics import Spread
 
 STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
+Found = tuple[Path, dict[str, Any]]  # a whole checkpoint and its manifest
 COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row", "scale", "scaled")
 
 
@@ -67,8 +70,8 @@ def data_of(stage: Stage) -> dict[str, Any]:
     return {"samples": len(stage.data), "data": getattr(stage.data, "digest", None)}
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its manifest; one that was never finished is none.
+def newest(run: Path, known: Found | None = None) -> Found | None:
+    """The newest checkpoint that is whole; one that was never finished is none, one that is known is not read again.
 
     Damaged ones are passed over with a warning, but where all are damaged nobody begins anew on top of them.
     """
@@ -78,7 +81,7 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            if check_digest(folder / STATE) == manifest["sha256"][STATE]:
+            if (folder, manifest) == known or check_digest(folder / STATE) == manifest["sha256"][STATE]:
                 return folder, manifest
         except (OSError, ValueError, KeyError, CheckpointError):
             pass
@@ -90,9 +93,22 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def exported(run: Path) -> Path | None:
+def agreed(run: Path, known: Found | None, spread: Spread) -> Found | None:
+    """The newest whole checkpoint, where every rank finds the same one; every rank calls, and all fail together."""
+    found = newest(run, known)
+    here = f"step {found[1]['step']} with sha256 {found[1]['sha256'][STATE]:.10}" if found else "none"
+    everyone = gathered(here, spread)
+    for rank, there in enumerate(everyone):
+        if there != everyone[0]:
+            what, expected = "--run: processes find different checkpoints", f"{everyone[0]}, as process 0 finds"
+            hint = "a --run folder that all processes share"
+            raise CheckpointError(what, str(run), f"{there} by process {rank}", expected, hint)
+    return found
+
+
+def exported(run: Path, begun: Found | None) -> Path | None:
     """A begun run's `model.safetensors`."""
-    return run / MODEL if newest(run) and (run / MODEL).is_file() else None
+    return run / MODEL if begun and (run / MODEL).is_file() else None
 
 
 def clear(run: Path) -> None:

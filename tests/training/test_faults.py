@@ -17,7 +17,7 @@ from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import checkpointing, logs, run, utilisation
 from tests.data.photographs import photograph
-from tests.training.killing import await_step, command, last_step, manifest, rows, start, toy_data, wait
+from tests.training.killing import await_step, command, last_step, manifest, rows, start, started, toy_data, wait
 
 __all__ = ["toy_data"]
 VQ = ["autoencoder={type: vq, codes: 64, channels: 32, multipliers: [1, 1], blocks: 1, mid_attention: false}"]
@@ -117,6 +117,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     capsys.readouterr()
     assert main(argv[:-1]) == 0
     assert "goes on from step 5" in capsys.readouterr().out
+    assert manifest(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("damaged", "there"), [((10,), "step 5 with"), ((), "none")])
+def test_processes_that_find_different_checkpoints_do_not_begin(damaged, there, tmp_path, capsys):
+    """The folder that the other process sees is another one, or damaged."""
+    argvs = [command(tmp_path / name, "trainer.steps=12", "trainer.devices=2") for name in ("run", "other")]
+    assert main([*argvs[0][:-1], "trainer.steps=10", "trainer.devices=1"]) == 0
+    if damaged:
+        shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for step in damaged:
+        damage(tmp_path / "other", step)
+    before = manifest(tmp_path / "run")
+    statuses = wait(started(argvs))
+    assert statuses == [4, 4], [(tmp_path / f"{name}.log").read_text() for name in ("run", "other")]
+    for name in ("run", "other"):
+        error = (tmp_path / f"{name}.log").read_text().splitlines()[-1]
+        assert f"({tmp_path / name}); got {there}" in error
+        assert f"by process 1; expected step 10 with sha256 {before['sha256']['state.safetensors'][:10]}" in error
+        assert error.endswith("try a --run folder that all processes share")
     assert manifest(tmp_path / "run") == before
 
 
