@@ -35,8 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     folder = Path(arguments.run or f"runs/{file.stem}").expanduser()
-    from ldm.training import autoencoder, checkpointing, run  # Lightning is paid for once the configuration is right
+    from ldm.training import autoencoder, building, checkpointing, run  # Lightning is paid for late
 
+    if not arguments.dry_run:
+        building.check_launcher(config)
     begun = checkpointing.newest(folder)
     stage = autoencoder.build(config, arguments.init_from, begun is not None)
     if run.is_main():

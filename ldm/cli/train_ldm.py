@@ -27,8 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     folder = Path(arguments.run or f"runs/{file.stem}_ldm").expanduser()
-    from ldm.training import checkpointing, latent_diffusion, run  # Lightning is paid for late
+    from ldm.training import building, checkpointing, latent_diffusion, run  # Lightning is paid for late
 
+    if not arguments.dry_run:
+        building.check_launcher(config)
     begun = checkpointing.newest(folder)
     stage = latent_diffusion.build(config, opened, arguments.init_from, checkpointing.exported(folder, begun))
     if run.is_main():

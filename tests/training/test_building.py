@@ -1,12 +1,26 @@
-"""What is stored of a configuration, and what a run remembers of its beginning."""
+"""What is stored of a configuration, what a run remembers of its beginning, and what may start it."""
 
 from __future__ import annotations
 
+import os
+import re
+from contextlib import nullcontext
+
+import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
 from ldm import checkpoint
+from ldm import config as configuration
+from ldm.assemble import AutoencoderSchema
 from ldm.cli import main
+from ldm.errors import InputError
 from ldm.training import latent_diffusion
-from ldm.training.building import portable
+from ldm.training.building import check_launcher, portable
+from tests.training import toy
+from tests.training.killing import toy_data
 from tests.training.second_stage import cached, command
+
+__all__ = ["toy_data"]
 
 
 def test_folders_of_one_machine_are_left_out():
@@ -54,3 +68,36 @@ def test_another_cache_and_other_scenes_are_refused_though_they_are_as_many(tmp_
     assert main(scenes) == 0
     assert main([*scenes, "data.split=validation", "--dry-run"]) == 2
     assert 'data.split="validation" for "train"' in capsys.readouterr().err
+
+
+SLURM = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "plan", "words"),
+    [
+        (SLURM, (2, 2), "trainer.devices: not what SLURM starts"),
+        (SLURM, (4, 3), "trainer.nodes: not what SLURM starts"),
+        (SLURM, (8, 1), "try trainer.nodes=2"),
+        ({"SLURM_NTASKS": "2"}, (1, 1), "got 1 processes on 1 nodes; expected 2; try trainer.devices=2"),
+        ({"SLURM_NTASKS": "4"}, (4, 1), "try --ntasks-per-node=4"),
+        ({**SLURM, "SLURM_JOB_NAME": "interactive"}, (2, 2), "trainer.nodes: the other nodes would be waited for"),
+        ({}, (4, 2), "trainer.nodes: the other nodes would be waited for"),
+        (SLURM, (4, 2), ""),
+        ({**SLURM, "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, (2, 1), ""),
+        ({"MASTER_ADDR": "first"}, (4, 2), ""),
+        ({**SLURM, "SLURM_JOB_NAME": "bash"}, (2, 1), ""),
+    ],
+)
+def test_what_starts_the_processes_is_asked_before_anything_is_built(environment, plan, words, tmp_path, monkeypatch):
+    for name in [x for x in os.environ if x.startswith(("MASTER_", "NODE_RANK", "TORCHELASTIC", "SLURM"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    numbers = [f"trainer.devices={plan[0]}", f"trainer.nodes={plan[1]}", "trainer.accelerator=cpu"]
+    (tmp_path / "config.yaml").write_text(toy.KL)
+    config = configuration.load(tmp_path / "config.yaml", numbers, AutoencoderSchema)
+    with pytest.raises(InputError, match=re.escape(words)) if words else nullcontext():
+        check_launcher(config)
+    if "SLURM starts" in words:
+        assert SLURMEnvironment.detect()
