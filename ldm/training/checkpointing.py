@@ -12,6 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, distributed
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
 from ldm.errors import CheckpointError, DivergedError
-from ldm.training.ranks import gathered
+from ldm.training.ranks import by_first, gathered
 from ldm.training.stage import Stage
 from ldm.training.statistics import Spread
 
@@ -31,19 +32,15 @@ COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row", "scale", "scaled
 
 
 def write(run: Path, stage: Stage) -> None:
-    """Write a checkpoint and `model.safetensors`; every rank calls, the first writes, and all learn how that went."""
+    """Write a checkpoint and `model.safetensors`; every rank calls."""
     check_finite(stage)
     config, model = stage.export()
     collect(stage)
-    state, failure = stage.whole(tensors_of(stage)), None
-    if stage.global_rank == 0:
-        try:
-            write_files(run, stage, state, config, model)
-        except (CheckpointError, OSError) as error:
-            failure = incomplete(error, run)
-    failed = bool(stage.mean(torch.tensor(float(failure is not None), device=stage.device)))
-    if failed:
-        raise failure or CheckpointError("the first process could not write its checkpoint", str(run))
+    state = stage.whole(tensors_of(stage))
+    try:
+        by_first(partial(write_files, run, stage, state, config, model), stage.spread)
+    except (CheckpointError, OSError) as error:
+        raise incomplete(error, run) from error
 
 
 def write_files(

@@ -30,6 +30,12 @@ SHOWN = {  # beside the progress, each with its name there
 }
 
 
+def due(stage: Stage, ended: bool) -> bool:
+    """Whether a step has a row: at intervals, where there was a validation, and where it was skipped."""
+    validated = any(name.startswith("val/") for name in stage.report)
+    return ended or validated or not stage.advanced or stage.step % stage.plan.log_every == 0
+
+
 class Logs:
     """The rows of a run; only its first process has them."""
 
@@ -47,12 +53,12 @@ class Logs:
         self.bar = tqdm(total=stage.plan.steps, initial=stage.step, unit="step", mininterval=interval)
         self.since = time.perf_counter(), images_seen
 
-    def step(self, stage: Stage, ended: bool) -> None:
-        """Show progress; log a row where it is due, where there was a validation, and where a step was skipped."""
+    def progress(self, stage: Stage) -> None:
+        """Show where the training stands."""
         self.bar.update(stage.step - self.bar.n)
-        validated = any(name.startswith("val/") for name in stage.report)
-        if not (ended or validated or not stage.advanced or stage.step % stage.plan.log_every == 0):
-            return
+
+    def step(self, stage: Stage) -> None:
+        """Log a row."""
         now = time.perf_counter(), stage.images_seen
         speed = (now[1] - self.since[1]) / max(now[0] - self.since[0], 1e-9)
         self.since = now

@@ -17,6 +17,7 @@ from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import checkpointing, logs, run, utilisation
 from tests.data.photographs import photograph
+from tests.training import second_stage
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, started, toy_data, wait
 
 __all__ = ["toy_data"]
@@ -96,6 +97,30 @@ def test_a_full_disk_is_named_wherever_it_is_met(write, tmp_path, monkeypatch, c
     text = capsys.readouterr().err.splitlines()[-1]
     assert "No space left" in text
     assert "the last whole checkpoint is" in text
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "begin"),
+    [
+        (logs.Table, "__init__", command),
+        (logs.Table, "add", command),
+        (Image.Image, "save", command),
+        (Image.Image, "save", second_stage.command),
+        (checkpointing, "write_file", command),
+    ],
+)
+def test_what_the_first_process_cannot_write_ends_the_others_too(place, name, begin, tmp_path, monkeypatch):
+    def full(*others, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    monkeypatch.setattr(place, name, full)
+    argv = begin(tmp_path / "run", "trainer.steps=2", "trainer.devices=2")
+    statuses = wait(start(argv, ranks=2))
+    text = (tmp_path / "run.log").read_text()
+    assert statuses == [4, 4], text
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2, text
+    assert all("No space left" in error for error in errors), text
 
 
 def damage(run, step: int) -> None:
