@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ldm.checkpoint.files import replacing
 from ldm.training.stage import Stage
 from ldm.training.utilisation import Utilisation
 
+IDENTITY = "wandb_id"
 FIRST = ("step", "images_seen", "skipped", "images_per_second")
 SHOWN = {  # beside the progress, each with its name there
     "images_per_second": ("images/s", "{:.1f}"),
@@ -142,6 +144,15 @@ class TensorBoard:
         self.writer.close()
 
 
+def identity(run: Path) -> str:
+    """What tells a run from all others, kept in its folder."""
+    file = run / IDENTITY
+    if not file.exists():
+        with replacing(file) as target:
+            target.write(secrets.token_hex(8).encode())
+    return file.read_text(encoding="utf-8").strip()
+
+
 class WandB:
     """Weights & Biases, offline unless WANDB_MODE says otherwise, in the project `ldm` unless WANDB_PROJECT does."""
 
@@ -150,11 +161,10 @@ class WandB:
     def __init__(self, run: Path, stage: Stage):
         import wandb
 
-        name = run.resolve().name
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ldm"),
-            name=name,
-            id=name,
+            name=run.resolve().name,
+            id=identity(run),  # a name may be that of other runs, which `resume` would go on with
             dir=str(run),
             config=stage.config,
             resume="allow",
