@@ -28,6 +28,7 @@ FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"tr
 FREE |= {"data.workers", "validation.workers"}
 # and where files lie, but for a conditioner's: its `weights` say which encoder it is
 FREE |= {f"{node}.{name}" for node, names in LOCAL.items() if node != "conditioner" for name in names}
+SAMPLING = ("guidance", "spacing", "solver", "size")  # and how pictures are made, by the first parts of keys
 CONFIG = "config.yaml"
 PATIENCE = 10.0  # seconds: a killed run's workers live on for some
 MEMORIES = 3  # of a trained weight, beside itself: its average and two moments
@@ -119,8 +120,9 @@ def agree(folder: Path, config: dict[str, Any], begun: bool) -> None:
     if not begun or not file.exists():
         return
     before, now = flat(configfile.read(file, []).values), flat(config)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
-    if different := [key for key in changed if key != "format"]:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    fixed = [key for key in changed if key not in FREE and key.split(".")[0] not in SAMPLING]
+    if different := [key for key in fixed if key != "format"]:
         words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
         raise InputError("--run: begun with another configuration", str(file), ", ".join(words), hint="another --run")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -14,7 +16,7 @@ from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema
 from ldm.cli import main
 from ldm.errors import InputError
-from ldm.training import latent_diffusion
+from ldm.training import latent_diffusion, logs
 from ldm.training.building import check_launcher, portable
 from tests.training import toy
 from tests.training.killing import toy_data
@@ -68,6 +70,32 @@ def test_another_cache_and_other_scenes_are_refused_though_they_are_as_many(tmp_
     assert main(scenes) == 0
     assert main([*scenes, "data.split=validation", "--dry-run"]) == 2
     assert 'data.split="validation" for "train"' in capsys.readouterr().err
+
+
+def test_how_pictures_are_made_may_change_and_the_file_has_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    argv = [*command(tmp_path / "run", "schedule.type=constant")[:-1], "trainer.steps=1"]
+    assert main(argv) == 0
+    other = ["guidance.cfg=3.5", "spacing.steps=4", "solver={type: ddim, eta: 0.5}", "size=32"]
+    assert main([*argv, "trainer.steps=2", *other]) == 0, capsys.readouterr().err
+    config = checkpoint.open(tmp_path / "run" / "model.safetensors").config
+    assert config["guidance"]["cfg"] == 3.5
+    assert config["spacing"]["steps"] == 4
+    assert config["solver"]["type"] == "ddim"
+    assert config["size"] == 32
+    assert main([*argv, "trainer.steps=3", "weight.type=min_snr"]) == 2
+    assert "begun with another configuration" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_two_for_wandb_and_one_that_goes_on_is_one(tmp_path, monkeypatch):
+    inits = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: inits.append(settings)))
+    for place in ("a", "b", "a"):
+        (tmp_path / place / "run").mkdir(parents=True, exist_ok=True)
+        logs.WandB(tmp_path / place / "run", SimpleNamespace(config={}))
+    first, second, again = inits
+    assert first["id"] == again["id"] != second["id"]
+    assert {settings["name"] for settings in inits} == {"run"}
 
 
 SLURM = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}
