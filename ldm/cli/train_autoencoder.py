@@ -35,10 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     folder = Path(arguments.run or f"runs/{file.stem}").expanduser()
-    from ldm.training import autoencoder, run  # Lightning is only paid for once the configuration is right
+    from ldm.training import autoencoder, building, checkpointing, run  # Lightning is paid for late
 
-    stage = autoencoder.build(config, arguments.init_from, begun=run.begun(folder))
+    if not arguments.dry_run:
+        building.check_launcher(config)
+    begun = checkpointing.newest(folder)
+    stage = autoencoder.build(config, arguments.init_from, begun is not None)
     if run.is_main():
-        print(run.summary(stage, folder), flush=True)
-        run.check(stage, config.values, folder)
-    return 0 if arguments.dry_run else run.train(stage, config.values, folder)
+        print(run.summary(stage, folder, begun), flush=True)
+        run.check(stage, config.values, folder, begun)
+    return 0 if arguments.dry_run else run.train(stage, config.values, folder, begun)

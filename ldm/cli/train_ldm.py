@@ -27,10 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     folder = Path(arguments.run or f"runs/{file.stem}_ldm").expanduser()
-    from ldm.training import checkpointing, latent_diffusion, run  # Lightning is paid for late
+    from ldm.training import building, checkpointing, latent_diffusion, run  # Lightning is paid for late
 
-    stage = latent_diffusion.build(config, opened, arguments.init_from, checkpointing.exported(folder))
+    if not arguments.dry_run:
+        building.check_launcher(config)
+    begun = checkpointing.newest(folder)
+    stage = latent_diffusion.build(config, opened, arguments.init_from, checkpointing.exported(folder, begun))
     if run.is_main():
-        print("\n".join([run.summary(stage, folder), *latent_diffusion.notices(stage)]), flush=True)
-        run.check(stage, config.values, folder)
-    return 0 if arguments.dry_run else run.train(stage, config.values, folder)
+        print("\n".join([run.summary(stage, folder, begun), *latent_diffusion.notices(stage)]), flush=True)
+        run.check(stage, config.values, folder, begun)
+    return 0 if arguments.dry_run else run.train(stage, config.values, folder, begun)

@@ -22,7 +22,7 @@ from ldm.models.lpips import LPIPS
 from ldm.models.quantize import Bottled, VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes
-from ldm.training.building import check_divisible, check_plan, optimizer, portable, settings, sources
+from ldm.training.building import check_divisible, check_seed, optimizer, portable, settings, sources
 from ldm.training.ema import at_least_float32
 from ldm.training.reconstructions import Reconstructions
 from ldm.training.stage import Report, Stage, Turn, named
@@ -269,7 +269,7 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
 
 def check(config: Config, plan: Plan, autoencoder: Autoencoder) -> None:
     """Refuse what no first stage can be trained with."""
-    check_plan(config, plan)
+    check_seed(config)
     for name in ("sample_from", "revive"):
         if config[name] < 0:
             raise config.source.error(f"{name}: a number of steps", name, got=str(config[name]), expected="0 or more")

@@ -9,6 +9,7 @@ import torch
 
 from ldm.config import Config
 from ldm.data.sampler import Order, Stream
+from ldm.errors import InputError
 from ldm.training.trainer import Plan
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ LOCAL = {  # by node, the keys that name a place on one machine
     "loss": ("vgg",),
     "conditioner": ("weights", "tokenizer"),
 }
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning does not take SLURM for the launcher
+BY_HAND = {"MASTER_ADDR", "NODE_RANK"}  # what Lightning reads where a user starts each node's processes
 
 
 class Sources(NamedTuple):
@@ -33,12 +36,44 @@ class Sources(NamedTuple):
         return [(key, source) for key, source in zip(self._fields, self) if source is not None]
 
 
-def check_plan(config: Config, plan: Plan) -> None:
-    """Refuse a seed that no generator takes, and a launcher that starts other processes than the plan has."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and (started := int(os.environ["WORLD_SIZE"])) != plan.ranks:
+def check_launcher(config: Config) -> None:
+    """Refuse a launcher that starts other processes than the plan has, and many nodes where nothing starts them."""
+    plan: Plan = config.build("trainer")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        check_started(config, plan, "torchrun", "WORLD_SIZE")
+    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE:
+        check_slurm(config, plan)
+    elif plan.nodes > 1 and not BY_HAND & os.environ.keys():
+        key, expected = "trainer.nodes", "a launcher that starts this command on every node"
+        what, hint = f"{key}: the other nodes would be waited for", "torchrun or srun, as docs/first_stage.md has it"
+        raise config.source.error(what, key, got=f"{plan.nodes} and no launcher", expected=expected, hint=hint)
+
+
+def check_slurm(config: Config, plan: Plan) -> None:
+    """Refuse tasks that Lightning refuses, but in our words, and another number of them than it would wait for."""
+    for name, key, planned in (
+        ("SLURM_NNODES", "trainer.nodes", plan.nodes),
+        ("SLURM_NTASKS_PER_NODE", "trainer.devices", plan.devices_per_node),
+    ):
+        if (there := int(os.environ.get(name, planned))) != planned:
+            what, expected = f"{key}: not what SLURM starts", f"{there}, as {name} says"
+            raise config.source.error(what, key, got=str(planned), expected=expected, hint=f"{key}={there}")
+    check_started(config, plan, "SLURM", "SLURM_NTASKS")
+    if plan.ranks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        got, hint = f"SLURM_NTASKS {plan.ranks} alone", f"--ntasks-per-node={plan.devices_per_node}"
+        raise InputError("SLURM: tasks are not counted by node", "environment", got, "SLURM_NTASKS_PER_NODE too", hint)
+
+
+def check_started(config: Config, plan: Plan, launcher: str, name: str) -> None:
+    """Refuse another number of processes than the plan has."""
+    if (started := int(os.environ[name])) != plan.ranks:
         key, got = "trainer.devices", f"{plan.ranks} processes on {plan.nodes} nodes"
-        hint = f"trainer.devices={started // plan.nodes}"
-        raise config.source.error(f"{key}: not what torchrun starts", key, got=got, expected=str(started), hint=hint)
+        what, hint = f"{key}: not what {launcher} starts", f"trainer.devices={max(1, started // plan.nodes)}"
+        raise config.source.error(what, key, got=got, expected=str(started), hint=hint)
+
+
+def check_seed(config: Config) -> None:
+    """Refuse a seed that no generator takes."""
     if not 0 <= config["seed"] < 2**32:
         raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning.pytorch import Callback
 
 from ldm.errors import InputError
 from ldm.training import checkpointing
-from ldm.training.logs import Logs
+from ldm.training.checkpointing import Found
+from ldm.training.logs import Logs, due
+from ldm.training.ranks import by_first
 from ldm.training.stage import Stage
 from ldm.training.utilisation import Utilisation
 
@@ -24,19 +27,19 @@ CODES = {"sigterm": 143, "sigint": 130}
 class Run(Callback):
     """A run directory's side of training: where it begins, what it writes, when it ends and with which exit status."""
 
-    def __init__(self, folder: Path, main: bool, stop: dict[str, float]):
-        self.folder, self.stop, self.code = folder, stop, 0
+    def __init__(self, folder: Path, main: bool, stop: dict[str, float], begun: Found | None):
+        self.folder, self.stop, self.code, self.begun = folder, stop, 0, begun
         self.logs = Logs(folder) if main else None
 
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         """Put everything back to the newest whole checkpoint, if there is one, before the data are asked for."""
         assert isinstance(stage, Stage)
-        found = checkpointing.newest(self.folder)
+        found = checkpointing.agreed(self.folder, self.begun, stage.spread)
         if found:
             checkpointing.restore(*found, stage)
         utilisation = Utilisation.of(stage)
-        if self.logs:
-            self.logs.begin(stage, stage.images_seen, utilisation)
+        with self.explained():
+            by_first(partial(self.begin_logs, stage, utilisation), stage.spread)
         if stage.step >= stage.plan.steps:
             trainer.should_stop = True
 
@@ -73,8 +76,14 @@ class Run(Callback):
         assert isinstance(stage, Stage)
         if not stage.report:  # within an accumulated batch
             return
-        try:
+        with self.explained():
             self.end_step(trainer, stage)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What cannot be written, with what there is of checkpoints."""
+        try:
+            yield
         except (OSError, InputError) as error:
             if isinstance(error, OSError) or isinstance(error.__cause__, OSError):  # a log or a picture
                 raise checkpointing.incomplete(error, self.folder) from error
@@ -83,18 +92,30 @@ class Run(Callback):
     def end_step(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Measure, log and save where it is due, and stop where the plan or a signal says so."""
         asked, ended = stage.asked, stage.step >= stage.plan.steps
-        due = stage.advanced and not asked
-        if due and (ended or stage.step % stage.plan.validate_every == 0):
+        planned = stage.advanced and not asked
+        if planned and (ended or stage.step % stage.plan.validate_every == 0):
             with self.aside():
                 stage.report |= stage.validate(self.folder / "samples")
         if self.logs:
-            self.logs.step(stage, ended)
-        if asked or ended or (due and stage.step % stage.plan.save_every == 0):
+            self.logs.progress(stage)
+        if due(stage, ended):
+            by_first(partial(self.add_row, stage), stage.spread)
+        if asked or ended or (planned and stage.step % stage.plan.save_every == 0):
             with self.aside():
                 checkpointing.write(self.folder, stage)
         if asked or ended:
             self.code = CODES[asked[0]] if asked and not ended else 0
             trainer.should_stop = True
+
+    def begin_logs(self, stage: Stage, utilisation: Utilisation) -> None:
+        """Those of the first process."""
+        if self.logs:
+            self.logs.begin(stage, stage.images_seen, utilisation)
+
+    def add_row(self, stage: Stage) -> None:
+        """What the step that ended says, in the logs."""
+        if self.logs:
+            self.logs.step(stage)
 
     def aside(self) -> AbstractContextManager[None]:
         """What is not training, for the clock of those who have one."""

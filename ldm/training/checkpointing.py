@@ -12,6 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,25 @@ from torch import Tensor, distributed
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
 from ldm.errors import CheckpointError, DivergedError
+from ldm.training.ranks import by_first, gathered
 from ldm.training.stage import Stage
+from ldm.training.statistics import Spread
 
 STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
+Found = tuple[Path, dict[str, Any]]  # a whole checkpoint and its manifest
 COUNTERS = ("step", "images_seen", "skipped", "skipped_in_row", "scale", "scaled")
 
 
 def write(run: Path, stage: Stage) -> None:
-    """Write a checkpoint and `model.safetensors`; every rank calls, the first writes, and all learn how that went."""
+    """Write a checkpoint and `model.safetensors`; every rank calls."""
     check_finite(stage)
     config, model = stage.export()
     collect(stage)
-    state, failure = stage.whole(tensors_of(stage)), None
-    if stage.global_rank == 0:
-        try:
-            write_files(run, stage, state, config, model)
-        except (CheckpointError, OSError) as error:
-            failure = incomplete(error, run)
-    failed = bool(stage.mean(torch.tensor(float(failure is not None), device=stage.device)))
-    if failed:
-        raise failure or CheckpointError("the first process could not write its checkpoint", str(run))
+    state = stage.whole(tensors_of(stage))
+    try:
+        by_first(partial(write_files, run, stage, state, config, model), stage.spread)
+    except (CheckpointError, OSError) as error:
+        raise incomplete(error, run) from error
 
 
 def write_files(
@@ -67,8 +67,8 @@ def data_of(stage: Stage) -> dict[str, Any]:
     return {"samples": len(stage.data), "data": getattr(stage.data, "digest", None)}
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its manifest; one that was never finished is none.
+def newest(run: Path, known: Found | None = None) -> Found | None:
+    """The newest checkpoint that is whole; one that was never finished is none, one that is known is not read again.
 
     Damaged ones are passed over with a warning, but where all are damaged nobody begins anew on top of them.
     """
@@ -78,7 +78,7 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            if check_digest(folder / STATE) == manifest["sha256"][STATE]:
+            if (folder, manifest) == known or check_digest(folder / STATE) == manifest["sha256"][STATE]:
                 return folder, manifest
         except (OSError, ValueError, KeyError, CheckpointError):
             pass
@@ -90,9 +90,22 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def exported(run: Path) -> Path | None:
+def agreed(run: Path, known: Found | None, spread: Spread) -> Found | None:
+    """The newest whole checkpoint, where every rank finds the same one; every rank calls, and all fail together."""
+    found = newest(run, known)
+    here = f"step {found[1]['step']} with sha256 {found[1]['sha256'][STATE]:.10}" if found else "none"
+    everyone = gathered(here, spread)
+    for rank, there in enumerate(everyone):
+        if there != everyone[0]:
+            what, expected = "--run: processes find different checkpoints", f"{everyone[0]}, as process 0 finds"
+            hint = "a --run folder that all processes share"
+            raise CheckpointError(what, str(run), f"{there} by process {rank}", expected, hint)
+    return found
+
+
+def exported(run: Path, begun: Found | None) -> Path | None:
     """A begun run's `model.safetensors`."""
-    return run / MODEL if newest(run) and (run / MODEL).is_file() else None
+    return run / MODEL if begun and (run / MODEL).is_file() else None
 
 
 def clear(run: Path) -> None:

@@ -28,7 +28,7 @@ from ldm.errors import InputError
 from ldm.models.transformer import TextTransformer
 from ldm.pictures import to_float
 from ldm.training.beginning import begin, differences
-from ldm.training.building import Sources, check_divisible, check_plan, portable, settings, sources
+from ldm.training.building import Sources, check_divisible, check_seed, portable, settings, sources
 from ldm.training.by_level import ByLevel
 from ldm.training.conditions import MADE, completed
 from ldm.training.sampling import Samples
@@ -200,7 +200,7 @@ def build(
     are those it began with.
     """
     plan = config.build("trainer")
-    check_plan(config, plan)
+    check_seed(config)
     assemble.check_first_stage(config, opened)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(config["seed"], "init"))

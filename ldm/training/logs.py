@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ldm.checkpoint.files import replacing
 from ldm.training.stage import Stage
 from ldm.training.utilisation import Utilisation
 
+IDENTITY = "wandb_id"
 FIRST = ("step", "images_seen", "skipped", "images_per_second")
 SHOWN = {  # beside the progress, each with its name there
     "images_per_second": ("images/s", "{:.1f}"),
@@ -28,6 +30,12 @@ SHOWN = {  # beside the progress, each with its name there
     "val/psnr": ("psnr", "{:.4g}"),
     "val/loss": ("val loss", "{:.4g}"),
 }
+
+
+def due(stage: Stage, ended: bool) -> bool:
+    """Whether a step has a row: at intervals, where there was a validation, and where it was skipped."""
+    validated = any(name.startswith("val/") for name in stage.report)
+    return ended or validated or not stage.advanced or stage.step % stage.plan.log_every == 0
 
 
 class Logs:
@@ -47,12 +55,12 @@ class Logs:
         self.bar = tqdm(total=stage.plan.steps, initial=stage.step, unit="step", mininterval=interval)
         self.since = time.perf_counter(), images_seen
 
-    def step(self, stage: Stage, ended: bool) -> None:
-        """Show progress; log a row where it is due, where there was a validation, and where a step was skipped."""
+    def progress(self, stage: Stage) -> None:
+        """Show where the training stands."""
         self.bar.update(stage.step - self.bar.n)
-        validated = any(name.startswith("val/") for name in stage.report)
-        if not (ended or validated or not stage.advanced or stage.step % stage.plan.log_every == 0):
-            return
+
+    def step(self, stage: Stage) -> None:
+        """Log a row."""
         now = time.perf_counter(), stage.images_seen
         speed = (now[1] - self.since[1]) / max(now[0] - self.since[0], 1e-9)
         self.since = now
@@ -136,6 +144,15 @@ class TensorBoard:
         self.writer.close()
 
 
+def identity(run: Path) -> str:
+    """What tells a run from all others, kept in its folder."""
+    file = run / IDENTITY
+    if not file.exists():
+        with replacing(file) as target:
+            target.write(secrets.token_hex(8).encode())
+    return file.read_text(encoding="utf-8").strip()
+
+
 class WandB:
     """Weights & Biases, offline unless WANDB_MODE says otherwise, in the project `ldm` unless WANDB_PROJECT does."""
 
@@ -144,11 +161,10 @@ class WandB:
     def __init__(self, run: Path, stage: Stage):
         import wandb
 
-        name = run.resolve().name
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ldm"),
-            name=name,
-            id=name,
+            name=run.resolve().name,
+            id=identity(run),  # a name may be that of other runs, which `resume` would go on with
             dir=str(run),
             config=stage.config,
             resume="allow",

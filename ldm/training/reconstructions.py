@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ldm import pictures
 from ldm.checkpoint.pretrained import judge
 from ldm.data.sampler import grouped
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
+from ldm.training.ranks import by_first, gathered
 from ldm.training.statistics import BATCH, Spread, shared
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ class Reconstructions:
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
         batches = list(grouped(range(self.count), BATCH, self.data.buckets))
-        for k, counts in shared(len(batches), spread):
+        for turn, (k, counts) in enumerate(shared(len(batches), spread)):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
             for name, values in found.items():
                 sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
             if counts:
                 moments.append((features(x), features(y)))
-            if k == 0 and spread.rank == 0:
-                pictures.write(grid(x[:SHOWN], y[:SHOWN]), file)
+            if turn == 0:
+                by_first(partial(draw, x[:SHOWN], y[:SHOWN], file), spread)
         return averages(sums, self.count, spread) | {"val/frechet": distance(moments, spread)}
 
 
@@ -61,8 +62,7 @@ def features(x: Tensor) -> Moments:
 def distance(moments: list[tuple[Moments, Moments]], spread: Spread) -> float:
     """Between all ranks' images and their reconstructions, always added up in the same order."""
     if spread.ranks > 1:
-        parts: list[Any] = [None] * spread.ranks
-        distributed.all_gather_object(parts, moments)
+        parts = gathered(moments, spread)
         moments = [pair for k in range(len(parts[0])) for part in parts for pair in part[k : k + 1]]
     true, made = (reduce(add, side) for side in zip(*moments))
     return frechet_distance(true, made)
@@ -71,13 +71,12 @@ def distance(moments: list[tuple[Moments, Moments]], spread: Spread) -> float:
 def averages(sums: dict[str, Any], count: int, spread: Spread) -> dict[str, float]:
     """Sums over all ranks' images, divided by how many there are."""
     if spread.ranks > 1:
-        parts: list[dict[str, Any]] = [{}] * spread.ranks
-        distributed.all_gather_object(parts, {name: float(value) for name, value in sums.items()})
+        parts = gathered({name: float(value) for name, value in sums.items()}, spread)
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
     return {f"val/{name}": float(value) / count for name, value in sums.items()}
 
 
-def grid(x: Tensor, y: Tensor) -> Any:
+def draw(x: Tensor, y: Tensor, file: Path) -> None:
     """Rows of input, reconstruction, and the difference of the two, where gray is none."""
     trios = torch.stack((x, y, (y - x) / 2), 1).flatten(0, 1)  # (3B, 3, H, W)
-    return pictures.grid(pictures.to_pil(trios), columns=3)
+    pictures.write(pictures.grid(pictures.to_pil(trios), columns=3), file)

@@ -19,6 +19,7 @@ from ldm.errors import InputError, shown
 from ldm.training import checkpointing
 from ldm.training.building import LOCAL
 from ldm.training.callbacks import CODES, Run
+from ldm.training.checkpointing import Found
 from ldm.training.stage import Stage
 
 # what may change between two runs in one folder: where and how long, never what is learned from what in which order
@@ -27,12 +28,13 @@ FREE |= {f"trainer.{name}_every" for name in ("log", "validate", "save")} | {"tr
 FREE |= {"data.workers", "validation.workers"}
 # and where files lie, but for a conditioner's: its `weights` say which encoder it is
 FREE |= {f"{node}.{name}" for node, names in LOCAL.items() if node != "conditioner" for name in names}
+SAMPLING = ("guidance", "spacing", "solver", "size")  # and how pictures are made, by the first parts of keys
 CONFIG = "config.yaml"
 PATIENCE = 10.0  # seconds: a killed run's workers live on for some
 MEMORIES = 3  # of a trained weight, beside itself: its average and two moments
 
 
-def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
+def train(stage: Stage, config: dict[str, Any], folder: Path, begun: Found | None) -> int:
     """Train from where the folder stands until the plan is done or a signal comes; returns the exit status."""
     main = is_main()
     with claimed(folder) if main else unclaimed():
@@ -40,7 +42,7 @@ def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
             checkpointing.clear(folder)
             with replacing(folder / CONFIG) as target:
                 target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
-        callback = Run(folder, main, stage.stop)
+        callback = Run(folder, main, stage.stop, begun)
         with callback.listening():
             try:
                 stage.plan.trainer([callback], stage.unused).fit(stage)
@@ -49,9 +51,8 @@ def train(stage: Stage, config: dict[str, Any], folder: Path) -> int:
     return callback.code
 
 
-def check(stage: Stage, config: dict[str, Any], folder: Path) -> None:
+def check(stage: Stage, config: dict[str, Any], folder: Path, begun: Found | None) -> None:
     """Refuse a folder that cannot be gone on with, or has no room; nothing is written."""
-    begun = checkpointing.newest(folder)
     agree(folder, config, begun is not None)
     if begun:
         check_data(stage, *begun)
@@ -119,8 +120,9 @@ def agree(folder: Path, config: dict[str, Any], begun: bool) -> None:
     if not begun or not file.exists():
         return
     before, now = flat(configfile.read(file, []).values), flat(config)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
-    if different := [key for key in changed if key != "format"]:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    fixed = [key for key in changed if key not in FREE and key.split(".")[0] not in SAMPLING]
+    if different := [key for key in fixed if key != "format"]:
         words = [f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in different]
         raise InputError("--run: begun with another configuration", str(file), ", ".join(words), hint="another --run")
 
@@ -160,12 +162,7 @@ def disk_needed(stage: Stage) -> int:
     return state + MEMORIES * learned + model
 
 
-def begun(folder: Path) -> bool:
-    """Whether a run in this folder has a checkpoint to go on from."""
-    return checkpointing.newest(folder) is not None
-
-
-def summary(stage: Stage, folder: Path) -> str:
+def summary(stage: Stage, folder: Path, begun: Found | None) -> str:
     """What is going to be trained, on what and where."""
     groups = {name: sum(p.numel() for _, p in group) for name, group in stage.groups().items()}
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in groups.items())
@@ -179,6 +176,6 @@ def summary(stage: Stage, folder: Path) -> str:
         f"plan: {plan.steps} steps on {where}",
         f"run: {folder}, {disk_needed(stage) / 1e6:.0f} MB a checkpoint",
     ]
-    if begun := checkpointing.newest(folder):
+    if begun:
         lines += [f"goes on from step {begun[1]['step']}, with the weights of that step"]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from ldm import assemble, pictures
 from ldm.condition import Condition
 from ldm.config import Config
 from ldm.diffusion.path import Path as NoisePath
+from ldm.training.ranks import by_first
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,9 +35,8 @@ class Samples:
         x0 = stage.latents(batch)  # (B, C, h, w)
         made = self.latents(stage, batch, x0)
         pairs = torch.stack((stage.decode(x0), stage.decode(made)), 1).flatten(0, 1)  # (2B, 3, H, W)
-        if stage.global_rank == 0:
-            texts = {"captions": "\n".join(batch["caption"])} if "caption" in batch else {}
-            pictures.write(pictures.grid(pictures.to_pil(pairs), columns=4), file, texts)
+        texts = {"captions": "\n".join(batch["caption"])} if "caption" in batch else {}
+        by_first(lambda: pictures.write(pictures.grid(pictures.to_pil(pairs), columns=4), file, texts), stage.spread)
 
     def latents(self, stage: LatentDiffusionStage, batch: dict[str, Any], x0: Tensor) -> Tensor:
         """As many as x0, with the conditions of a batch."""

@@ -35,10 +35,15 @@ def command(run: Path, *overrides: str, config: str = toy.KL, name: str = "train
 
 def start(argv: list[str], ranks: int = 1) -> list[int]:
     """The processes of a command."""
+    return started([argv] * ranks)
+
+
+def started(argvs: list[list[str]]) -> list[int]:
+    """Processes that work together, each with its own command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [forked(argv, rank, ranks, port) for rank in range(ranks)]
+    return [forked(argv, rank, len(argvs), port) for rank, argv in enumerate(argvs)]
 
 
 def forked(argv: list[str], rank: int, ranks: int, port: int) -> int:

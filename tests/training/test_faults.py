@@ -17,7 +17,8 @@ from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import checkpointing, logs, run, utilisation
 from tests.data.photographs import photograph
-from tests.training.killing import await_step, command, last_step, manifest, rows, start, toy_data, wait
+from tests.training import second_stage
+from tests.training.killing import await_step, command, last_step, manifest, rows, start, started, toy_data, wait
 
 __all__ = ["toy_data"]
 VQ = ["autoencoder={type: vq, codes: 64, channels: 32, multipliers: [1, 1], blocks: 1, mid_attention: false}"]
@@ -98,6 +99,30 @@ def test_a_full_disk_is_named_wherever_it_is_met(write, tmp_path, monkeypatch, c
     assert "the last whole checkpoint is" in text
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "begin"),
+    [
+        (logs.Table, "__init__", command),
+        (logs.Table, "add", command),
+        (Image.Image, "save", command),
+        (Image.Image, "save", second_stage.command),
+        (checkpointing, "write_file", command),
+    ],
+)
+def test_what_the_first_process_cannot_write_ends_the_others_too(place, name, begin, tmp_path, monkeypatch):
+    def full(*others, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    monkeypatch.setattr(place, name, full)
+    argv = begin(tmp_path / "run", "trainer.steps=2", "trainer.devices=2")
+    statuses = wait(start(argv, ranks=2))
+    text = (tmp_path / "run.log").read_text()
+    assert statuses == [4, 4], text
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2, text
+    assert all("No space left" in error for error in errors), text
+
+
 def damage(run, step: int) -> None:
     """One bit of a checkpoint."""
     state = run / "checkpoints" / f"{step:08d}" / "state.safetensors"
@@ -117,6 +142,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     capsys.readouterr()
     assert main(argv[:-1]) == 0
     assert "goes on from step 5" in capsys.readouterr().out
+    assert manifest(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("damaged", "there"), [((10,), "step 5 with"), ((), "none")])
+def test_processes_that_find_different_checkpoints_do_not_begin(damaged, there, tmp_path, capsys):
+    """The folder that the other process sees is another one, or damaged."""
+    argvs = [command(tmp_path / name, "trainer.steps=12", "trainer.devices=2") for name in ("run", "other")]
+    assert main([*argvs[0][:-1], "trainer.steps=10", "trainer.devices=1"]) == 0
+    if damaged:
+        shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for step in damaged:
+        damage(tmp_path / "other", step)
+    before = manifest(tmp_path / "run")
+    statuses = wait(started(argvs))
+    assert statuses == [4, 4], [(tmp_path / f"{name}.log").read_text() for name in ("run", "other")]
+    for name in ("run", "other"):
+        error = (tmp_path / f"{name}.log").read_text().splitlines()[-1]
+        assert f"({tmp_path / name}); got {there}" in error
+        assert f"by process 1; expected step 10 with sha256 {before['sha256']['state.safetensors'][:10]}" in error
+        assert error.endswith("try a --run folder that all processes share")
     assert manifest(tmp_path / "run") == before
 
 
