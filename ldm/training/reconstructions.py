@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm import pictures
 from ldm.checkpoint.pretrained import judge
 from ldm.data.sampler import grouped
+from ldm.data.sampler import spread as places
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
 from ldm.training.ranks import by_first, gathered
@@ -27,10 +28,11 @@ Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels to images in [
 
 
 class Reconstructions:
-    """The first `count` images of a source, the same at every validation."""
+    """Images spread over a source, `count` of them, the same at every validation."""
 
     def __init__(self, data: Data, count: int, seed: int):
         self.data, self.count, self.seed = data, min(count, len(data)), seed
+        self.places = places(len(data), count)
 
     def measure(
         self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, spread: Spread
@@ -41,7 +43,7 @@ class Reconstructions:
         """
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
-        batches = list(grouped(range(self.count), BATCH, self.data.buckets))
+        batches = list(grouped(self.places, BATCH, self.data.buckets))
         for turn, (k, counts) in enumerate(shared(len(batches), spread)):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
