@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         precision=order.precision,
         offload=arguments.offload,
     )
-    for note in pipe.opened.notes if pipe.opened and main_process else ():
+    for note in notes(pipe, order) if main_process else ():
         print(f"note: {note}", file=sys.stderr)
     look = preview(pipe, out) if arguments.preview and main_process else None
     images = []
@@ -122,6 +122,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.grid and (images := gathered(images)):
         pictures.write(pictures.grid(images), out / "grid.png")
     return 0
+
+
+def notes(pipe: Pipeline, order: Order) -> Iterator[str]:
+    """What the user should know of the file, and of prompts that the model which comes along cannot know."""
+    from ldm.data.scenes.captions import unknown
+
+    yield from pipe.opened.notes if pipe.opened else ()
+    strange = dict.fromkeys(word for prompt in order.prompts for word in unknown(prompt))
+    if order.checkpoint is None and strange:
+        known = f"the model that comes along knows scenes on a table, and nothing of {', '.join(strange)}"
+        yield f"{known}; --ckpt FILE takes another, such as a Stable Diffusion file"
 
 
 def show_warning(message: Warning | str, *details: Any, **others: Any) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -44,6 +45,12 @@ def started(argvs: list[list[str]]) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [forked(argv, rank, len(argvs), port) for rank, argv in enumerate(argvs)]
+
+
+def alone(argv: list[str]) -> int:
+    """The exit status of a command that is not forked: a fork cannot use the server of workers that was begun here."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run([sys.executable, "-m", "ldm", *argv], env={**os.environ, **threads}, check=False).returncode
 
 
 def forked(argv: list[str], rank: int, ranks: int, port: int) -> int:

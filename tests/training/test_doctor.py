@@ -24,7 +24,7 @@ from ldm.training.autoencoder import AutoencoderStage, build
 from ldm.training.trainer import Plan
 from ldm.training.trial import Phase, Trial, follow, spans
 from tests.training import toy
-from tests.training.killing import start, toy_data, wait
+from tests.training.killing import alone, toy_data
 
 __all__ = ["toy_data"]
 ROOT = Path(__file__).parent.parent.parent
@@ -326,7 +326,7 @@ def test_the_next_200_steps_are_as_fast_as_was_said(game, tmp_path):
     report = doctor.examine(config, build, tmp_path / "run", tmp_path / "scratch", minutes=4)
     said = 32 / report.trial.phases[0].seconds
     argv = ["train-autoencoder", "--config", "scenes", "--run", str(tmp_path / "run"), *quiet, *game]
-    assert wait(start([*argv, "trainer.steps=226"])) == [0]
+    assert alone([*argv, "trainer.steps=226"]) == 0
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         speeds = [float(row["images_per_second"]) for row in csv.DictReader(file) if 25 < int(row["step"]) <= 225]
     assert len(speeds) == 8

@@ -21,7 +21,7 @@ from ldm.training.latent_diffusion import LatentDiffusionStage
 from ldm.training.told import Told
 from ldm.training.trial import follow
 from tests.training import second_stage
-from tests.training.killing import start, wait
+from tests.training.killing import alone
 from tests.training.second_stage import cached, first_stage, stage_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -237,7 +237,7 @@ def test_the_next_200_steps_are_as_fast_as_was_said(tmp_path):
     report = doctor.examine(config, build, tmp_path / "run", tmp_path / "scratch", minutes=4)
     said = 16 / report.trial.phases[0].seconds
     argv = ["train-ldm", "--config", str(file), "--run", str(tmp_path / "run"), *quiet]
-    assert wait(start([*argv, "trainer.steps=226"])) == [0]
+    assert alone([*argv, "trainer.steps=226"]) == 0
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as log:
         speeds = [float(row["images_per_second"]) for row in csv.DictReader(log) if 25 < int(row["step"]) <= 225]
     assert len(speeds) == 8

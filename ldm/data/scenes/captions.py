@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ldm.data.scenes.description import Object, Scene, Table
+from ldm.data.scenes.description import COLOURS, MATERIALS, SHAPES, SIZES, Object, Scene, Table
 from ldm.data.scenes.drawing import uniforms
 from ldm.data.scenes.relations import RELATIONS, related
 from ldm.draws import stream
@@ -35,6 +36,9 @@ FLOOR_SAID, LISTED, STACK_SAID = 0.15, 0.1, 0.8
 ALONE = ("{}", "{}", "a picture of {}", "there is {}")
 PAIR = ("{} {} {}", "{} {} {}", "{} {} {}", "{} is {} {}", "there is {} {} {}", "a picture of {} {} {}")
 SLOTS = 48  # uniform numbers that a caption may use
+AND = ("an object, and which",)
+SAID = (SHAPES, COLOURS, MATERIALS, SIZES, RELATIONS, *WORDS.values(), FLOORS.values(), ALONE, PAIR, AND)
+VOCABULARY = {word for phrases in SAID for phrase in phrases for word in re.findall("[a-z]+", phrase)}
 
 Draw = Iterator[float]
 Seen = list[tuple[int, str, int]]
@@ -91,6 +95,11 @@ def named(thing: Object, among: Sequence[Object], draw: Draw) -> str:
         said = list(fields)
     words = [spoken(getattr(thing, field), draw) for field in said]
     return " ".join(words if "shape" in said else [*words, "object"])
+
+
+def unknown(text: str) -> list[str]:
+    """The words of a text that no caption has."""
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in VOCABULARY]
 
 
 def spoken(word: str, draw: Draw) -> str:

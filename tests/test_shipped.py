@@ -1,0 +1,50 @@
+"""The model that comes along: that it opens by itself, and what the judge sees in its pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ldm
+from ldm.cli import main
+from ldm.metrics.alignment import prompts, verdicts
+from ldm.metrics.scenes import tally
+from ldm.pipeline import SHIPPED
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ldm.load(device="cpu")
+
+
+def test_it_paints_what_no_two_prompts_share(pipe):
+    red, blue = pipe(["a large red sphere", "a large blue sphere"], cfg=4, steps=8)
+    assert red.size == blue.size == (64, 64)
+    first, second = (np.asarray(image, dtype=float).mean((0, 1)) for image in (red, blue))
+    assert first[0] - first[2] > second[0] - second[2] + 5  # redder
+
+
+def test_sample_needs_no_checkpoint(tmp_path):
+    assert main(["sample", "--prompt", "a green cone", "--cfg", "7.5", "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == 1
+    assert SHIPPED.stat().st_size < 30e6
+
+
+def test_words_that_it_cannot_know_are_named(tmp_path, capsys):
+    words = ["sample", "--steps", "1", "--out", str(tmp_path)]
+    assert main([*words, "--prompt", "a red sphere", "--prompt", "a photo of a cat"]) == 0
+    expected = "note: the model that comes along knows scenes on a table, and nothing of photo, cat; "
+    assert expected + "--ckpt FILE takes another, such as a Stable Diffusion file\n" in capsys.readouterr().err
+    assert main([*words, "--prompt", "there is a shiny red ball to the left of a gray box on a wooden floor"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_guidance_makes_colours_right(pipe):
+    texts, colour = prompts(200), {}
+    for cfg in (1, 4):
+        right, of = tally(verdicts(pipe(texts, cfg=cfg, batch_size=50), texts))["colour"]
+        colour[cfg] = right / of
+    print(f"colours that are right at cfg 1 {colour[1]:.1%}, at cfg 4 {colour[4]:.1%}")
+    assert colour[4] >= 0.6
+    assert colour[4] >= colour[1] + 0.1
