@@ -61,7 +61,8 @@ class Scenes:
             made = self._edited(table.scenes(), seed, indices)
         else:
             texts = captions(table, seed, indices)
-            for row in np.flatnonzero(uniforms(stream(seed, "bare"), np.asarray(indices), 0, 1)[:, 0] < self.bare):
+            u = uniforms(stream(seed, "bare"), np.asarray(indices), 0, 1)[:, 0]  # (B,)
+            for row in np.flatnonzero(u < self.bare).tolist():
                 table.clear(row)
                 texts[row] = FLOORS[NAMES[table.floor[row]]]
             made = {**self._rendered(table), "caption": texts}
