@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ldm import checkpoint, pictures
-from ldm.checkpoint.networks import build_autoencoder
+from ldm.checkpoint.networks import autoencoder_of
 from ldm.checkpoint.pretrained import judge
 from ldm.data.scenes import draw, render
 from ldm.metrics.frechet import Moments, frechet_distance
@@ -42,9 +42,7 @@ class Measured(NamedTuple):
 def first_stage(run: Path) -> Autoencoder:
     """The autoencoder of a run."""
     opened = checkpoint.open(run / "model.safetensors")
-    autoencoder = build_autoencoder(opened.config["autoencoder"])
-    checkpoint.load_weights(autoencoder, opened.state, "autoencoder")
-    return autoencoder.eval().requires_grad_(False)
+    return autoencoder_of(opened.config["autoencoder"], opened.state)
 
 
 def reconstructed(autoencoder: Autoencoder, x: Tensor) -> Tensor:

@@ -98,9 +98,15 @@ TABLES: dict[str, dict[str, str] | str] = {
         "latents": "ldm.data.latents:Latents",
         "scenes": "ldm.data.scenes:Scenes",
     },
+    "features": {
+        "judge": "ldm.metrics.features:JudgeFeatures",
+        "inception": "ldm.metrics.features:InceptionFeatures",
+        "dinov2": "ldm.metrics.features:DINOv2Features",
+    },
+    "clip": "ldm.metrics.clip_score:CLIPScore",
 }
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
-TABLES["validation"] = TABLES["data"]  # another source of the same kinds
+TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {

@@ -135,11 +135,21 @@ def open_pickle(path: str | Path) -> Tensors:
     return Tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
+def kept(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type that a tensor is written in: weights in `dtype`, counts and single numbers as they are."""
+    return dtype if dtype and x.is_floating_point() and x.ndim else x.dtype
+
+
+def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors as they will be read again."""
+    return {name: x.to(kept(x, dtype)) for name, x in state.items()}
+
+
 def write_file(
     path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> str:
     """Write all or nothing, one tensor at a time, floating-point ones in `dtype`; returns the digest that it stores."""
-    dtypes = {name: dtype if dtype and x.is_floating_point() and x.ndim else x.dtype for name, x in state.items()}
+    dtypes = {name: kept(x, dtype) for name, x in state.items()}
     names = sorted(state, key=lambda name: (-dtypes[name].itemsize, name))  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, DIGEST: BLANK}}
     end = 0

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm import __version__
-from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_digest, write_file
+from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_digest, rounded, write_file
+from ldm.checkpoint.networks import fingerprint
 from ldm.checkpoint.opened import Opened
 from ldm.errors import CheckpointError
 
@@ -26,10 +27,19 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> str:
     """Write a checkpoint, all or nothing, and return its digest; `dtype` stores the weights in another type."""
+    if dtype is not None and config.get("fingerprint") and config.get("autoencoder"):
+        config = refingered(config, state, dtype)
     metadata = {MARK: str(FORMAT), "config": json.dumps(config), "version": __version__}
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer
     return write_file(path, state, metadata, dtype)
+
+
+def refingered(config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Any]:
+    """The configuration with the fingerprint that its own first stage has once it is rounded; another's stays."""
+    if config["fingerprint"] != fingerprint(config["autoencoder"], state):
+        return config
+    return {**config, "fingerprint": fingerprint(config["autoencoder"], rounded(state, dtype))}
 
 
 def read_native(tensors: Tensors) -> Opened:

@@ -50,6 +50,18 @@ def build_autoencoder(node: Node) -> Autoencoder:
     return build(AUTOENCODERS[node["type"]], arguments, "autoencoder")
 
 
+def autoencoder_of(node: Node, state: Mapping[str, Tensor]) -> Autoencoder:
+    """The autoencoder in a checkpoint, with its weights, frozen."""
+    autoencoder = build_autoencoder(node)
+    load_weights(autoencoder, state, "autoencoder")
+    return autoencoder.eval().requires_grad_(False)
+
+
+def fingerprint(node: Node, state: Mapping[str, Tensor]) -> str:
+    """That of the autoencoder in a checkpoint."""
+    return autoencoder_of(node, state).fingerprint()
+
+
 def build_text(node: Node) -> TextTransformer:
     """The transformer inside a text conditioner."""
     arguments = {name: node[name] for name in TEXT_ARGUMENTS if node.get(name) is not None}

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "carry a checkpoint from one format to another",
     "cache": "encode a data set once, for stage two to train on",
     "fetch": "say which weights files metrics need, and check or get them",
+    "evaluate": "measure a checkpoint: distances, prompts, curves; as JSON and a page",
     "judge": "train, measure or ask the judge that reads pictures of scenes",
     "demo": "learn a swiss roll in a minute, or look at the built-in scenes",
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ldm.checkpoint.pretrained import judge
-from ldm.data.scenes import captions, draw
+from ldm.data.sampler import Ask
+from ldm.data.scenes import captions, draw, render
 from ldm.metrics.claims import Claim
 from ldm.metrics.scenes import Verdict, score
 from ldm.pictures import to_tensor
@@ -17,17 +19,43 @@ from ldm.pictures import to_tensor
 BATCH, SEED = 100, 1  # pictures read at once; of the scenes that prompts speak of
 
 
+class Asked:
+    """The first scenes of a split that have so many objects, or any number, as a source of pictures with captions."""
+
+    buckets = None
+
+    def __init__(
+        self, count: int, objects: int | None = None, split: str = "validation", seed: int = SEED, resolution: int = 64
+    ):
+        found: list[int] = []
+        start, block = 0, 4 * count
+        while len(found) < count:
+            indices = np.arange(start, start + block)
+            there = draw(seed, indices, split).there.sum(1)
+            found += indices[(there == objects) if objects else there > 0].tolist()
+            start += block
+        self.table = draw(seed, found[:count], split)
+        self.captions = captions(self.table, seed, found[:count])
+        self.resolution, self.about = resolution, {"asked": count, "objects": objects, "split": split, "seed": seed}
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of the pictures."""
+        return [(self.resolution, self.resolution)]
+
+    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+        """True renders of these with their captions."""
+        rows = np.array([ask.index for ask in asks])
+        made = render(self.table[rows], self.resolution)
+        return {"image": made["image"], "caption": [self.captions[row] for row in rows.tolist()]}
+
+
 def prompts(count: int, objects: int | None = None, split: str = "validation", seed: int = SEED) -> list[str]:
-    """The captions of the first scenes of a split that have so many objects, or any number."""
-    found: list[str] = []
-    start, block = 0, 4 * count
-    while len(found) < count:
-        indices = np.arange(start, start + block)
-        table = draw(seed, indices, split)
-        texts = captions(table, seed, indices.tolist())
-        found += [text for text, n in zip(texts, table.there.sum(1)) if objects in (None, n)]
-        start += block
-    return found[:count]
+    """The captions of those scenes."""
+    return Asked(count, objects, split, seed).captions
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 
 from ldm import assemble
 from ldm.assemble import Model
-from ldm.checkpoint import Opened, load_weights
-from ldm.checkpoint.networks import build_autoencoder
+from ldm.checkpoint import Opened, load_weights, networks
 from ldm.config import Config, Part, stored
 from ldm.errors import CheckpointError, shown
 
@@ -35,18 +34,11 @@ def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> 
 def check_same_latents(opened: Opened, fingerprint: str | None, where: str) -> None:
     """Refuse a denoiser of another first stage's latents, or of pictures; who says nothing of it is believed."""
     own = opened.config.get("autoencoder")
-    theirs = opened.config.get("fingerprint", fingerprint_inside(opened) if own else fingerprint)
+    theirs = opened.config.get("fingerprint", networks.fingerprint(own, opened.state) if own else fingerprint)
     if theirs != fingerprint:
         got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
         hint = f"autoencoder={where}" if own else ""
         raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected, hint)
-
-
-def fingerprint_inside(opened: Opened) -> str:
-    """That of the first stage in a checkpoint."""
-    autoencoder = build_autoencoder(opened.config["autoencoder"])
-    load_weights(autoencoder, opened.state, "autoencoder")
-    return autoencoder.fingerprint()
 
 
 def differences(config: Config, opened: Opened, where: str) -> Iterator[str]:

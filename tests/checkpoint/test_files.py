@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm import checkpoint
 from ldm.checkpoint import files
+from ldm.checkpoint.networks import fingerprint
 from ldm.errors import CheckpointError
 from tests.checkpoint.made_up import make
 
@@ -55,6 +56,18 @@ def test_a_type_is_written_for_weights_but_not_for_the_latents_scale(tmp_path):
         opened = checkpoint.open(tmp_path / "x.safetensors")
         assert opened.state["autoencoder.quant.bias"].equal(state["autoencoder.quant.bias"].to(dtype))
         assert opened.state["autoencoder.scale"].equal(state["autoencoder.scale"])
+
+
+def test_a_rounded_first_stage_has_the_fingerprint_that_its_file_says(tmp_path):
+    """Or nobody could train on from a file that was made smaller."""
+    config, state = make("kl")
+    whole = fingerprint(config["autoencoder"], state)
+    for named, expected in ((whole, None), ("of another", "of another")):
+        checkpoint.save(tmp_path / "x.safetensors", {**config, "fingerprint": named}, state, dtype=torch.bfloat16)
+        opened = checkpoint.open(tmp_path / "x.safetensors")
+        own = fingerprint(opened.config["autoencoder"], opened.state)
+        assert opened.config["fingerprint"] == (expected or own)
+        assert own != whole
 
 
 def test_every_shape_and_type_survives_and_is_aligned(tmp_path):

@@ -1,0 +1,192 @@
+"""Measure a checkpoint: what its first stage keeps, how far samples are from true pictures, what prompts come to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import __version__
+from ldm import config as configuration
+from ldm.cli import config_file, config_options, own_parts
+from ldm.cli.sample import show_warning, writable
+from ldm.config import Config, Part
+from ldm.parts import TABLES
+
+if TYPE_CHECKING:
+    from ldm.metrics.evaluation import Source, Subject
+
+PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
+
+
+@dataclass(kw_only=True)
+class Schema:
+    """What a configuration says of an evaluation."""
+
+    seed: int = 1
+    data: Part
+    training: Part | None = None  # what the model learned from, for the nearest
+    features: Part
+    clip: Part | None = None
+    samples: int  # pictures that are made and compared; as many are read
+    nearest: int = 0
+    prompts: int = 0  # of each kind, where the data are scenes
+    cfg: list[float] = (1.0,)  # type: ignore[assignment]
+    solvers: list[str] = ()  # type: ignore[assignment]
+    steps: list[int] = ()  # type: ignore[assignment]
+    bound: int = 0  # pictures whose bits per dimension are bounded
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--ckpt", metavar="PATH", help="any checkpoint, a first stage alone too; without it the shipped"
+    )
+    parser.add_argument("--vae", metavar="PATH", help="another first stage")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given several times")
+    parser.add_argument("--out", default="report", help="the folder for evaluation.json and index.html")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    config_options(parser, default="scenes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that costs nothing, then measure, writing after each part what there is."""
+    own_parts(arguments)
+    config = configuration.load(config_file(arguments.config, "evaluate"), arguments.overrides, Schema)
+    check(config)
+    if arguments.print_config:
+        print(json.dumps(config.values, indent=2))
+        return 0
+    out = writable(Path(arguments.out))
+    warnings.showwarning = show_warning
+    from ldm.metrics import report
+    from ldm.metrics.sharing import rank
+
+    subject, about = prepare(config, arguments)
+    found: dict[str, Any] = {"about": about, "settings": config.values}
+    for name, part in parts(config, subject, arguments.only or PARTS):
+        found[name] = part
+        if rank() == 0:
+            report.write(found, out)
+            print(report.line(name, part), flush=True)
+    if rank() == 0:
+        print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
+    return 0
+
+
+def check(config: Config) -> None:
+    """Refuse numbers that measure nothing."""
+    for key, least in {"samples": 2, "nearest": 0, "prompts": 0, "bound": 0}.items():
+        if config[key] < least:
+            raise config.source.error(f"{key}: out of range", key, got=str(config[key]), expected=f"at least {least}")
+    if config["prompts"] and config["data"]["type"] != "scenes":
+        what, hint = "prompts: only scenes can be told right from wrong", "prompts=0"
+        raise config.source.error(what, "prompts", got=f"data of type {config['data']['type']}", hint=hint)
+    if strange := [name for name in config["solvers"] if name not in TABLES["solver"]]:
+        raise config.source.error("solvers: unknown", "solvers", got=strange[0], expected=", ".join(TABLES["solver"]))
+    if any(count < 1 for count in config["steps"]) or not all(math.isfinite(cfg) for cfg in config["cfg"]):
+        raise config.source.error("steps: out of range", "steps", expected="at least 1 each")
+    if config["nearest"] and not config["training"]:
+        raise config.source.error("nearest: no `training` to look in", "nearest", hint="nearest=0")
+
+
+def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
+    """The model and what it is measured with, and a record of both."""
+    import torch
+
+    from ldm import checkpoint, pipeline
+    from ldm.checkpoint.networks import autoencoder_of
+    from ldm.checkpoint.published import KNOWN, place
+    from ldm.checkpoint.vgg import lpips
+    from ldm.metrics.evaluation import Subject
+
+    path = pipeline.local(arguments.ckpt or pipeline.SHIPPED)
+    opened = checkpoint.open(path, vae=arguments.vae)
+    device, _ = pipeline.placement(arguments.device, arguments.precision)
+    pipe, autoencoder = None, None
+    if opened.config.get("backbone"):
+        pipe = pipeline.load(path, vae=arguments.vae, device=arguments.device, precision=arguments.precision)
+        autoencoder = pipe.autoencoder
+    else:
+        autoencoder = autoencoder_of(opened.config["autoencoder"], opened.state).float().to(device)
+    features, clip = config.build("features"), config.build("clip") if config["clip"] else None
+    features.network.to(device)
+    compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
+    versions = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    about = {
+        "checkpoint": {"file": Path(path).name, "family": opened.family, "sha256": opened.hash},
+        "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
+        "precision": arguments.precision,
+        "device": str(device),
+        "versions": versions,
+    }
+    return Subject(autoencoder, pipe, features, clip, compare, device), about
+
+
+def parts(config: Config, subject: Subject, wanted: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Every part that this model and this configuration have."""
+    from ldm.metrics import evaluation
+
+    source, other, training = sources(config)
+    pipe, numbers = subject.pipe, (config["cfg"], config["solvers"], config["steps"])
+    if subject.autoencoder is not None and "first_stage" in wanted:
+        yield "first_stage", evaluation.first_stage(subject, source)
+    if pipe is None:
+        return
+    if "samples" in wanted:
+        check_size(config, pipe, source)
+        yield "yardsticks", evaluation.yardsticks(subject, source, other)
+        yield "samples", (made := evaluation.samples(subject, source))
+        if training is not None and config["nearest"]:
+            yield "nearest", evaluation.closest(subject, made["features"][: config["nearest"]], training)
+    captioned = pipe.conditioner is not None and "caption" in pipe.conditioner.reads
+    if config["prompts"] and captioned and "prompts" in wanted:
+        yield "prompts", list(evaluation.by_kind(subject, kinds(config, config["prompts"]), numbers[0]))
+    if config["prompts"] and captioned and "steps" in wanted and config["solvers"]:
+        yield "steps", list(evaluation.by_steps(subject, kinds(config, -(-config["prompts"] // 2)), *numbers[1:]))
+    if config["bound"] and "bound" in wanted:
+        few = evaluation.spread_source(source.data, source.about, config["bound"], source.seed)  # type: ignore[arg-type]
+        yield "bound", evaluation.bound(subject, few)
+
+
+def sources(config: Config) -> tuple[Source, Source | None, Source | None]:
+    """What is compared with, as many others of it if there are any, and what was learned from."""
+    from ldm.metrics.evaluation import spread_source
+
+    about = {name: value for name, value in config["data"].items() if name not in ("batch_size", "workers")}
+    data, seed, count = config.build("data"), config["seed"], config["samples"]
+    if len(data) < count:
+        what, hint = "samples: more than the data have", f"samples={len(data)}"
+        raise config.source.error(what, "samples", got=str(count), expected=f"at most {len(data)}", hint=hint)
+    other = spread_source(data, about, count, seed, disjoint=True) if len(data) >= 2 * count else None
+    training = None
+    if config["training"] and config["nearest"]:
+        learned, node = config.build("training"), config["training"]
+        training = spread_source(learned, node, len(learned), 0)
+    return spread_source(data, about, count, seed), other, training
+
+
+def kinds(config: Config, count: int) -> dict[str, Source]:
+    """Prompts of each kind."""
+    from ldm.metrics.evaluation import KINDS, asked_source
+
+    resolution = config["data"]["resolution"]
+    return {name: asked_source(count, kind, config["seed"], resolution) for name, kind in KINDS.items()}
+
+
+def check_size(config: Config, pipe: Any, source: Source) -> None:
+    """Refuse true pictures of another size than the model makes: resizing would be measured too."""
+    size, recipe = source.data.sizes[0], pipe.recipe()
+    if size != (recipe.height, recipe.width):
+        got, expected = f"{size[0]}x{size[1]}", f"{recipe.height}x{recipe.width}"
+        what = "data.resolution: not what the model makes"
+        raise config.source.error(
+            what, "data.resolution", got=got, expected=expected, hint=f"data.resolution={recipe.height}"
+        )

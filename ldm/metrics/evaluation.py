@@ -1,0 +1,244 @@
+"""How good a model is: its first stage, its samples, what it makes of prompts, and how that hangs on its settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import pictures
+from ldm.data.loader import Data
+from ldm.data.sampler import Ask, spread
+from ldm.diffusion.bound import bits_per_dim
+from ldm.diffusion.prediction import LearnedRange
+from ldm.draws import mix32, stream
+from ldm.metrics.alignment import Asked, verdicts
+from ldm.metrics.clip_score import CLIPScore
+from ldm.metrics.comparison import batches, compared, frechet, read, true_features
+from ldm.metrics.features import Features
+from ldm.metrics.images import measures
+from ldm.metrics.prdc import nearest
+from ldm.metrics.scenes import Verdict, tally
+from ldm.metrics.sharing import Rows, joined, shared
+from ldm.models.autoencoder import Autoencoder
+from ldm.pipeline import Pipeline, Recipe, Request
+
+SHOWN, PAIRS = 64, 8  # samples and reconstructions that a report shows
+KINDS: dict[str, tuple[int | None, str]] = {
+    "one object": (1, "validation"),
+    "two objects": (2, "validation"),
+    "three objects": (3, "validation"),
+    "combinations never seen": (None, "held_out"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures to be compared with: what they are, which of them, and whether they are scenes that captions tell of."""
+
+    data: Data | Asked
+    about: dict[str, Any]
+    indices: Sequence[int]
+    scenes: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it is measured with."""
+
+    autoencoder: Autoencoder | None
+    pipe: Pipeline | None
+    features: Features
+    clip: CLIPScore | None
+    lpips: nn.Module | None
+    device: torch.device
+
+    def true(self, source: Source) -> Rows:
+        """The features of the pictures themselves."""
+        return true_features(self.features, source.data, source.indices, source.seed, source.about)  # type: ignore[arg-type]
+
+    def asks(self, source: Source) -> list[list[Ask]]:
+        """The source's samples in batches."""
+        return batches(source.data, source.indices)  # type: ignore[arg-type]
+
+
+def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disjoint: bool = False) -> Source:
+    """So many samples at equal distances; the disjoint ones lie halfway between."""
+    indices = spread(len(data), count)
+    if disjoint:
+        indices = [index + len(data) // (2 * count) for index in indices]
+    return Source(data, about, indices, about["type"] == "scenes", seed)
+
+
+def asked_source(count: int, kind: tuple[int | None, str], seed: int, resolution: int) -> Source:
+    """Scenes of one kind, from their first."""
+    asked = Asked(count, *kind, seed, resolution)
+    return Source(asked, {**asked.about, "resolution": resolution}, range(count), True, seed)
+
+
+# ------------------------------------------------------------------------------------------------ first stage
+
+
+def first_stage(subject: Subject, source: Source) -> dict[str, Any]:
+    """What the autoencoder keeps of pictures: each measure's mean and standard error, and the distance of the sets."""
+    autoencoder = subject.autoencoder
+    assert autoencoder is not None
+
+    def work(asks: list[Ask]) -> Rows:
+        """Of one batch, there and back."""
+        x = pictures.to_float(source.data.batch(asks, source.seed)["image"])  # (B, 3, H, W)
+        with torch.inference_mode():
+            y = autoencoder.decode(autoencoder.encode(x.to(subject.device))).float().cpu()
+        pairs = [torch.cat(pair, 2) for pair in zip(x, y)] if asks[0].index == source.indices[0] else []
+        shown = pictures.to_pil(torch.stack(pairs[:PAIRS])) if pairs else []
+        return measures(x, y, subject.lpips) | read(subject.features, y) | {"pictures": shown}
+
+    rows = shared(subject.asks(source), work, "reconstructions")
+    found = compared(subject.true(source), rows, source.seed)
+    means: dict[str, Any] = {name: estimate(rows[name]) for name in ("psnr", "ssim", "lpips") if name in rows}
+    return {**means, **found, "pictures": rows["pictures"]}
+
+
+def estimate(values: Tensor) -> dict[str, float]:
+    """The mean of what is finite, and its standard error."""
+    values = values[values.isfinite()].double()
+    return {"mean": values.mean().item(), "error": (values.std() / len(values) ** 0.5).item()}
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) -> Rows:
+    """What the model makes of a source's captions, labels and maps: features, verdicts, and the first pictures."""
+    pipe = subject.pipe
+    assert pipe is not None
+    place = {index: number for number, index in enumerate(source.indices)}
+
+    def work(asks: list[Ask]) -> Rows:
+        """One batch."""
+        batch = source.data.batch(asks, source.seed)
+        requests = requested(pipe, batch, [place[ask.index] for ask in asks], source.seed)
+        made = pipe.images(requests, replace(recipe, inputs=told(pipe, batch)))
+        x = torch.cat([pictures.to_tensor(image) for image in made])  # (B, 3, H, W)
+        rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[asks[0].index])]}
+        texts = [request.prompt for request in requests]
+        if source.scenes and any(texts):
+            rows |= {"prompts": texts, "verdicts": verdicts(made, texts)}
+        return rows if subject.clip is None else rows | {"clip": subject.clip(made, texts)}
+
+    return shared(subject.asks(source), work, "samples")
+
+
+def requested(pipe: Pipeline, batch: Mapping[str, Any], numbers: Sequence[int], seed: int) -> list[Request]:
+    """A request for each sample, with all that this model reads of it; its noise is a function of the number."""
+    reads = () if pipe.conditioner is None else pipe.conditioner.reads
+    texts = batch["caption"] if "caption" in reads else [""] * len(numbers)
+    labels = batch["label"].tolist() if "label" in reads and "label" in batch else [None] * len(numbers)
+    seeds = [mix32(stream(seed, "evaluation"), number) for number in numbers]
+    return [Request(text, "", label, seed) for text, label, seed in zip(texts, labels, seeds)]
+
+
+def told(pipe: Pipeline, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The maps and boxes that a model reads beside text and labels."""
+    reads = () if pipe.conditioner is None else pipe.conditioner.reads
+    names = [name for name in reads if name in batch and name not in ("caption", "label")]
+    return {name: pictures.to_float(batch[name]) if name == "image" else batch[name] for name in names}
+
+
+def samples(subject: Subject, source: Source) -> dict[str, Any]:
+    """Everything about pictures that are made with the model's own settings."""
+    assert subject.pipe is not None
+    start = time.perf_counter()
+    rows = painted(subject, source, subject.pipe.recipe(), SHOWN)
+    seconds = time.perf_counter() - start
+    found = compared(subject.true(source), rows, source.seed) | {"seconds": seconds, "features": rows["vectors"]}
+    if "clip" in rows:
+        found["clip_score"] = estimate(rows["clip"])
+    if "verdicts" in rows:
+        found |= {"alignment": shares(rows["verdicts"]), "prompts": rows["prompts"][: len(rows["pictures"])]}
+    return {**found, "pictures": rows["pictures"]}
+
+
+def shares(found: Sequence[Verdict]) -> dict[str, tuple[int, int]]:
+    """(right, of how many) for every part that is claimed at all."""
+    return {name: counts for name, counts in tally(found).items() if counts[1]}
+
+
+def yardsticks(subject: Subject, source: Source, other: Source | None) -> dict[str, float]:
+    """Frechet distances to hold a model's against: between two sets of true pictures, and of scenes of one and two."""
+    found = {}
+    if other is not None:
+        found["two true sets"] = frechet(subject.true(source)["vectors"], subject.true(other)["vectors"])
+    if source.scenes:
+        count, resolution = len(source.indices), source.data.sizes[0][0]
+        kinds = [asked_source(count, KINDS[name], source.seed, resolution) for name in ("one object", "two objects")]
+        found["one object and two"] = frechet(*(subject.true(kind)["vectors"] for kind in kinds))
+    return found
+
+
+def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[float, Image.Image]]:
+    """Of each of made features (N, D) its distance to the nearest training picture, and that picture."""
+    apart, where = nearest(made, subject.true(training)["vectors"])
+    images = [training.data.batch([Ask(0, training.indices[row], 0)], training.seed)["image"] for row in where.tolist()]
+    return list(zip(apart.tolist(), pictures.to_pil(pictures.to_float(torch.cat(images)))))
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def by_kind(subject: Subject, kinds: Mapping[str, Source], cfgs: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """For each guidance scale what is right of prompts of each kind, and how far all of them are from the truth."""
+    assert subject.pipe is not None
+    for cfg in cfgs:
+        rows = {name: painted(subject, source, subject.pipe.recipe(cfg=cfg)) for name, source in kinds.items()}
+        alignment = {name: shares(found["verdicts"]) for name, found in rows.items()}
+        yield {"cfg": cfg, "alignment": alignment} | against(subject, kinds, rows)
+
+
+def by_steps(
+    subject: Subject, kinds: Mapping[str, Source], solvers: Sequence[str], steps: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The same for each solver and number of steps, over all kinds together."""
+    assert subject.pipe is not None
+    for solver in solvers:
+        for count in steps:
+            recipe = subject.pipe.recipe(solver=solver, steps=count)
+            rows = {name: painted(subject, source, recipe) for name, source in kinds.items()}
+            right = shares([verdict for found in rows.values() for verdict in found["verdicts"]])
+            yield {"solver": solver, "steps": count, "alignment": right} | against(subject, kinds, rows)
+
+
+def against(subject: Subject, kinds: Mapping[str, Source], rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """The pictures of all kinds of prompts against true renders of the scenes that these prompts tell of."""
+    true = {"vectors": joined([subject.true(source)["vectors"] for source in kinds.values()])}
+    return compared(true, {"vectors": joined([found["vectors"] for found in rows.values()])})
+
+
+def bound(subject: Subject, source: Source) -> dict[str, float]:
+    """Bits per dimension of pictures under a model of pixels on a table of betas, by the variational bound."""
+    assert subject.pipe is not None
+    pipe = subject.pipe
+
+    def work(asks: list[Ask]) -> Rows:
+        """Of one batch, by one network evaluation a step."""
+        batch = source.data.batch(asks, source.seed)
+        generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), asks[0].index))
+        x = pictures.to_float(batch["image"])
+        requests = requested(pipe, batch, range(len(asks)), source.seed)
+        condition = pipe.condition(requests, replace(pipe.recipe(), inputs=told(pipe, batch)))
+        learned = isinstance(pipe.denoiser.prediction, LearnedRange)
+
+        def noise() -> Tensor:
+            """The next of this batch."""
+            return pipe.moved(torch.randn(x.shape, generator=generator))
+
+        found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
+        return {"bits": found.total.cpu()}
+
+    return estimate(shared(subject.asks(source), work, "bits per dimension")["bits"])

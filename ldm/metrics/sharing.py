@@ -1,0 +1,45 @@
+"""Work that torchrun's processes share: each does every n-th batch, and all of them get the rows of all, in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+T = TypeVar("T")
+Rows = dict[str, Any]  # by name a tensor (B, ...) or a list
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is."""
+    return int(os.environ.get("RANK", 0))
+
+
+def shared(batches: Sequence[T], work: Callable[[T], Rows], what: str) -> Rows:
+    """work(batch) of all batches, joined; `what` names the bar that the first process shows."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    mine = range(rank(), len(batches), ranks)
+    quiet = None if rank() == 0 else True
+    done = {number: work(batches[number]) for number in tqdm(mine, desc=what, disable=quiet, leave=False)}
+    if ranks > 1:
+        done = {number: rows for part in gathered(done, ranks) for number, rows in part.items()}
+    found = [done[number] for number in range(len(batches))]
+    return {name: joined([rows[name] for rows in found]) for name in found[0]} if found else {}
+
+
+def gathered(done: dict[int, Rows], ranks: int) -> list[dict[int, Rows]]:
+    """What every process did."""
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    parts: list[Any] = [None] * ranks
+    distributed.all_gather_object(parts, done)
+    return parts
+
+
+def joined(parts: list[Any]) -> Any:
+    """Rows one below the other."""
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [row for part in parts for row in part]
