@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.sample import show_warning, writable
+from ldm.cli.sample import show_warning, solver_name, writable
 from ldm.config import Config, Part
 from ldm.parts import TABLES
 
@@ -49,6 +49,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--ckpt", metavar="PATH", help="any checkpoint, a first stage alone too; without it the shipped"
     )
     parser.add_argument("--vae", metavar="PATH", help="another first stage")
+    parser.add_argument("--cfg", type=float, help="guidance scale, where the curves have no other")
+    parser.add_argument("--steps", type=int, help="how many steps the sampler takes")
+    parser.add_argument("--sampler", metavar="NAME", help="a solver by any name that `ldm sample --help` lists")
     parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given several times")
     parser.add_argument("--out", default="report", help="the folder for evaluation.json and index.html")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -116,18 +119,25 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(opened.config["autoencoder"], opened.state).float().to(device)
+    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
+    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
+    settings = {name: value for name, value in wanted.items() if value is not None}
     features, clip = config.build("features"), config.build("clip") if config["clip"] else None
     features.network.to(device)
     compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
     versions = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    about = {
+    about: dict[str, Any] = {
         "checkpoint": {"file": Path(path).name, "family": opened.family, "sha256": opened.hash},
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
         "precision": arguments.precision,
         "device": str(device),
         "versions": versions,
     }
-    return Subject(autoencoder, pipe, features, clip, compare, device), about
+    subject = Subject(autoencoder, pipe, features, clip, compare, device, settings)
+    if pipe is not None:
+        about["sampling"] = {name: pipe.config[name] for name in ("guidance", "spacing", "solver")} | settings
+        subject.recipe()  # settings that cannot be are found now
+    return subject, about
 
 
 def parts(config: Config, subject: Subject, wanted: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:

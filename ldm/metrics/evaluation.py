@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,12 @@ class Subject:
     clip: CLIPScore | None
     lpips: nn.Module | None
     device: torch.device
+    settings: Mapping[str, Any] = field(default_factory=dict)  # in place of the model's own: cfg, steps, solver
+
+    def recipe(self, **settings: Any) -> Recipe:
+        """How pictures are made, with these settings before all others."""
+        assert self.pipe is not None
+        return self.pipe.recipe(**{**self.settings, **settings})
 
     def true(self, source: Source) -> Rows:
         """The features of the pictures themselves."""
@@ -153,9 +159,8 @@ def told(pipe: Pipeline, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def samples(subject: Subject, source: Source) -> dict[str, Any]:
     """Everything about pictures that are made with the model's own settings."""
-    assert subject.pipe is not None
     start = time.perf_counter()
-    rows = painted(subject, source, subject.pipe.recipe(), SHOWN)
+    rows = painted(subject, source, subject.recipe(), SHOWN)
     seconds = time.perf_counter() - start
     found = compared(subject.true(source), rows, source.seed) | {"seconds": seconds, "features": rows["vectors"]}
     if "clip" in rows:
@@ -194,9 +199,8 @@ def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[floa
 
 def by_kind(subject: Subject, kinds: Mapping[str, Source], cfgs: Sequence[float]) -> Iterator[dict[str, Any]]:
     """For each guidance scale what is right of prompts of each kind, and how far all of them are from the truth."""
-    assert subject.pipe is not None
     for cfg in cfgs:
-        rows = {name: painted(subject, source, subject.pipe.recipe(cfg=cfg)) for name, source in kinds.items()}
+        rows = {name: painted(subject, source, subject.recipe(cfg=cfg)) for name, source in kinds.items()}
         alignment = {name: shares(found["verdicts"]) for name, found in rows.items()}
         yield {"cfg": cfg, "alignment": alignment} | against(subject, kinds, rows)
 
@@ -205,10 +209,9 @@ def by_steps(
     subject: Subject, kinds: Mapping[str, Source], solvers: Sequence[str], steps: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """The same for each solver and number of steps, over all kinds together."""
-    assert subject.pipe is not None
     for solver in solvers:
         for count in steps:
-            recipe = subject.pipe.recipe(solver=solver, steps=count)
+            recipe = subject.recipe(solver=solver, steps=count)
             rows = {name: painted(subject, source, recipe) for name, source in kinds.items()}
             right = shares([verdict for found in rows.values() for verdict in found["verdicts"]])
             yield {"solver": solver, "steps": count, "alignment": right} | against(subject, kinds, rows)
@@ -231,7 +234,7 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
         generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), asks[0].index))
         x = pictures.to_float(batch["image"])
         requests = requested(pipe, batch, range(len(asks)), source.seed)
-        condition = pipe.condition(requests, replace(pipe.recipe(), inputs=told(pipe, batch)))
+        condition = pipe.condition(requests, replace(subject.recipe(), inputs=told(pipe, batch)))
         learned = isinstance(pipe.denoiser.prediction, LearnedRange)
 
         def noise() -> Tensor:

@@ -1,0 +1,115 @@
+"""`ldm evaluate` measures any checkpoint, says how, and refuses what would measure nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ldm import checkpoint
+from ldm.cli import main
+from ldm.data.scenes import draw, render
+from ldm.metrics.images import psnr
+from ldm.pictures import to_float, to_pil
+from ldm.pipeline import SHIPPED
+
+FEW = ["samples=12", "training.size=20", "nearest=2", "prompts=1", "cfg=[1, 2]", "solvers=[ddim]", "steps=[1]"]
+QUICK = ["--steps", "2", "--cfg", "2"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def evaluate(out, *words: str) -> dict:
+    """What it found."""
+    assert main(["evaluate", "--out", str(out), *words]) == 0
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def test_the_shipped_model_gets_a_page(tmp_path, capsys):
+    found = evaluate(tmp_path / "one", *QUICK, *FEW)
+    printed = capsys.readouterr().out
+    for part in ("first_stage", "yardsticks", "samples", "nearest", "prompts", "steps"):
+        assert f"{part}: " in printed
+    assert found["about"]["checkpoint"]["sha256"] == checkpoint.open(SHIPPED).hash
+    assert found["about"]["sampling"]["steps"] == 2
+    assert found["about"]["features"]["resize"] == "64x64, area"
+    assert found["samples"]["made"] == found["samples"]["true"] == 12
+    assert found["samples"]["indicative"] is True  # twelve pictures are few
+    assert found["yardsticks"]["two true sets"] > 0
+    assert [row["cfg"] for row in found["prompts"]] == [1, 2]
+    assert {kind["whole"][1] for kind in found["prompts"][0]["alignment"].values()} == {1}
+    assert [(row["solver"], row["steps"]) for row in found["steps"]] == [("ddim", 1)]
+    page = (tmp_path / "one" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") >= 12
+    assert "http://www.w3.org/2000/svg" in page
+    assert 'src="http' not in page
+    assert "href" not in page  # it needs nothing beside it
+    assert list((tmp_path / "cache" / "ldm" / "features").glob("*.safetensors"))
+    again = evaluate(tmp_path / "two", *QUICK, *FEW, "--only", "samples")
+    for each in (found, again):
+        each["samples"].pop("seconds")
+    assert again["samples"] == found["samples"]
+    assert "prompts" not in again
+
+
+def test_a_first_stage_alone_is_measured_by_hand(tmp_path):
+    """Its PSNR is that of pictures sent through the network by hand."""
+    opened = checkpoint.open(SHIPPED)
+    config = {"format": 1, "autoencoder": opened.config["autoencoder"]}
+    state = {name: x.float() for name, x in opened.state.items() if name.startswith("autoencoder.")}
+    checkpoint.save(tmp_path / "first.safetensors", config, state)
+    found = evaluate(tmp_path / "report", "--ckpt", str(tmp_path / "first.safetensors"), "samples=4", "nearest=0")
+    from ldm.checkpoint.networks import autoencoder_of
+
+    size = 1_000_000
+    x = to_float(render(draw(1, [i * size // 4 for i in range(4)], "validation"), 64)["image"])
+    autoencoder = autoencoder_of(config["autoencoder"], state)
+    y = autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1)
+    assert found["first_stage"]["psnr"]["mean"] == pytest.approx(psnr(x, y).mean().item(), abs=1e-3)
+    assert found["first_stage"]["frechet"] > 0
+    assert "samples" not in found
+
+
+def test_photographs_are_compared_with_inception_of_a_file(tmp_path):
+    from ldm.models.inception import Inception
+
+    torch.manual_seed(0)
+    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(to_pil(to_float(render(draw(3, range(6)), 64)["image"]))):
+        image.save(tmp_path / "photos" / f"{number}.png")
+    words = ["--config", "images", f"data.root={tmp_path / 'photos'}", "data.resolution=64", "data.batch_size=2"]
+    words += ["data.workers=0", "samples=3", f"features.weights={tmp_path / 'inception.pth'}", *QUICK]
+    found = evaluate(tmp_path / "report", *words)
+    assert found["about"]["features"]["resize"] == "299x299, tensorflow"
+    assert found["samples"]["sfrechet"] > 0
+    assert "alignment" not in found["samples"]
+    assert "two true sets" in found["yardsticks"]  # the three pictures that lie between
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["samples=1"], "error: samples: out of range (command line); got 1; expected at least 2"),
+        (["data={type: images, root: .}"], "error: data.resolution: missing"),
+        (["solvers=[fast]"], "error: solvers: unknown (command line); got fast; expected ddim, "),
+        (["steps=[0]"], "error: steps: out of range (command line); expected at least 1 each"),
+        (["training=null"], "error: nearest: no `training` to look in"),
+        (["samples=3000000"], "error: samples: more than the data have (command line); got 3000000; expected at most"),
+        (["data.resolution=32", "--only", "samples", "samples=2", "nearest=0"], "error: data.resolution: not what the"),
+        (["features.type=inception"], "error: features.weights: no such file"),
+        (["features={type: dinov2, weights: nowhere}"], "error: features.weights: no such model (nowhere)"),
+        (["clip={model: ViT-B-32, weights: nowhere.pt}"], "error: clip.weights: no such file (nowhere.pt)"),
+        (["--sampler", "fast"], "error: --sampler: unknown"),
+        (["--ckpt", "nowhere.safetensors"], "error: "),
+    ],
+)
+def test_what_would_measure_nothing_is_one_line(tmp_path, capsys, words, error):
+    assert main(["evaluate", "--out", str(tmp_path / "report"), *words]) in (2, 4)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(error)
