@@ -21,14 +21,19 @@ def sheet(seed: int, split: str) -> Image.Image:
     """Scenes 0 to 7 of a split large, what is known of scene 0, and the next 32 small."""
     table = draw(seed, range(40), split)
     said = captions(table, seed, range(40))
-    rows = [_row(render(table[i : i + 4], 256)["image"], said[i : i + 4]) for i in (0, 4)]
-    rows.append(_row(*_known(next(s for s in table.scenes() if len(s.objects) > 1), seed)))
-    rows += [_row(render(table[i : i + 16], 64)["image"], []) for i in (8, 24)]
-    page = Image.new("RGB", (WIDTH, sum(row.height for row in rows)), PAPER)
+    rows = [row(render(table[i : i + 4], 256)["image"], said[i : i + 4]) for i in (0, 4)]
+    rows.append(row(*_known(next(s for s in table.scenes() if len(s.objects) > 1), seed)))
+    rows += [row(render(table[i : i + 16], 64)["image"], []) for i in (8, 24)]
+    return stacked(rows)
+
+
+def stacked(rows: Sequence[Image.Image]) -> Image.Image:
+    """One row below the other."""
+    page = Image.new("RGB", (WIDTH, sum(each.height for each in rows)), PAPER)
     top = 0
-    for row in rows:
-        page.paste(row, (0, top))
-        top += row.height
+    for each in rows:
+        page.paste(each, (0, top))
+        top += each.height
     return page
 
 
@@ -57,16 +62,16 @@ def _known(scene: Scene, seed: int) -> tuple[Tensor, list[str]]:
     ]
 
 
-def _row(pictures: Tensor, texts: Sequence[str]) -> Image.Image:
+def row(pictures: Tensor, texts: Sequence[str]) -> Image.Image:
     """Pictures (N, 3, S, S) side by side with a text below each."""
     count, side = len(pictures), WIDTH // len(pictures)
     size, font = pictures.shape[-1] - GAP, ImageFont.load_default(12)
     lines = [textwrap.wrap(text, side // 6) for text in texts]
-    row = Image.new("RGB", (WIDTH, size + GAP + 15 * max((len(each) for each in lines), default=0)), PAPER)
-    pen = ImageDraw.Draw(row)
+    made = Image.new("RGB", (WIDTH, size + GAP + 15 * max((len(each) for each in lines), default=0)), PAPER)
+    pen = ImageDraw.Draw(made)
     for i in range(count):
         picture = Image.fromarray(pictures[i].permute(1, 2, 0).contiguous().numpy())
-        row.paste(picture.crop((0, 0, size, size)), (i * side, 0))
+        made.paste(picture.crop((0, 0, size, size)), (i * side, 0))
     for i, words in enumerate(lines):
         pen.multiline_text((i * side + 2, size + 1), "\n".join(words), INK, font, spacing=2)
-    return row
+    return made

@@ -1,4 +1,5 @@
-"""Small things to look at: `ldm demo` learns a swiss roll and draws it, `ldm demo scenes` shows the built-in scenes."""
+"""Small things to look at: `ldm demo` learns a swiss roll, `ldm demo scenes` shows the built-in scenes, and
+`ldm demo gallery` makes the documentation's pictures and tables with the model that comes along."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Literal
 
 from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
+from ldm.cli.sample import writable
 from ldm.config import Part
 from ldm.errors import InputError
 
@@ -38,29 +40,48 @@ class Sheet:
     split: Literal["train", "validation", "held_out"] = "train"
 
 
-SCHEMAS = {"swiss_roll": Schema, "scenes": Sheet}
+@dataclass(kw_only=True)
+class Gallery:
+    """What a configuration of the gallery may say."""
+
+    seed: int = 0
+    prompts: list[str]
+    cfg: list[float]  # a column each
+    solvers: list[str]  # a row each
+    steps: list[int]  # a column each
+    report: str | None = None  # an evaluation.json, whose tables and plots go along
+
+
+SCHEMAS = {"swiss_roll": Schema, "scenes": Sheet, "gallery": Gallery}
 LEAST = {"seed": 0, "steps": 1, "batch_size": 1, "lr": 0}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser)
-    parser.add_argument("--out", help="where the picture goes (default: the demo's name, .png)")
+    parser.add_argument(
+        "--out", help="where the picture goes (default: the demo's name, .png); for the gallery, a folder"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then make the picture."""
     own_parts(arguments)
-    name = arguments.overrides.pop(0) if arguments.overrides[:1] == ["scenes"] else "swiss_roll"
+    name = arguments.overrides.pop(0) if arguments.overrides[:1] in (["scenes"], ["gallery"]) else "swiss_roll"
     config = configuration.load(config_file(arguments.config or name, "demo"), arguments.overrides, SCHEMAS[name])
     for key, least in LEAST.items():
-        if key in config.values and config[key] < least:
-            raise config.source.error(f"{key}: must be at least {least}", key, got=str(config[key]))
+        values = config.values.get(key, least)
+        if smaller := [x for x in (values if isinstance(values, list) else [values]) if x < least]:
+            raise config.source.error(f"{key}: must be at least {least}", key, got=str(smaller[0]))
     if config["seed"] >= 2**32:
         raise config.source.error("seed: must be below 2**32", "seed", got=str(config["seed"]))
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
+    if name == "gallery":
+        from ldm.cli import gallery
+
+        return gallery.run(config, writable(Path(arguments.out or name)))
     out = Path(f"{name}.png" if arguments.out is None else arguments.out)
     if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")

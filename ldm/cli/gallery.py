@@ -1,0 +1,92 @@
+"""The documentation's pictures, made by the model that comes along, and the tables and plots of its evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import pictures, pipeline
+from ldm.cli.contact_sheet import WIDTH, row, stacked
+from ldm.config import Config
+from ldm.errors import InputError
+from ldm.metrics.findings import plots, tables
+from ldm.metrics.report import TITLES
+
+COLUMNS = 4  # of the grid of prompts
+ABOUT = "Made by `ldm demo gallery report=evaluation.json`; of `{file}`, sha256 `{sha256}`, sampled with `{sampling}`."
+
+
+def run(config: Config, out: Path) -> int:
+    """All of them, into a folder."""
+    found = read(config["report"]) if config["report"] else None
+    pipe = pipeline.load()
+    for name, make in {"samples": prompts, "guidance": guidance, "samplers": samplers}.items():
+        pictures.write(make(pipe, config), out / f"{name}.png")
+        print(f"wrote {out / name}.png", flush=True)
+    if found is not None:
+        page = results(found, out)
+        (out / "results.md").write_text(page, encoding="utf-8")
+        print(f"wrote {out / 'results.md'} and its plots")
+    return 0
+
+
+def prompts(pipe: pipeline.Pipeline, config: Config) -> Image.Image:
+    """One picture for each prompt, in the order of their seeds."""
+    texts = config["prompts"]
+    made = tensors(pipe(texts, seed=config["seed"]), COLUMNS)
+    parts = [slice(start, start + COLUMNS) for start in range(0, len(texts), COLUMNS)]
+    return stacked([row(made[part], texts[part]) for part in parts])
+
+
+def guidance(pipe: pipeline.Pipeline, config: Config) -> Image.Image:
+    """The first prompts, a row each, from the same noise with more and more guidance."""
+    rows = []
+    for text in config["prompts"][:3]:
+        made = [pipe(text, cfg=cfg, seed=config["seed"])[0] for cfg in config["cfg"]]
+        rows.append(row(tensors(made), [f"cfg {cfg:g}" for cfg in config["cfg"]]))
+    return stacked(rows)
+
+
+def samplers(pipe: pipeline.Pipeline, config: Config) -> Image.Image:
+    """The first prompt from the same noise, a row for each solver and a column for each number of steps."""
+    rows = []
+    for solver in config["solvers"]:
+        made = [pipe(config["prompts"][0], solver=solver, steps=n, seed=config["seed"])[0] for n in config["steps"]]
+        rows.append(row(tensors(made), [f"{solver}, {n} steps" for n in config["steps"]]))
+    return stacked(rows)
+
+
+def tensors(images: Sequence[Image.Image], columns: int | None = None) -> Tensor:
+    """Pictures (N, 3, S, S) uint8 as wide as a column."""
+    side = WIDTH // (columns or len(images))
+    large = [pictures.to_tensor(image, (side, side)) for image in images]
+    return ((torch.cat(large) + 1) * 127.5).round().to(torch.uint8)
+
+
+def read(file: str) -> dict[str, Any]:
+    """What `ldm evaluate` wrote."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        return {**found, "about": dict(found["about"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("report: no evaluation", file, str(error), "evaluation.json of `ldm evaluate`") from None
+
+
+def results(found: dict[str, Any], out: Path) -> str:
+    """A page of Markdown with all tables, and its plots beside it."""
+    about = found["about"]
+    sampling = json.dumps({name: node.get("type", node) for name, node in about.get("sampling", {}).items()})
+    parts = ["# Results", ABOUT.format(**about["checkpoint"], sampling=sampling)]
+    for name in (name for name in TITLES if name in found):
+        written = [table.markdown() for table in tables(found, name)]
+        for title, svg in plots(found, name).items():
+            (out / f"{title}.svg").write_text(svg + "\n", encoding="utf-8")
+            written.append(f"![{title.replace('_', ' ')}]({title}.svg)")
+        parts += [f"## {TITLES[name]}", *written] if written else []
+    return "\n\n".join(parts) + "\n"
