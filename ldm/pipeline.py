@@ -341,7 +341,7 @@ def load(
         raise CheckpointError("a first stage alone makes no pictures", str(path), opened.family, hint="it as --vae")
     config = assemble.configure(opened.config, str(path), overrides)
     channels = checkpoint.latents(opened)
-    if config["autoencoder"] is None and channels != config["channels"]:
+    if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
         raise CheckpointError("no first stage inside to make pictures of latents", str(path), got, hint="--vae PATH")
     with empty():

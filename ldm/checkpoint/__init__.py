@@ -8,7 +8,7 @@ from ldm.checkpoint.files import check_numbers, is_pickle, open_file, open_pickl
 from ldm.checkpoint.folder import read_folder
 from ldm.checkpoint.folder_writing import write_diffusers
 from ldm.checkpoint.native import MARK, read_native, save
-from ldm.checkpoint.networks import load_weights, supplied
+from ldm.checkpoint.networks import BACKBONES, load_weights, supplied
 from ldm.checkpoint.opened import Opened
 from ldm.checkpoint.parts import under
 from ldm.checkpoint.single import read_single
@@ -39,7 +39,7 @@ def with_stage(opened: Opened, other: Opened) -> Opened:
     if not node:
         raise CheckpointError("no first stage inside", str(other.files[0]), other.family, hint="a KL or VQ first stage")
     latent = own["latent"] if own else latents(opened)
-    if node["latent"] != latent:
+    if latent not in (None, node["latent"]):
         where, got = str(other.files[0]), f"{node['latent']} latent channels"
         raise CheckpointError("another model's first stage", where, got, str(latent))
     state = {name: x for name, x in opened.state.items() if not name.startswith("autoencoder.")}
@@ -48,7 +48,9 @@ def with_stage(opened: Opened, other: Opened) -> Opened:
     return Opened(config, state, opened.family, opened.files + other.files, opened.tokenizer, notes + other.notes)
 
 
-def latents(opened: Opened) -> int:
-    """The latent channels that a backbone reads and writes."""
-    weights = under(opened.state, "backbone.")
-    return supplied(opened.config["backbone"], weights)["in_channels"] if weights else 0
+def latents(opened: Opened) -> int | None:
+    """The latent channels that a backbone reads and writes; of one that is a user's own, only its author knows."""
+    weights, node = under(opened.state, "backbone."), opened.config["backbone"]
+    if weights and node["type"] not in BACKBONES:
+        return None
+    return supplied(node, weights)["in_channels"] if weights else 0

@@ -15,7 +15,7 @@ from ldm.checkpoint.backbone_keys import write_backbone
 from ldm.checkpoint.conditioners import kind_of, text_node, weights_of
 from ldm.checkpoint.families import CONDITION, FAMILIES, FIRST_STAGE, UNET
 from ldm.checkpoint.files import write_file
-from ldm.checkpoint.networks import build_autoencoder, build_backbone, build_text, fit, supplied
+from ldm.checkpoint.networks import BACKBONES, build_autoencoder, build_backbone, build_text, fit, supplied
 from ldm.checkpoint.parts import Node, State, above, under
 from ldm.checkpoint.single import CONFIG, POSITIONS, SCALE
 from ldm.checkpoint.text_keys import write_text
@@ -55,6 +55,8 @@ def write_compvis(
 def backbone_of(node: Node, state: Mapping[str, Tensor]) -> tuple[UNet | DiT, State]:
     """A configuration's backbone without memory, and its weights, which must be exactly its own."""
     weights = under(state, "backbone.")
+    if node["type"] not in BACKBONES:
+        raise CheckpointError("no other program knows this backbone", got=node["type"], expected=" or ".join(BACKBONES))
     try:
         network = build_backbone(node, supplied(node, weights))
     except (KeyError, IndexError) as error:

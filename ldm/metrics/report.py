@@ -20,7 +20,8 @@ from ldm.metrics.findings import NAMES, Table, number, plots, tables, whole
 STYLE = """body{font:15px/1.5 sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}img{image-rendering:pixelated;max-width:100%}
-figure{display:inline-block;margin:.4em;vertical-align:top;width:min-content}figcaption{font-size:12px}
+figure{display:inline-block;margin:.4em;vertical-align:top;width:min-content}figure img{max-width:none}
+figcaption{font-size:12px}
 pre{background:#f4f4f4;padding:1em;overflow:auto}"""
 TITLES = {
     "first_stage": "The first stage",

@@ -1,0 +1,75 @@
+"""What docs/extending.md says of parts of one's own is true: its backbone trains and samples, its loop learns."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import parts
+from ldm.cli import main
+from ldm.pipeline import SHIPPED
+
+PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text(encoding="utf-8")
+BACKBONE, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SMALL = ["trainer.steps=1", "data.batch_size=4", "data.workers=0", "validation.workers=0", "trainer.validate_images=4"]
+
+
+@pytest.fixture
+def plugged(tmp_path, monkeypatch):
+    """The module of the page, and the tables as they were, afterwards."""
+    (tmp_path / "my_backbone.py").write_text(BACKBONE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(parts.TABLES, "backbone", dict(parts.TABLES["backbone"]))
+    yield
+    sys.modules.pop("my_backbone", None)
+
+
+def test_the_backbone_of_the_page_trains_samples_and_is_converted(plugged, tmp_path, capsys):
+    command = [
+        "train-ldm",
+        "--config",
+        "scenes",
+        "--plugin",
+        "my_backbone",
+        "backbone={type: plain, width: 32}",
+        *SMALL,
+    ]
+    run = tmp_path / "run"
+    assert main([*command, "--run-dir", str(run), f"autoencoder={SHIPPED}"]) == 0
+    file, fresh = str(run / "model.safetensors"), dict(parts.TABLES["backbone"])
+    sample = ["sample", "--ckpt", file, "--prompt", "a red cube", "--steps", "1", "--out", str(tmp_path / "out")]
+    del parts.TABLES["backbone"]["plain"]  # as in another process
+    assert main(sample) == 2
+    assert "backbone.type: unknown name" in capsys.readouterr().err
+    assert main([*sample, "--plugin", "my_backbone"]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    assert parts.TABLES["backbone"] == fresh
+    assert main(["convert", file, str(tmp_path / "half.safetensors"), "--dtype", "float16"]) == 0
+    assert main(["convert", file, str(tmp_path / "folder")]) == 4
+    assert "error: no other program knows this backbone; got plain; expected unet or dit" in capsys.readouterr().err
+
+
+def test_a_wrong_width_is_told_in_its_words(plugged, capsys):
+    argv = ["train-ldm", "--config", "scenes", "--plugin", "my_backbone", "backbone={type: plain, width: 33}"]
+    assert main([*argv, f"autoencoder={SHIPPED}", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: backbone.width: not divisible into 8 groups (command line); got 33; try 40")
+
+
+def test_the_loop_of_the_page_learns():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.zeros(1, 2, 1, 1))
+
+        def forward(self, x, t):
+            return x * 0 + self.shift
+
+    network, target = Network(), torch.tensor([3.0, -2.0]).view(1, 2, 1, 1)
+    batches = [(target.expand(16, 2, 4, 4), None)] * 40
+    exec(LOOP.replace("lr=1e-3", "lr=0.1"), {"my_network": network, "my_batches": batches})
+    assert torch.allclose(network.shift, -target, atol=0.3)  # flow: E[noise - x0]
