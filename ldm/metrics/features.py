@@ -83,6 +83,7 @@ class DINOv2Features:
         if not (folder / "config.json").is_file():
             expected = "a folder with config.json and model.safetensors"
             raise InputError("features.weights: no such model", str(folder), expected=expected)
+        open_file(folder / "model.safetensors")  # or a line that says what is wrong with it
         self.network = dinov2(folder)
         self.side = side
         self.name, self.resize = "dinov2", f"{side}x{side}, bicubic"
