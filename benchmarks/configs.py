@@ -47,19 +47,21 @@ ONE = ["trainer.devices=1", "trainer.accelerator=cpu"]
 SUSTAINED = 100  # TFLOP/s, for which days are told
 HEAD = f"""# What the configurations cost
 
-Written by `python -m benchmarks.configs --out docs/configs.md`. **Computed, not measured**: networks are built on the meta device,
-where they have shapes and no numbers, and a training step of one sample is counted there, as `ldm doctor` counts it on yours.
+Written by `python -m benchmarks.configs --out docs/configs.md`. **Computed, not measured**: networks are built on the
+meta device, where they have shapes and no numbers, and a training step of one sample is counted there, as `ldm doctor`
+counts it on yours.
 
 - *trained*: parameters that learn, of all networks.
-- *GFLOP*: of one sample, forward and back, a multiplication and an addition being two; with the frozen encoders and the perceptual
-  loss, at the step that costs most; `backbone.checkpointing` not counted.
+- *GFLOP*: of one sample, forward and back, a multiplication and an addition being two; with the frozen encoders and the
+  perceptual loss, in the phase that costs most; without what checkpointing or fused attention computes again.
 - *latents*: of these, what encoding the picture takes, and a [cache](latent_diffusion.md#from-a-cache) saves.
-- *memory*: weights, gradients, moments and averages of one process without sharding, in float32. Activations come on top: they depend
-  on the device and the precision, and `ldm doctor` counts them.
-- *checkpoint*: what one takes on disk, with the model's own file; `trainer.keep` of them are there, and the next.
-- *EFLOP*: 1e18 operations, of all steps of the configuration; with a sustained X TFLOP/s on each of N devices that takes
-  EFLOP / (0.0864 X N) days.
-- *days*: that, for X = {SUSTAINED} and N = 1. What a device sustains, the log of a run says (`tflops_per_second`)."""
+- *memory*: weights, gradients, moments and averages of one process in float32, unsharded. Activations come on top: they
+  depend on the device and the precision, and `ldm doctor` counts them.
+- *checkpoint*: what one takes on disk, with the model's own file; `trainer.keep` of them stay, and the next is written.
+- *EFLOP*: 1e18 operations, of all steps of the configuration, phase by phase. With X sustained TFLOP/s on each of N
+  devices they take EFLOP / (0.0864 X N) days.
+- *days*: that, for X = {SUSTAINED} and N = 1. What a device of yours sustains, the log of a run says
+  (`tflops_per_second`); validation and checkpoints come on top."""
 
 
 class Source:
@@ -176,7 +178,7 @@ def sample(stage: Stage) -> dict[str, Any]:
 
 def no_autocast() -> Any:
     """The meta device has none, and it changes no count."""
-    return mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())
+    return mock.patch.object(torch, "autocast", return_value=nullcontext())
 
 
 def operations(stage: Stage) -> int:
