@@ -57,7 +57,7 @@ class Config:
 
     def _construct(self, node: dict[str, Any], table: str, key: str, given: dict[str, Any]) -> Any:
         target = parts.find(table, node.get("type", ""))
-        schema = _schema(target)
+        schema = keywords(target)
         arguments = {name: given[name] for name in schema if name in given and name in parts.GIVEN.get(table, {})}
         for name, value in node.items():
             if name in schema:
@@ -75,7 +75,7 @@ class Config:
     def _fields(self, node: dict[str, Any], target: Any, key: str, table: str) -> dict[str, Any]:
         """Every key of a node against the target's keyword arguments, the rest from their defaults."""
         owners, checked = parts.GIVEN.get(table, {}), {}
-        schema = _schema(target)
+        schema = keywords(target)
         settable = [name for name in schema if name not in owners]
         for name in node:
             full = f"{key}.{name}".lstrip(".")
@@ -88,7 +88,7 @@ class Config:
             if name in node:
                 checked[name] = self._value(node[name], schema[name].annotation, full, table or name)
             elif default is inspect.Parameter.empty:
-                raise self.source.error(f"{full}: missing", full, expected=_describe(schema[name].annotation))
+                raise self.source.error(f"{full}: missing", full, expected=describe(schema[name].annotation))
             else:
                 checked[name] = list(default) if isinstance(default, tuple) else default
         return checked
@@ -110,13 +110,13 @@ class Config:
             return int(value)
         if variant in PLAIN and variant is not float and type(value) is variant:
             return value
-        raise self.source.error(f"{key}: wrong value", key, got=shown(value), expected=_describe(kind))
+        raise self.source.error(f"{key}: wrong value", key, got=shown(value), expected=describe(kind))
 
     def _node(self, node: Any, key: str, table: str) -> dict[str, Any]:
         choices = parts.TABLES[table]
         if not isinstance(node, dict):
             hint = f"{{type: {node}}}" if isinstance(node, str) and node in choices else ""
-            raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=_describe(Part), hint=hint)
+            raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=describe(Part), hint=hint)
         if isinstance(choices, str):
             return self._fields(node, parts.find(table, node.get("type", "")), key, table)
         if "type" not in node:
@@ -148,8 +148,8 @@ def load(
     return Config(source, schema)
 
 
-def _schema(target: Any) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters; what a partial has fixed is not for the YAML."""
+def keywords(target: Any) -> dict[str, inspect.Parameter]:
+    """The schema: the keyword-only parameters; what a partial has fixed is not for the YAML."""
     fixed = target.keywords if isinstance(target, partial) else {}
     parameters = inspect.signature(target, eval_str=True).parameters
     return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and k not in fixed}
@@ -179,14 +179,15 @@ def _is_part(kind: Any) -> bool:
     return isinstance(kind, type) and kind not in PLAIN and get_origin(kind) is None
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """An annotation in words."""
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_describe(variant) for variant in get_args(kind))
+        return " or ".join(describe(variant) for variant in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(str(choice) for choice in get_args(kind))
     if get_origin(kind) in LISTS:
         items = get_args(kind)
-        return f"a list, each {_describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(_describe, items))}]"
+        return f"a list, each {describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(describe, items))}]"
     return PLAIN.get(kind, "a node {type: NAME, ...}")
 
 

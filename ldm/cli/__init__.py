@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm import __version__, parts
 from ldm.errors import InputError, LdmError
@@ -22,8 +23,9 @@ COMMANDS = {
     "cache": "encode a data set once, for stage two to train on",
     "fetch": "say which weights files metrics need, and check or get them",
     "evaluate": "measure a checkpoint: distances, prompts, curves; as JSON and a page",
+    "reference": "every setting, with its type, default and meaning; or every command's options",
     "judge": "train, measure or ask the judge that reads pictures of scenes",
-    "demo": "learn a swiss roll in a minute, or look at the built-in scenes",
+    "demo": "learn a swiss roll in a minute, look at the built-in scenes, or remake the docs' pictures",
 }
 
 
@@ -68,11 +70,16 @@ def _dispatch(arguments: list[str]) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("--version", action="version", version=__version__)
-    command = parser.parse_args(arguments[:1]).command
-    module = importlib.import_module(f"ldm.cli.{command.replace('-', '_')}")
-    own = Parser(prog=f"ldm {command}", description=module.__doc__)
-    module.options(own)
+    module, own = command(parser.parse_args(arguments[:1]).command)
     return module.run(own.parse_intermixed_args(arguments[1:])) or 0
+
+
+def command(name: str) -> tuple[Any, Parser]:
+    """A command's module, and the parser of its options."""
+    module = importlib.import_module(f"ldm.cli.{name.replace('-', '_')}")
+    parser = Parser(prog=f"ldm {name}", description=module.__doc__)
+    module.options(parser)
+    return module, parser
 
 
 def config_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
