@@ -129,7 +129,10 @@ def test_a_text_that_is_no_configuration_is_answered_in_one_line(name, capsys):
         ("rolll.yaml", "cannot read the configuration: No such file or directory (rolll.yaml); try roll.yaml"),
         ("folder.yaml", "cannot read the configuration: Is a directory (folder.yaml)"),
         (".", "cannot read the configuration: Is a directory (.)"),
-        ("swiss_rol", "no such configuration (swiss_rol); expected a .yaml file, or one of gallery, scenes, swiss_roll"),
+        (
+            "swiss_rol",
+            "no such configuration (swiss_rol); expected a .yaml file, or one of gallery, scenes, swiss_roll",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_answered_in_one_line(name, message, capsys):

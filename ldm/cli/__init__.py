@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,10 @@ COMMANDS = {
 }
 
 
+MEMORY = "the device has too little memory"
+SMALLER = "less at a time: data.batch_size or trainer.accumulate, backbone.checkpointing=true; --batch-size, --offload"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line like all others."""
 
@@ -47,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report("\n".join([*error.table, f"error: {error}"]), error.code, debug)
     except KeyboardInterrupt:
         return _report("error: interrupted", 130, debug)
+    except BrokenPipeError:  # who read this has heard enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be here
+            return _report(f"error: {MEMORY}; got {str(error).splitlines()[0]}; try {SMALLER}", 2, debug)
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         return _report(f"error: internal, please report it: {text}; try --debug for the traceback", 1, debug)
 

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm import __version__, cli
 from ldm.cli import main
@@ -77,6 +78,23 @@ class TestErrors:
         assert said.startswith("Traceback (most recent call last):")
         assert ", in run\n" in said
         assert said.endswith(f"\n{line}")
+
+
+def test_a_device_that_is_too_small_is_no_bug_of_ours(failing, capsys):
+    failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"))
+    assert main(["fail"]) == 2
+    said = (
+        "error: the device has too little memory; got CUDA out of memory. Tried to allocate 2 GiB.; try less at a time"
+    )
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_who_reads_the_beginning_alone_is_told_nothing_else():
+    command = f"{sys.executable} -m ldm reference | head -1; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert found.stdout.splitlines()[0].startswith("# ")
+    assert found.stdout.splitlines()[1] in ("0", "141")  # it may have been read before head went
+    assert found.stderr == ""
 
 
 def test_a_command_that_returns_nothing_has_succeeded(failing, monkeypatch):
