@@ -20,6 +20,7 @@ from ldm.config import Config, Part
 from ldm.parts import TABLES
 
 if TYPE_CHECKING:
+    from ldm.checkpoint import Opened
     from ldm.metrics.evaluation import Source, Subject
 
 PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
@@ -72,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ldm.metrics import report
     from ldm.metrics.sharing import rank
 
-    subject, about = prepare(config, arguments)
-    found: dict[str, Any] = {"about": about, "settings": config.values}
+    subject, record = prepare(config, arguments)
+    found: dict[str, Any] = {"about": record, "settings": config.values}
     for name, part in parts(config, subject, arguments.only or PARTS):
         found[name] = part
         if rank() == 0:
@@ -102,42 +103,52 @@ def check(config: Config) -> None:
 
 def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
     """The model and what it is measured with, and a record of both."""
-    import torch
-
     from ldm import checkpoint, pipeline
     from ldm.checkpoint.networks import autoencoder_of
     from ldm.checkpoint.published import KNOWN, place
     from ldm.checkpoint.vgg import lpips
     from ldm.metrics.evaluation import Subject
 
+    settings = sampling(arguments)
     path = pipeline.local(arguments.ckpt or pipeline.SHIPPED)
-    opened = checkpoint.open(path, vae=arguments.vae)
+    opened, pipe = checkpoint.open(path, vae=arguments.vae), None
     device, _ = pipeline.placement(arguments.device, arguments.precision)
-    pipe, autoencoder = None, None
     if opened.config.get("backbone"):
         pipe = pipeline.load(path, vae=arguments.vae, device=arguments.device, precision=arguments.precision)
+        pipe.recipe(**settings)  # settings that cannot be are found now
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(opened.config["autoencoder"], opened.state).float().to(device)
-    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
-    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
-    settings = {name: value for name, value in wanted.items() if value is not None}
     features, clip = config.build("features"), config.build("clip") if config["clip"] else None
     features.network.to(device)
     compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
-    versions = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    about: dict[str, Any] = {
-        "checkpoint": {"file": Path(path).name, "family": opened.family, "sha256": opened.hash},
-        "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
-        "precision": arguments.precision,
-        "device": str(device),
-        "versions": versions,
-    }
     subject = Subject(autoencoder, pipe, features, clip, compare, device, settings)
+    return subject, about(subject, opened, arguments.precision)
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line has in the place of the model's own settings."""
+    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
+    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def about(subject: Subject, opened: Opened, precision: str) -> dict[str, Any]:
+    """Everything that the numbers depend on beside the configuration."""
+    import torch
+
+    features, pipe = subject.features, subject.pipe
+    found: dict[str, Any] = {
+        "checkpoint": {"file": opened.files[0].name, "family": opened.family, "sha256": opened.hash},
+        "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
+        "precision": precision,
+        "device": str(subject.device),
+        "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
     if pipe is not None:
-        about["sampling"] = {name: pipe.config[name] for name in ("guidance", "spacing", "solver")} | settings
-        subject.recipe()  # settings that cannot be are found now
-    return subject, about
+        own = {name: pipe.config[name] for name in ("guidance", "spacing", "solver")}
+        found["sampling"] = own | dict(subject.settings)
+    return found
 
 
 def parts(config: Config, subject: Subject, wanted: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -145,7 +156,7 @@ def parts(config: Config, subject: Subject, wanted: list[str] | tuple[str, ...])
     from ldm.metrics import evaluation
 
     source, other, training = sources(config)
-    pipe, numbers = subject.pipe, (config["cfg"], config["solvers"], config["steps"])
+    pipe = subject.pipe
     if subject.autoencoder is not None and "first_stage" in wanted:
         yield "first_stage", evaluation.first_stage(subject, source)
     if pipe is None:
@@ -158,9 +169,10 @@ def parts(config: Config, subject: Subject, wanted: list[str] | tuple[str, ...])
             yield "nearest", evaluation.closest(subject, made["features"][: config["nearest"]], training)
     captioned = pipe.conditioner is not None and "caption" in pipe.conditioner.reads
     if config["prompts"] and captioned and "prompts" in wanted:
-        yield "prompts", list(evaluation.by_kind(subject, kinds(config, config["prompts"]), numbers[0]))
+        yield "prompts", list(evaluation.by_kind(subject, kinds(config, config["prompts"]), config["cfg"]))
     if config["prompts"] and captioned and "steps" in wanted and config["solvers"]:
-        yield "steps", list(evaluation.by_steps(subject, kinds(config, -(-config["prompts"] // 2)), *numbers[1:]))
+        half = kinds(config, -(-config["prompts"] // 2))
+        yield "steps", list(evaluation.by_steps(subject, half, config["solvers"], config["steps"]))
     if config["bound"] and "bound" in wanted:
         few = evaluation.spread_source(source.data, source.about, config["bound"], source.seed)  # type: ignore[arg-type]
         yield "bound", evaluation.bound(subject, few)
