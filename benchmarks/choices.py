@@ -2,10 +2,10 @@
 
 python -m benchmarks.choices --kl runs/scenes/model.safetensors --vq runs/scenes_vq/model.safetensors --minutes 30
 
-A row each: the U-Net on KL latents, the same one on VQ latents, a DiT on KL latents, and a U-Net on pixels. Every one has the
-same data, conditioner, path, draw, optimiser and batch, a constant learning rate, one thread, and the same wall time, which
-ends by SIGTERM; then `ldm evaluate` makes as many samples of each and compares them by the judge's features. Nothing else
-should run on the machine.
+A row each: the U-Net on KL latents, the same one on VQ latents, a DiT on KL latents, and a U-Net on pixels. Every one
+has the same data, conditioner, path, draw, optimiser and batch, a constant learning rate, one thread, and the same wall
+time, which ends by SIGTERM; then `ldm evaluate` makes as many samples of each and compares them by the judge's
+features. Nothing else should run on the machine.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from ldm.parts import TABLES
 if TYPE_CHECKING:
     from ldm.checkpoint import Opened
     from ldm.metrics.evaluation import Source, Subject
+    from ldm.pipeline import Pipeline
 
 PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
 
@@ -151,18 +152,19 @@ def about(subject: Subject, opened: Opened, precision: str) -> dict[str, Any]:
     return found
 
 
-def parts(config: Config, subject: Subject, wanted: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Every part that this model and this configuration have."""
     from ldm.metrics import evaluation
 
     source, other, training = sources(config)
     pipe = subject.pipe
+    if pipe is not None:
+        check_model(config, pipe, source, wanted)
     if subject.autoencoder is not None and "first_stage" in wanted:
         yield "first_stage", evaluation.first_stage(subject, source)
     if pipe is None:
         return
     if "samples" in wanted:
-        check_size(config, pipe, source)
         yield "yardsticks", evaluation.yardsticks(subject, source, other)
         yield "samples", (made := evaluation.samples(subject, source))
         if training is not None and config["nearest"]:
@@ -203,12 +205,16 @@ def kinds(config: Config, count: int) -> dict[str, Source]:
     return {name: asked_source(count, kind, config["seed"], resolution) for name, kind in KINDS.items()}
 
 
-def check_size(config: Config, pipe: Any, source: Source) -> None:
-    """Refuse true pictures of another size than the model makes: resizing would be measured too."""
+def check_model(config: Config, pipe: Pipeline, source: Source, wanted: Sequence[str]) -> None:
+    """Refuse true pictures of another size than the model makes, and a bound where there is none, before any work."""
+    from ldm.diffusion.path import Table
+
     size, recipe = source.data.sizes[0], pipe.recipe()
-    if size != (recipe.height, recipe.width):
+    if "samples" in wanted and size != (recipe.height, recipe.width):
+        what, key = "data.resolution: not what the model makes", "data.resolution"
         got, expected = f"{size[0]}x{size[1]}", f"{recipe.height}x{recipe.width}"
-        what = "data.resolution: not what the model makes"
-        raise config.source.error(
-            what, "data.resolution", got=got, expected=expected, hint=f"data.resolution={recipe.height}"
-        )
+        raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={recipe.height}")
+    if config["bound"] and (pipe.autoencoder is not None or not isinstance(pipe.denoiser.path, Table)):
+        got = "latents" if pipe.autoencoder is not None else f"path {pipe.config['path']['type']}"
+        expected = "a model of pixels on a table of betas"
+        raise config.source.error("bound: this model has none", "bound", got=got, expected=expected, hint="bound=0")

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+import ldm
 from ldm import checkpoint
 from ldm.cli import main
 from ldm.data.scenes import draw, render
+from ldm.diffusion.bound import bits_per_dim
 from ldm.metrics.images import psnr
 from ldm.pictures import to_float, to_pil
 from ldm.pipeline import SHIPPED
@@ -92,6 +94,20 @@ def test_photographs_are_compared_with_inception_of_a_file(tmp_path):
     assert "two true sets" in found["yardsticks"]  # the three pictures that lie between
 
 
+def test_a_model_of_pixels_has_a_bound(tmp_path):
+    """That of the core's function, with other noise."""
+    unet = "backbone={type: unet, channels: 32, multipliers: [1], blocks: 1, heads: 1, attend: []}"
+    small = ["size=8", "data={type: scenes, resolution: 8, batch_size: 4, workers: 0}", "trainer.steps=1", unet]
+    small += ["path.steps=20", "spacing.steps=20", "trainer.precision=32-true"]
+    assert main(["train-ldm", "--config", "ddpm_cifar10", "--run-dir", str(tmp_path / "run"), *small]) == 0
+    file = str(tmp_path / "run" / "model.safetensors")
+    found = evaluate(tmp_path / "report", "--ckpt", file, "data.resolution=8", "samples=8", "nearest=0", "bound=8")
+    x = to_float(render(draw(1, [i * 1_000_000 // 8 for i in range(8)], "validation"), 8)["image"])
+    bound = bits_per_dim(ldm.load(file).denoiser, x, lambda: torch.randn(x.shape)).total
+    assert found["bound"]["mean"] == pytest.approx(bound.mean().item(), rel=0.05)
+    assert found["bound"]["error"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -105,6 +121,7 @@ def test_photographs_are_compared_with_inception_of_a_file(tmp_path):
         (["features.type=inception"], "error: features.weights: no such file"),
         (["features={type: dinov2, weights: nowhere}"], "error: features.weights: no such model (nowhere)"),
         (["clip={model: ViT-B-32, weights: nowhere.pt}"], "error: clip.weights: no such file (nowhere.pt)"),
+        (["bound=2"], "error: bound: this model has none (command line); got latents; expected a model of pixels on a"),
         (["--sampler", "fast"], "error: --sampler: unknown"),
         (["--ckpt", "nowhere.safetensors"], "error: "),
     ],
