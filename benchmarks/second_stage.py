@@ -1,32 +1,25 @@
-"""What a second stage has learned of scenes: its loss beside the best Gaussians', and what the judge reads.
+"""What a second stage has learned of scenes: its loss beside the best Gaussians'.
 
-python -m benchmarks.second_stage FILE [--latents 10000] [--images 2048] [--prompts 200] [--cfg 1 4 7.5] [--steps 30]
+python -m benchmarks.second_stage FILE [--latents 10000] [--images 2048]
 
 The two Gaussians know the mean and the variances, or the whole covariance, of the latents of so many training scenes,
 and are the best flows there are for normal data (by Bayes' rule, in closed form). The losses are those of training's
-validation: the same scenes, noise and levels for all three. Prompts are captions of unseen scenes, by number of
-objects, and of combinations that no training scene has.
+validation: the same scenes, noise and levels for all three. What it makes of prompts, `ldm evaluate` measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import ldm
 from ldm import assemble
-from ldm.metrics.alignment import prompts, verdicts
-from ldm.metrics.scenes import tally
 from ldm.training.latent_diffusion import LatentDiffusionStage, build
 
 CONFIG = Path(__file__).parent.parent / "configs/ldm/scenes.yaml"
 BATCH = 100
-KINDS = {"one object": (1, "validation"), "two objects": (2, "validation"), "three objects": (3, "validation")}
-KINDS["combinations never seen"] = (None, "held_out")  # type: ignore[assignment]
 
 
 class Gaussian(nn.Module):
@@ -87,34 +80,14 @@ def compare(file: Path, count: int, images: int) -> None:
         print(f"  {name}: {best.mean():.4f}; the model is {below:.1%} below, +- {error / best.mean():.1%}", flush=True)
 
 
-def judge(file: Path, count: int, cfgs: list[float], steps: int) -> None:
-    """A line for each kind of prompt and each cfg: the shares that are right, whole pictures last."""
-    pipe = ldm.load(file)
-    for kind, (objects, split) in KINDS.items():
-        texts = prompts(count, objects, split)
-        for cfg in cfgs:
-            start = time.perf_counter()
-            made = pipe(texts, cfg=cfg, steps=steps, batch_size=50)
-            seconds = (time.perf_counter() - start) / count
-            right = tally(verdicts(made, texts))
-            shares = ", ".join(f"{name} {a / b:.1%}" for name, (a, b) in right.items() if b)
-            print(f"{kind}, cfg {cfg:g} ({count} prompts, {seconds:.2f} s each): {shares}", flush=True)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--latents", type=int, default=10_000)
     parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 4.0, 7.5])
-    parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
-    if arguments.images:
-        compare(arguments.file, arguments.latents, arguments.images)
-    if arguments.prompts:
-        judge(arguments.file, arguments.prompts, arguments.cfg, arguments.steps)
+    compare(arguments.file, arguments.latents, arguments.images)
 
 
 if __name__ == "__main__":
