@@ -140,6 +140,16 @@ SABOTAGES = [
     Sabotage("second stage: masks by place in the batch", "ldm/training/conditions.py", 'batch["number"].tolist()', "range(len(image))", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("float16: the scale stays", "ldm/training/stage.py", "self.scale / 2, -1", "self.scale, -1", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("processes: gradients of the last micro-batch alone", "ldm/training/stage.py", "            module.set_requires_gradient_sync(True)\n", "            module.set_requires_gradient_sync(False)\n", "tests/training/test_latent_diffusion.py"),
+    Sabotage("evaluation: Inception's pools count the border", M + "inception.py", "count_include_pad=False", "count_include_pad=True", "tests/models/test_inception.py"),
+    Sabotage("evaluation: the last block averages too", M + "inception.py", 'block_e(2048, "max")', 'block_e(2048, "average")', "tests/models/test_inception.py"),
+    Sabotage("evaluation: TensorFlow's pixels have centres", "ldm/metrics/features.py", "torch.arange(side, device=x.device) * (x.shape[-1] / side)", "(torch.arange(side, device=x.device) + 0.5) * (x.shape[-1] / side) - 0.5", "tests/models/test_inception.py"),
+    Sabotage("evaluation: KID keeps the diagonal", "ldm/metrics/kernel.py", "xx.sum() - xx.trace() + yy.sum() - yy.trace()", "xx.sum() + yy.sum()", "tests/metrics/test_distances.py"),
+    Sabotage("evaluation: recall by the reach of the true", "ldm/metrics/prdc.py", "(apart < theirs)", "(apart < reach[part, None])", "tests/metrics/test_distances.py"),
+    Sabotage("evaluation: a neighbour too near", "ldm/metrics/prdc.py", "apart.kthvalue(k + 1, 1)", "apart.kthvalue(k, 1)", "tests/metrics/test_distances.py"),
+    Sabotage("evaluation: the cache forgets the network", "ldm/metrics/comparison.py", "key = [FORMAT, features.identity, about", "key = [FORMAT, about", "tests/metrics/test_features.py"),
+    Sabotage("evaluation: pictures finer than files", "ldm/metrics/features.py", "* 127.5).round() / 127.5", "* 127.5) / 127.5", "tests/metrics/test_features.py"),
+    Sabotage("evaluation: rows in the order of ranks", "ldm/metrics/sharing.py", "[done[number] for number in range(len(batches))]", "list(done.values())", "tests/metrics/test_sharing.py"),
+    Sabotage("files: a rounded first stage keeps its old name", "ldm/checkpoint/native.py", "fingerprint(config[\"autoencoder\"], rounded(state, dtype))", "fingerprint(config[\"autoencoder\"], state)", "tests/checkpoint/test_files.py"),
 ]  # fmt: skip
 
 
