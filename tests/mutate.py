@@ -149,7 +149,7 @@ SABOTAGES = [
     Sabotage("evaluation: the cache forgets the network", "ldm/metrics/comparison.py", "key = [FORMAT, features.identity, about", "key = [FORMAT, about", "tests/metrics/test_features.py"),
     Sabotage("evaluation: pictures finer than files", "ldm/metrics/features.py", "* 127.5).round() / 127.5", "* 127.5) / 127.5", "tests/metrics/test_features.py"),
     Sabotage("evaluation: rows in the order of ranks", "ldm/metrics/sharing.py", "[done[number] for number in range(len(batches))]", "list(done.values())", "tests/metrics/test_sharing.py"),
-    Sabotage("files: a rounded first stage keeps its old name", "ldm/checkpoint/native.py", "fingerprint(config[\"autoencoder\"], rounded(state, dtype))", "fingerprint(config[\"autoencoder\"], state)", "tests/checkpoint/test_files.py"),
+    Sabotage("files: a rounded first stage keeps its old name", "ldm/checkpoint/native.py", "fingerprint(config[\"autoencoder\"], rounded(own, dtype))", "fingerprint(config[\"autoencoder\"], own)", "tests/checkpoint/test_files.py"),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_digest, rounded, write_file
-from ldm.checkpoint.networks import fingerprint
+from ldm.checkpoint.networks import AUTOENCODERS, fingerprint
 from ldm.checkpoint.opened import Opened
 from ldm.errors import CheckpointError
 
@@ -27,7 +27,8 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> str:
     """Write a checkpoint, all or nothing, and return its digest; `dtype` stores the weights in another type."""
-    if dtype is not None and config.get("fingerprint") and config.get("autoencoder"):
+    node = config.get("autoencoder")
+    if dtype is not None and config.get("fingerprint") and node and node["type"] in AUTOENCODERS:
         config = refingered(config, state, dtype)
     metadata = {MARK: str(FORMAT), "config": json.dumps(config), "version": __version__}
     if tokenizer is not None:
@@ -37,9 +38,10 @@ def save(
 
 def refingered(config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Any]:
     """The configuration with the fingerprint that its own first stage has once it is rounded; another's stays."""
-    if config["fingerprint"] != fingerprint(config["autoencoder"], state):
+    own = {name: x for name, x in state.items() if name.startswith("autoencoder.")}
+    if config["fingerprint"] != fingerprint(config["autoencoder"], own):
         return config
-    return {**config, "fingerprint": fingerprint(config["autoencoder"], rounded(state, dtype))}
+    return {**config, "fingerprint": fingerprint(config["autoencoder"], rounded(own, dtype))}
 
 
 def read_native(tensors: Tensors) -> Opened:

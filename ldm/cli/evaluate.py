@@ -17,12 +17,12 @@ from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.sample import show_warning, solver_name, writable
 from ldm.config import Config, Part
+from ldm.errors import InputError
 from ldm.parts import TABLES
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Opened
     from ldm.metrics.evaluation import Source, Subject
-    from ldm.pipeline import Pipeline
 
 PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
 
@@ -76,11 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     subject, record = prepare(config, arguments)
     found: dict[str, Any] = {"about": record, "settings": config.values}
+    measured = 0
     for name, part in parts(config, subject, arguments.only or PARTS):
-        found[name] = part
+        found[name], measured = part, measured + 1
         if rank() == 0:
             report.write(found, out)
             print(report.line(name, part), flush=True)
+    if not measured:
+        expected = ", ".join(PARTS)
+        raise InputError(
+            "nothing to measure", "--only", ", ".join(arguments.only or ()), f"one that this model has: {expected}"
+        )
     if rank() == 0:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
     return 0
@@ -96,6 +102,11 @@ def check(config: Config) -> None:
         raise config.source.error(what, "prompts", got=f"data of type {config['data']['type']}", hint=hint)
     if strange := [name for name in config["solvers"] if name not in TABLES["solver"]]:
         raise config.source.error("solvers: unknown", "solvers", got=strange[0], expected=", ".join(TABLES["solver"]))
+    for key in ("cfg", *(("steps",) if config["solvers"] else ())):
+        if config["prompts"] and not config[key]:
+            raise config.source.error(f"{key}: none given", key, expected="one or more")
+    if config["bound"] == 1:
+        raise config.source.error("bound: one picture says nothing", "bound", got="1", expected="0, or 2 and more")
     if any(count < 1 for count in config["steps"]) or not all(math.isfinite(cfg) for cfg in config["cfg"]):
         raise config.source.error("steps: out of range", "steps", expected="at least 1 each")
     if config["nearest"] and not config["training"]:
@@ -112,19 +123,21 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
 
     settings = sampling(arguments)
     path = pipeline.local(arguments.ckpt or pipeline.SHIPPED)
-    opened, pipe = checkpoint.open(path, vae=arguments.vae), None
-    device, _ = pipeline.placement(arguments.device, arguments.precision)
+    vae = None if arguments.vae is None else pipeline.local(arguments.vae)
+    opened, pipe = checkpoint.open(path, vae=vae), None
+    device, dtype = pipeline.placement(arguments.device, arguments.precision)
     if opened.config.get("backbone"):
-        pipe = pipeline.load(path, vae=arguments.vae, device=arguments.device, precision=arguments.precision)
+        pipe = pipeline.load(path, vae=vae, device=arguments.device, precision=arguments.precision)
         pipe.recipe(**settings)  # settings that cannot be are found now
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(opened.config["autoencoder"], opened.state).float().to(device)
     features, clip = config.build("features"), config.build("clip") if config["clip"] else None
-    features.network.to(device)
     compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
+    for network in filter(None, (features.network, clip and clip.network, compare)):
+        network.to(device)
     subject = Subject(autoencoder, pipe, features, clip, compare, device, settings)
-    return subject, about(subject, opened, arguments.precision)
+    return subject, about(subject, opened, str(dtype or "float32").removeprefix("torch."))
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -138,11 +151,23 @@ def about(subject: Subject, opened: Opened, precision: str) -> dict[str, Any]:
     """Everything that the numbers depend on beside the configuration."""
     import torch
 
+    from ldm.checkpoint.published import KNOWN
+    from ldm.metrics.classes import PARTS as SCORED
+    from ldm.metrics.kernel import MOST, SUBSETS
+    from ldm.metrics.prdc import NEIGHBOURS
+
     features, pipe = subject.features, subject.pipe
     found: dict[str, Any] = {
-        "checkpoint": {"file": opened.files[0].name, "family": opened.family, "sha256": opened.hash},
+        "checkpoint": {
+            "file": " + ".join(x.name for x in opened.files),
+            "family": opened.family,
+            "sha256": opened.hash,
+        },
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
-        "precision": precision,
+        "clip": subject.clip and subject.clip.identity,
+        "lpips": subject.lpips and KNOWN["vgg16"].sha256,
+        "constants": {"neighbours": NEIGHBOURS, "subsets": SUBSETS, "of": MOST, "parts": SCORED},
+        "precision": {"sampling": precision, "first_stage": "float32"},
         "device": str(subject.device),
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -159,7 +184,7 @@ def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[t
     source, other, training = sources(config)
     pipe = subject.pipe
     if pipe is not None:
-        check_model(config, pipe, source, wanted)
+        check_model(config, subject, source, wanted)
     if subject.autoencoder is not None and "first_stage" in wanted:
         yield "first_stage", evaluation.first_stage(subject, source)
     if pipe is None:
@@ -169,10 +194,10 @@ def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[t
         yield "samples", (made := evaluation.samples(subject, source))
         if training is not None and config["nearest"]:
             yield "nearest", evaluation.closest(subject, made["features"][: config["nearest"]], training)
-    captioned = pipe.conditioner is not None and "caption" in pipe.conditioner.reads
-    if config["prompts"] and captioned and "prompts" in wanted:
+    asked = config["prompts"] and subject.captioned
+    if asked and "prompts" in wanted:
         yield "prompts", list(evaluation.by_kind(subject, kinds(config, config["prompts"]), config["cfg"]))
-    if config["prompts"] and captioned and "steps" in wanted and config["solvers"]:
+    if asked and "steps" in wanted and config["solvers"]:
         half = kinds(config, -(-config["prompts"] // 2))
         yield "steps", list(evaluation.by_steps(subject, half, config["solvers"], config["steps"]))
     if config["bound"] and "bound" in wanted:
@@ -184,17 +209,22 @@ def sources(config: Config) -> tuple[Source, Source | None, Source | None]:
     """What is compared with, as many others of it if there are any, and what was learned from."""
     from ldm.metrics.evaluation import spread_source
 
-    about = {name: value for name, value in config["data"].items() if name not in ("batch_size", "workers")}
     data, seed, count = config.build("data"), config["seed"], config["samples"]
     if len(data) < count:
         what, hint = "samples: more than the data have", f"samples={len(data)}"
         raise config.source.error(what, "samples", got=str(count), expected=f"at most {len(data)}", hint=hint)
+    about = samples_of(config["data"])
     other = spread_source(data, about, count, seed, disjoint=True) if len(data) >= 2 * count else None
     training = None
     if config["training"] and config["nearest"]:
-        learned, node = config.build("training"), config["training"]
-        training = spread_source(learned, node, len(learned), 0)
+        learned = config.build("training")
+        training = spread_source(learned, samples_of(config["training"]), len(learned), 0)
     return spread_source(data, about, count, seed), other, training
+
+
+def samples_of(node: dict[str, Any]) -> dict[str, Any]:
+    """Of the data's node, what says which samples these are."""
+    return {name: value for name, value in node.items() if name not in ("batch_size", "workers")}
 
 
 def kinds(config: Config, count: int) -> dict[str, Source]:
@@ -205,10 +235,20 @@ def kinds(config: Config, count: int) -> dict[str, Source]:
     return {name: asked_source(count, kind, config["seed"], resolution) for name, kind in KINDS.items()}
 
 
-def check_model(config: Config, pipe: Pipeline, source: Source, wanted: Sequence[str]) -> None:
-    """Refuse true pictures of another size than the model makes, and a bound where there is none, before any work."""
+def check_model(config: Config, subject: Subject, source: Source, wanted: Sequence[str]) -> None:
+    """Refuse true pictures that do not fit the model, and measures that it cannot have, before any work."""
+    from ldm.data.sampler import Ask
     from ldm.diffusion.path import Table
 
+    pipe = subject.pipe
+    assert pipe is not None
+    first = source.data.batch([Ask(source.indices[0], source.indices[0], 0)], source.seed)
+    reads = () if pipe.conditioner is None else pipe.conditioner.reads
+    if lacking := [name for name in reads if name not in first]:
+        what, expected = "data: lack what this model reads", "data with it"
+        raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
+    if subject.clip is not None and not (subject.captioned and any(first["caption"])):
+        raise config.source.error("clip: scores pictures by their captions", "clip", got="none", hint="clip=null")
     size, recipe = source.data.sizes[0], pipe.recipe()
     if "samples" in wanted and size != (recipe.height, recipe.width):
         what, key = "data.resolution: not what the model makes", "data.resolution"

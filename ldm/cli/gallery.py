@@ -81,7 +81,7 @@ def read(file: str) -> dict[str, Any]:
 def results(found: dict[str, Any], out: Path) -> str:
     """A page of Markdown with all tables, and its plots beside it."""
     about = found["about"]
-    sampling = json.dumps({name: node.get("type", node) for name, node in about.get("sampling", {}).items()})
+    sampling = json.dumps(about.get("sampling", {}))
     parts = ["# Results", ABOUT.format(**about["checkpoint"], sampling=sampling)]
     for name in (name for name in TITLES if name in found):
         written = [table.markdown() for table in tables(found, name)]

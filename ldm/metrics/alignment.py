@@ -22,7 +22,8 @@ BATCH, SEED = 100, 1  # pictures read at once; of the scenes that prompts speak 
 class Asked:
     """The first scenes of a split that have so many objects, or any number, as a source of pictures with captions."""
 
-    buckets = None
+    buckets = groups = None
+    batch_size, workers = 50, 0
 
     def __init__(
         self, count: int, objects: int | None = None, split: str = "validation", seed: int = SEED, resolution: int = 64

@@ -35,10 +35,11 @@ class CLIPScore:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """(B,)"""
+        device = next(self.network.parameters()).device
         pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
-        seen = self.network.encode_image(pixels, normalize=True)  # (B, D)
-        said = self.network.encode_text(self.tokenize(list(prompts)), normalize=True)
-        return 100 * (seen * said).sum(1).clamp(min=0)
+        seen = self.network.encode_image(pixels.to(device), normalize=True)  # (B, D)
+        said = self.network.encode_text(self.tokenize(list(prompts)).to(device), normalize=True)
+        return 100 * (seen * said).sum(1).clamp(min=0).cpu()
 
 
 def opened(model: str, file: Path) -> tuple[Any, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,17 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.files import check_digest, open_file, write_file
-from ldm.data.loader import Data
+from ldm.data.loader import Data, Loader
 from ldm.data.sampler import Ask, grouped
-from ldm.errors import DataError
+from ldm.errors import DataError, LdmError
 from ldm.metrics.classes import PARTS, inception_score
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.kernel import kernel_distance
 from ldm.metrics.prdc import NEIGHBOURS, prdc
-from ldm.metrics.sharing import Rows, rank, shared
+from ldm.metrics.sharing import Rows, rank, ranks, shared, told
 from ldm.pictures import to_float
 
-BATCH = 50
 ENOUGH = 5  # samples per dimension, below which a Frechet distance is little more than its bias
 FORMAT = 1
 
@@ -38,37 +38,55 @@ def read(features: Features, x: Tensor) -> Rows:
 
 
 def batches(data: Data, indices: Sequence[int]) -> list[list[Ask]]:
-    """Asks for these samples of a source, all of one size."""
+    """Asks for these samples of a source, which are all of one size."""
     if len(data.sizes) > 1:
         got = f"{len(data.sizes)} sizes"
         raise DataError("pictures of several sizes cannot be compared", "data.aspect", got, "one", "data.aspect=1")
-    return list(grouped(indices, BATCH, data.buckets))
+    return list(grouped(indices, data.batch_size, data.buckets))
+
+
+def each(data: Data, indices: Sequence[int], seed: int, work: Callable[[Rows, list[Ask]], Rows], what: str) -> Rows:
+    """work(batch, asks) of these samples, the batches made ahead where the data have workers."""
+    asked = batches(data, indices)
+    made = iter(Loader(data, seed, asked[rank() :: ranks()]))
+    return shared(asked, lambda asks: work(next(made), asks), what)
 
 
 def true_features(features: Features, data: Data, indices: Sequence[int], seed: int, about: dict[str, Any]) -> Rows:
     """Of these samples of a source that `about` describes: from the cache, or read now and kept there."""
-    digest = getattr(data, "digest", f"seed {seed}")  # scenes are a function of the seed
-    key = [FORMAT, features.identity, about, digest, [int(i) for i in indices]]
+    key = [FORMAT, features.identity, about, getattr(data, "digest", ""), seed, [int(i) for i in indices]]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache() / f"{name}.safetensors"
-    if file.is_file():
-        check_digest(file)
-        return dict(open_file(file))
-
-    def work(asks: list[Ask]) -> Rows:
-        """Of one batch."""
-        return read(features, to_float(data.batch(asks, seed)["image"]))
-
-    found = shared(batches(data, indices), work, "true pictures")
+    kept: Rows | None = told(known(file) if rank() == 0 else None)  # or processes would wait for different things
+    if kept is not None:
+        return kept
+    found = each(data, indices, seed, lambda batch, _: read(features, to_float(batch["image"])), "true pictures")
     if rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, found, {"features": features.identity, "data": json.dumps(about)})
+        keep(file, found, {"features": features.identity, "data": json.dumps(about)})
     return found
 
 
 def cache() -> Path:
     """Where features of true pictures are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "features"
+
+
+def known(file: Path) -> Rows | None:
+    """What was kept, unless it is damaged."""
+    try:
+        check_digest(file)
+        return {name: x.clone() for name, x in open_file(file).items()}
+    except (LdmError, OSError, KeyError):
+        return None
+
+
+def keep(file: Path, found: Rows, about: dict[str, str]) -> None:
+    """For the next time; where nothing can be written, there is none."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, found, about)
+    except (LdmError, OSError) as error:
+        warnings.warn(f"features are not kept: {error}", stacklevel=2)
 
 
 def compared(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
@@ -78,7 +96,8 @@ def compared(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {"true": len(a), "made": len(b), "frechet": frechet(a, b)}
     if "spatial" in made:
         found["sfrechet"] = frechet(true["spatial"], made["spatial"])
-    found["kernel"] = kernel_distance(a, b, seed=seed)._asdict()
+    if count >= 4:
+        found["kernel"] = kernel_distance(a, b, seed=seed)._asdict()
     if "logits" in made and len(made["logits"]) >= PARTS:
         found["inception_score"] = inception_score(made["logits"])._asdict()
     if count > NEIGHBOURS:

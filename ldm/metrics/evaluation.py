@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from ldm.diffusion.prediction import LearnedRange
 from ldm.draws import mix32, stream
 from ldm.metrics.alignment import Asked, verdicts
 from ldm.metrics.clip_score import CLIPScore
-from ldm.metrics.comparison import batches, compared, frechet, read, true_features
-from ldm.metrics.features import Features
+from ldm.metrics.comparison import compared, each, frechet, read, true_features
+from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
 from ldm.metrics.prdc import nearest
 from ldm.metrics.scenes import Verdict, tally
-from ldm.metrics.sharing import Rows, joined, shared
+from ldm.metrics.sharing import Rows, joined
 from ldm.models.autoencoder import Autoencoder
 from ldm.pipeline import Pipeline, Recipe, Request
 
@@ -60,6 +60,12 @@ class Subject:
     device: torch.device
     settings: Mapping[str, Any] = field(default_factory=dict)  # in place of the model's own: cfg, steps, solver
 
+    @property
+    def captioned(self) -> bool:
+        """Whether the model reads texts that describe the picture; an edit's text describes what is done to another."""
+        reads = () if self.pipe is None or self.pipe.conditioner is None else self.pipe.conditioner.reads
+        return "caption" in reads and "source" not in reads
+
     def recipe(self, **settings: Any) -> Recipe:
         """How pictures are made, with these settings before all others."""
         assert self.pipe is not None
@@ -69,9 +75,15 @@ class Subject:
         """The features of the pictures themselves."""
         return true_features(self.features, source.data, source.indices, source.seed, source.about)  # type: ignore[arg-type]
 
-    def asks(self, source: Source) -> list[list[Ask]]:
-        """The source's samples in batches."""
-        return batches(source.data, source.indices)  # type: ignore[arg-type]
+    def measures(self, x: Tensor, y: Tensor) -> Rows:
+        """How close pictures are to those they should be, on the CPU."""
+        with torch.inference_mode():
+            found = measures(x.to(self.device), y.to(self.device), self.lpips)
+        return {name: values.cpu() for name, values in found.items()}
+
+    def each(self, source: Source, work: Callable[[Rows, list[Ask]], Rows], what: str) -> Rows:
+        """work(batch, asks) of the source's samples."""
+        return each(source.data, source.indices, source.seed, work, what)  # type: ignore[arg-type]
 
 
 def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disjoint: bool = False) -> Source:
@@ -96,16 +108,16 @@ def first_stage(subject: Subject, source: Source) -> dict[str, Any]:
     autoencoder = subject.autoencoder
     assert autoencoder is not None
 
-    def work(asks: list[Ask]) -> Rows:
+    def work(batch: Rows, asks: list[Ask]) -> Rows:
         """Of one batch, there and back."""
-        x = pictures.to_float(source.data.batch(asks, source.seed)["image"])  # (B, 3, H, W)
+        x = pictures.to_float(batch["image"])  # (B, 3, H, W)
         with torch.inference_mode():
-            y = autoencoder.decode(autoencoder.encode(x.to(subject.device))).float().cpu()
+            y = as_saved(autoencoder.decode(autoencoder.encode(x.to(subject.device))).cpu())
         pairs = [torch.cat(pair, 2) for pair in zip(x, y)] if asks[0].index == source.indices[0] else []
         shown = pictures.to_pil(torch.stack(pairs[:PAIRS])) if pairs else []
-        return measures(x, y, subject.lpips) | read(subject.features, y) | {"pictures": shown}
+        return subject.measures(x, y) | read(subject.features, y) | {"pictures": shown}
 
-    rows = shared(subject.asks(source), work, "reconstructions")
+    rows = subject.each(source, work, "reconstructions")
     found = compared(subject.true(source), rows, source.seed)
     means: dict[str, Any] = {name: estimate(rows[name]) for name in ("psnr", "ssim", "lpips") if name in rows}
     return {**means, **found, "pictures": rows["pictures"]}
@@ -126,19 +138,20 @@ def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) ->
     assert pipe is not None
     place = {index: number for number, index in enumerate(source.indices)}
 
-    def work(asks: list[Ask]) -> Rows:
+    def work(batch: Rows, asks: list[Ask]) -> Rows:
         """One batch."""
-        batch = source.data.batch(asks, source.seed)
         requests = requested(pipe, batch, [place[ask.index] for ask in asks], source.seed)
         made = pipe.images(requests, replace(recipe, inputs=told(pipe, batch)))
         x = torch.cat([pictures.to_tensor(image) for image in made])  # (B, 3, H, W)
         rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[asks[0].index])]}
         texts = [request.prompt for request in requests]
-        if source.scenes and any(texts):
-            rows |= {"prompts": texts, "verdicts": verdicts(made, texts)}
+        if subject.captioned:
+            rows["prompts"] = texts
+        if subject.captioned and source.scenes:
+            rows["verdicts"] = verdicts(made, texts)
         return rows if subject.clip is None else rows | {"clip": subject.clip(made, texts)}
 
-    return shared(subject.asks(source), work, "samples")
+    return subject.each(source, work, "samples")
 
 
 def requested(pipe: Pipeline, batch: Mapping[str, Any], numbers: Sequence[int], seed: int) -> list[Request]:
@@ -166,7 +179,9 @@ def samples(subject: Subject, source: Source) -> dict[str, Any]:
     if "clip" in rows:
         found["clip_score"] = estimate(rows["clip"])
     if "verdicts" in rows:
-        found |= {"alignment": shares(rows["verdicts"]), "prompts": rows["prompts"][: len(rows["pictures"])]}
+        found["alignment"] = shares(rows["verdicts"])
+    if "prompts" in rows:
+        found["prompts"] = rows["prompts"][: len(rows["pictures"])]
     return {**found, "pictures": rows["pictures"]}
 
 
@@ -190,7 +205,8 @@ def yardsticks(subject: Subject, source: Source, other: Source | None) -> dict[s
 def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[float, Image.Image]]:
     """Of each of made features (N, D) its distance to the nearest training picture, and that picture."""
     apart, where = nearest(made, subject.true(training)["vectors"])
-    images = [training.data.batch([Ask(0, training.indices[row], 0)], training.seed)["image"] for row in where.tolist()]
+    asks = [Ask(index, index, 0) for index in (training.indices[row] for row in where.tolist())]
+    images = [training.data.batch([ask], training.seed)["image"] for ask in asks]
     return list(zip(apart.tolist(), pictures.to_pil(pictures.to_float(torch.cat(images)))))
 
 
@@ -228,9 +244,8 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
     assert subject.pipe is not None
     pipe = subject.pipe
 
-    def work(asks: list[Ask]) -> Rows:
+    def work(batch: Rows, asks: list[Ask]) -> Rows:
         """Of one batch, by one network evaluation a step."""
-        batch = source.data.batch(asks, source.seed)
         generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), asks[0].index))
         x = pictures.to_float(batch["image"])
         requests = requested(pipe, batch, range(len(asks)), source.seed)
@@ -244,4 +259,4 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
         found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
         return {"bits": found.total.cpu()}
 
-    return estimate(shared(subject.asks(source), work, "bits per dimension")["bits"])
+    return estimate(subject.each(source, work, "bits per dimension")["bits"])

@@ -46,7 +46,7 @@ class JudgeFeatures:
     """The judge's own, which come along and know scenes; pictures are compared at 64 x 64."""
 
     def __init__(self) -> None:
-        self.name, self.resize = "judge", "64x64, area"
+        self.name, self.resize = "judge", "64x64, bilinear, antialiased"
         self.network = copy.deepcopy(pretrained.judge())  # that one stays where it is
         self.identity = f"judge {check_digest(pretrained.FOLDER / 'judge.safetensors')}"
 
@@ -90,7 +90,7 @@ class DINOv2Features:
         self.identity = f"dinov2 {file_hash(folder / 'model.safetensors')} {side}"
 
     def __call__(self, x: Tensor) -> Seen:
-        pixels = bicubic((x + 1) / 2, self.side)  # (B, 3, S, S)
+        pixels = bicubic((x + 1) / 2, self.side, white=1)  # (B, 3, S, S)
         mean, std = (numbers.to(x)[:, None, None] for numbers in (MEAN, STD))
         return Seen(self.network((pixels - mean) / std).last_hidden_state[:, 0])
 
@@ -100,9 +100,14 @@ def dinov2(folder: Path) -> Any:
     from transformers import Dinov2Model
 
     try:
-        found: nn.Module = Dinov2Model.from_pretrained(folder, local_files_only=True)
+        loaded: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError("features.weights: no DINOv2", str(folder), str(error).splitlines()[0]) from error
+    found, info = loaded
+    wrong = [str(name) for problem in info.values() for name in problem if "mask_token" not in str(name)]
+    if wrong:
+        got = f"{len(wrong)} tensors that do not fit, such as {wrong[0]}"
+        raise CheckpointError("features.weights: no DINOv2", str(folder), got)
     return found.eval().requires_grad_(False)
 
 
@@ -111,9 +116,9 @@ def as_saved(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def bicubic(x: Tensor, side: int) -> Tensor:
-    """Made so large or small without aliases."""
-    return F.interpolate(x, (side, side), mode="bicubic", antialias=True)
+def bicubic(x: Tensor, side: int, white: float = 255) -> Tensor:
+    """Made so large or small without aliases, and without what the kernel adds beyond black and white."""
+    return F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, white)
 
 
 def tensorflow(x: Tensor, side: int) -> Tensor:

@@ -22,6 +22,7 @@ NAMES = {
     "clip_score": "CLIP score",
 }
 RIGHT = "all attributes and relations right"
+FEW = "too few for more than an indication"
 
 
 class Table(NamedTuple):
@@ -58,7 +59,7 @@ def plots(found: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def distances(part: Mapping[str, Any]) -> Table:
     """All that a part was measured by."""
-    few = " (too few for more than an indication)" if part["indicative"] else ""
+    few = f" ({FEW})" if part["indicative"] else ""
     rows = [(NAMES[name], number(part[name])) for name in NAMES if name in part]
     return Table([f"{part['made']} pictures against {part['true']}{few}", ""], rows)
 
@@ -84,7 +85,8 @@ def steps(rows: Sequence[Mapping[str, Any]]) -> Table:
     body = [
         (row["solver"], str(row["steps"]), share(row["alignment"]["whole"]), number(row["frechet"])) for row in rows
     ]
-    return Table(["solver", "steps", RIGHT, NAMES["frechet"]], body)
+    few = f" ({FEW})" if any(row["indicative"] for row in rows) else ""
+    return Table(["solver", "steps", RIGHT, NAMES["frechet"] + few], body)
 
 
 def summed(alignment: Mapping[str, Mapping[str, tuple[int, int]]], name: str) -> tuple[int, int]:
@@ -118,7 +120,8 @@ def by_guidance(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     right = {"": [(row["cfg"], 100 * whole(row)) for row in rows]}
     yield "guidance_alignment", plot("Right in everything, by guidance", "cfg", "%", right)
     apart = {"": [(row["cfg"], row["frechet"]) for row in rows]}
-    yield "guidance_distance", plot("Frechet distance, by guidance", "cfg", "", apart)
+    title = f"Frechet distance of {rows[0]['made']} pictures, by guidance"
+    yield "guidance_distance", plot(title, "cfg", "", apart)
     if all("recall" in row for row in rows):
         lines = {name: [(row["cfg"], row[name]) for row in rows] for name in ("precision", "recall", "coverage")}
         yield "guidance_diversity", plot("What guidance gains and loses", "cfg", "", lines)
@@ -130,4 +133,5 @@ def by_steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     right = {name: [(row["steps"], 100 * whole(row)) for row in rows if row["solver"] == name] for name in solvers}
     yield "steps_alignment", plot("Right in everything, %, by steps", "steps", "", right, log=True)
     apart = {name: [(row["steps"], row["frechet"]) for row in rows if row["solver"] == name] for name in solvers}
-    yield "steps_distance", plot("Frechet distance, by steps", "steps", "", apart, log=True)
+    title = f"Frechet distance of {rows[0]['made']} pictures, by steps"
+    yield "steps_distance", plot(title, "steps", "", apart, log=True)

@@ -21,9 +21,9 @@ class Estimate(NamedTuple):
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MOST, seed: int = 0) -> Estimate:
     """The squared MMD of (N, D) and (M, D) under (x y / D + 1)^3, averaged over keyed subsets."""
-    size = min(size, len(a), len(b))
+    size = min(size, len(a) // 2, len(b) // 2)  # a whole set in each would differ from nothing
     if size < 2:
-        raise ValueError(f"features: too few for a kernel distance; got {size}; expected 2 or more")
+        raise ValueError(f"features: too few for a kernel distance; got {min(len(a), len(b))}; expected 4 or more")
     found = []
     for trial in range(subsets):
         generator = torch.Generator().manual_seed(mix32(seed, trial))

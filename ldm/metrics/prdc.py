@@ -44,10 +44,12 @@ def radii(x: Tensor, k: int) -> Tensor:
 
 
 def distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of (N, M) at a time: differences rather than products, which lose what is near."""
+    """Some rows of (N, M) at a time; by products, which in float64 lose nothing that counts here."""
+    middle = y.double().mean(0)  # so that they are as small as can be
+    x, y = x.double() - middle, y.double() - middle
     for start in range(0, len(x), ROWS):
         part = slice(start, start + ROWS)
-        yield part, torch.cdist(x[part].double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        yield part, torch.cdist(x[part], y, compute_mode="use_mm_for_euclid_dist")
 
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,23 +19,42 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def ranks() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def shared(batches: Sequence[T], work: Callable[[T], Rows], what: str) -> Rows:
     """work(batch) of all batches, joined; `what` names the bar that the first process shows."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    mine = range(rank(), len(batches), ranks)
+    mine = range(rank(), len(batches), ranks())
     quiet = None if rank() == 0 else True
     done = {number: work(batches[number]) for number in tqdm(mine, desc=what, disable=quiet, leave=False)}
-    if ranks > 1:
-        done = {number: rows for part in gathered(done, ranks) for number, rows in part.items()}
+    if ranks() > 1:
+        done = {number: rows for part in gathered(done) for number, rows in part.items()}
     found = [done[number] for number in range(len(batches))]
     return {name: joined([rows[name] for rows in found]) for name in found[0]} if found else {}
 
 
-def gathered(done: dict[int, Rows], ranks: int) -> list[dict[int, Rows]]:
-    """What every process did."""
+def told(value: T) -> T:
+    """What the first process has, on all of them."""
+    if ranks() == 1:
+        return value
+    together()
+    values: list[Any] = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def together() -> None:
+    """Let the processes find one another, once."""
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")
-    parts: list[Any] = [None] * ranks
+
+
+def gathered(done: dict[int, Rows]) -> list[dict[int, Rows]]:
+    """What every process did."""
+    together()
+    parts: list[Any] = [None] * ranks()
     distributed.all_gather_object(parts, done)
     return parts
 

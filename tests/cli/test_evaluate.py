@@ -39,7 +39,7 @@ def test_the_shipped_model_gets_a_page(tmp_path, capsys):
         assert f"{part}: " in printed
     assert found["about"]["checkpoint"]["sha256"] == checkpoint.open(SHIPPED).hash
     assert found["about"]["sampling"]["steps"] == 2
-    assert found["about"]["features"]["resize"] == "64x64, area"
+    assert found["about"]["features"]["resize"] == "64x64, bilinear, antialiased"
     assert found["samples"]["made"] == found["samples"]["true"] == 12
     assert found["samples"]["indicative"] is True  # twelve pictures are few
     assert found["yardsticks"]["two true sets"] > 0
@@ -71,7 +71,7 @@ def test_a_first_stage_alone_is_measured_by_hand(tmp_path):
     size = 1_000_000
     x = to_float(render(draw(1, [i * size // 4 for i in range(4)], "validation"), 64)["image"])
     autoencoder = autoencoder_of(config["autoencoder"], state)
-    y = autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1)
+    y = ((autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     assert found["first_stage"]["psnr"]["mean"] == pytest.approx(psnr(x, y).mean().item(), abs=1e-3)
     assert found["first_stage"]["frechet"] > 0
     assert "samples" not in found
@@ -122,6 +122,10 @@ def test_a_model_of_pixels_has_a_bound(tmp_path):
         (["features={type: dinov2, weights: nowhere}"], "error: features.weights: no such model (nowhere)"),
         (["clip={model: ViT-B-32, weights: nowhere.pt}"], "error: clip.weights: no such file (nowhere.pt)"),
         (["bound=2"], "error: bound: this model has none (command line); got latents; expected a model of pixels on a"),
+        (["cfg=[]"], "error: cfg: none given (command line); expected one or more"),
+        (["bound=1"], "error: bound: one picture says nothing (command line); got 1"),
+        (["--only", "bound"], "error: nothing to measure (--only); got bound; expected one that this model has: "),
+        (["samples=9", "data={type: images, root: photos, resolution: 64, batch_size: 2}", "prompts=0"], "error: "),
         (["--sampler", "fast"], "error: --sampler: unknown"),
         (["--ckpt", "nowhere.safetensors"], "error: "),
     ],

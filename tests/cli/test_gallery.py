@@ -14,9 +14,17 @@ from ldm.cli.contact_sheet import WIDTH
 
 FEW = ["prompts=[a green cone, a red ball]", "cfg=[1, 4]", "solvers=[ddim]", "steps=[1, 2]", "seed=7"]
 COUNTS = {"count": [1, 2], "whole": [1, 2]}
-ROW = {"alignment": {"one object": COUNTS, "two objects": {"count": [2, 2], "whole": [0, 2]}}, "frechet": 1.5}
+ROW: dict = {
+    "made": 4,
+    "indicative": True,
+    "alignment": {"one object": COUNTS, "two objects": {"count": [2, 2], "whole": [0, 2]}},
+    "frechet": 1.5,
+}
 FOUND = {
-    "about": {"checkpoint": {"file": "x.safetensors", "sha256": "ab"}, "sampling": {"solver": {"type": "ddim"}}},
+    "about": {
+        "checkpoint": {"file": "x.safetensors", "sha256": "ab"},
+        "sampling": {"solver": {"type": "ddim"}, "steps": 7},
+    },
     "settings": {},
     "samples": {"made": 9, "true": 8, "frechet": 2.0, "indicative": True},
     "yardsticks": {"two true sets": 0.5},

@@ -72,6 +72,11 @@ def test_the_inception_score_is_torch_fidelitys_and_has_two_ends():
     assert inception_score(torch.eye(12).repeat(10, 1) * 1000, 1).mean == pytest.approx(12)
 
 
+def test_classes_that_come_one_by_one_are_mixed_first():
+    logits = torch.eye(100).repeat_interleave(10, 0) * 1000
+    assert inception_score(logits).mean > 50  # each tenth of them alone has ten classes
+
+
 def test_the_nearest_is_found():
     x, y = features(7), features(50, seed=1)
     apart, where = nearest(x, y)
@@ -83,7 +88,10 @@ def test_the_nearest_is_found():
     ("measure", "words"),
     [
         (lambda: prdc(features(3), features(9), 3), "features: too few for 3 neighbours; got 3; expected 4 or more"),
-        (lambda: kernel_distance(features(1), features(9)), "features: too few for a kernel distance; got 1"),
+        (
+            lambda: kernel_distance(features(1), features(9)),
+            "features: too few for a kernel distance; got 1; expected 4",
+        ),
         (lambda: inception_score(features(3)), "logits: too few for 10 parts; got 3"),
     ],
 )

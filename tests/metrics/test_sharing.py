@@ -10,6 +10,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TRUE = """
+import json, os, sys, torch
+from ldm.data.scenes import Scenes
+from ldm.metrics.comparison import true_features
+from ldm.metrics.features import JudgeFeatures
+os.environ["XDG_CACHE_HOME"] = sys.argv[1] + os.environ["RANK"] * (sys.argv[2] == "apart")
+torch.set_num_threads(1)
+features, data = JudgeFeatures(), Scenes(resolution=64, batch_size=2, size=100, workers=0)
+sums = [true_features(features, data, range(k, k + 5), 0, {})["vectors"].double().sum().item() for k in (0, 5, 0)]
+print(json.dumps(sums))
+"""
 WORK = """
 import json, torch
 from ldm.metrics.sharing import rank, shared
@@ -22,21 +33,34 @@ print(json.dumps({"mine": mine, "x": rows["x"].tolist(), "words": rows["words"]}
 """
 
 
-def test_two_processes_find_what_one_finds():
+def run(code: str, ranks: int, *words: str) -> list:
+    """What each of so many processes prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    found = {}
-    for ranks in (1, 2):
-        many = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", WORK], env={**os.environ, **many, "RANK": str(i)}, stdout=subprocess.PIPE
-            )
-            for i in range(ranks)
-        ]
-        found[ranks] = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
-        assert all(process.returncode == 0 for process in processes)
+    many = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            env={**os.environ, **many, "RANK": str(i)},
+            stdout=subprocess.PIPE,
+        )
+        for i in range(ranks)
+    ]
+    found = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    return found
+
+
+def test_features_are_those_of_one_process_where_only_one_has_kept_some(tmp_path):
+    """On nodes with folders of their own, the first one's decides."""
+    alone = run(TRUE, 1, str(tmp_path / "cache"), "apart")[0]  # the first process's folder is filled now
+    assert run(TRUE, 2, str(tmp_path / "cache"), "apart") == [alone, alone]
+    assert run(TRUE, 2, str(tmp_path / "fresh"), "together") == [alone, alone]
+
+
+def test_two_processes_find_what_one_finds():
+    found = {ranks: run(WORK, ranks) for ranks in (1, 2)}
     assert [each.pop("mine") for each in found[2]] == [[1, 3, 5], [2, 4]]
     assert found[1][0].pop("mine") == [1, 2, 3, 4, 5]
     assert found[2][0] == found[2][1] == found[1][0]
