@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,10 @@ CODES = {"sigterm": 143, "sigint": 130}
 class Run(Callback):
     """A run directory's side of training: where it begins, what it writes, when it ends and with which exit status."""
 
-    def __init__(self, folder: Path, main: bool, stop: dict[str, float], begun: Found | None):
-        self.folder, self.stop, self.code, self.begun = folder, stop, 0, begun
+    def __init__(
+        self, folder: Path, main: bool, stop: dict[str, float], begun: Found | None, remember: Callable[[], None]
+    ):
+        self.folder, self.stop, self.code, self.begun, self.remember = folder, stop, 0, begun, remember
         self.logs = Logs(folder) if main else None
 
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -39,7 +41,7 @@ class Run(Callback):
             checkpointing.restore(*found, stage)
         utilisation = Utilisation.of(stage)
         with self.explained():
-            by_first(partial(self.begin_logs, stage, utilisation), stage.spread)
+            by_first(partial(self.begin, stage, utilisation), stage.spread)
         if stage.step >= stage.plan.steps:
             trainer.should_stop = True
 
@@ -107,9 +109,10 @@ class Run(Callback):
             self.code = CODES[asked[0]] if asked and not ended else 0
             trainer.should_stop = True
 
-    def begin_logs(self, stage: Stage, utilisation: Utilisation) -> None:
-        """Those of the first process."""
+    def begin(self, stage: Stage, utilisation: Utilisation) -> None:
+        """The first process's files, now that all agree on where the run stands."""
         if self.logs:
+            self.remember()
             self.logs.begin(stage, stage.images_seen, utilisation)
 
     def add_row(self, stage: Stage) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, distributed
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
 from ldm.errors import CheckpointError, DivergedError
-from ldm.training.ranks import by_first, gathered
+from ldm.training.ranks import among_others, by_first, gathered, together
 from ldm.training.stage import Stage
 from ldm.training.statistics import Spread
 
@@ -67,7 +67,17 @@ def data_of(stage: Stage) -> dict[str, Any]:
     return {"samples": len(stage.data), "data": getattr(stage.data, "digest", None)}
 
 
-def newest(run: Path, known: Found | None = None) -> Found | None:
+def newest(run: Path) -> Found | None:
+    """The newest whole checkpoint; where others may wait for this process, `agreed` says that none can be read."""
+    try:
+        return readable(run)
+    except CheckpointError:
+        if among_others():
+            return None
+        raise
+
+
+def readable(run: Path, known: Found | None = None) -> Found | None:
     """The newest checkpoint that is whole; one that was never finished is none, one that is known is not read again.
 
     Damaged ones are passed over with a warning, but where all are damaged nobody begins anew on top of them.
@@ -92,7 +102,7 @@ def newest(run: Path, known: Found | None = None) -> Found | None:
 
 def agreed(run: Path, known: Found | None, spread: Spread) -> Found | None:
     """The newest whole checkpoint, where every rank finds the same one; every rank calls, and all fail together."""
-    found = newest(run, known)
+    found = together(partial(readable, run, known), spread)
     here = f"step {found[1]['step']} with sha256 {found[1]['sha256'][STATE]:.10}" if found else "none"
     everyone = gathered(here, spread)
     for rank, there in enumerate(everyone):
@@ -199,7 +209,7 @@ def incomplete(error: Exception, run: Path) -> CheckpointError:
     """What to say when a checkpoint cannot be written: why, and what there is."""
     last = None
     with contextlib.suppress(CheckpointError):
-        last = newest(run)
+        last = readable(run)
     kept = f"the last whole checkpoint is {last[0]}" if last else "there is no checkpoint before it"
     what = str(error) if isinstance(error, CheckpointError) else f"cannot be written ({run}); got {error}"
     return CheckpointError(f"{what}; {kept}", hint="making room there and the same command again")

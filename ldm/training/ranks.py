@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,12 @@ from ldm.errors import CheckpointError
 from ldm.training.statistics import Spread
 
 T = TypeVar("T")
+NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # what launchers number processes by
+
+
+def among_others() -> bool:
+    """Whether a launcher started this process, so that others may wait for it."""
+    return any(name in os.environ for name in NUMBERS)
 
 
 def gathered(said: T, spread: Spread) -> list[T]:
@@ -19,6 +26,21 @@ def gathered(said: T, spread: Spread) -> list[T]:
     if spread.ranks > 1:
         distributed.all_gather_object(everyone, said)
     return everyone
+
+
+def together(find: Callable[[], T], spread: Spread) -> T:
+    """What each process finds; where some cannot, all say why the first of them could not; every rank calls."""
+    found: list[T] = []
+    failure = ""
+    try:
+        found = [find()]
+    except CheckpointError as error:
+        failure = str(error)
+    failures = gathered(failure, spread)
+    for rank, text in enumerate(failures):
+        if text:
+            raise CheckpointError(text if spread.ranks == 1 else f"process {rank}: {text}")
+    return found[0]
 
 
 def by_first(write: Callable[[], None], spread: Spread) -> None:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ldm.training import checkpointing
 from ldm.training.building import LOCAL
 from ldm.training.callbacks import CODES, Run
 from ldm.training.checkpointing import Found
+from ldm.training.ranks import NUMBERS
 from ldm.training.stage import Stage
 
 # what may change between two runs in one folder: where and how long, never what is learned from what in which order
@@ -40,15 +42,19 @@ def train(stage: Stage, config: dict[str, Any], folder: Path, begun: Found | Non
     with claimed(folder) if main else unclaimed():
         if main:
             checkpointing.clear(folder)
-            with replacing(folder / CONFIG) as target:
-                target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
-        callback = Run(folder, main, stage.stop, begun)
+        callback = Run(folder, main, stage.stop, begun, partial(remember, config, folder))
         with callback.listening():
             try:
                 stage.plan.trainer([callback], stage.unused).fit(stage)
             except SystemExit:  # Lightning's, at a second Ctrl-C
                 return CODES["sigint"] if stage.stop["sigint"] else 1
     return callback.code
+
+
+def remember(config: dict[str, Any], folder: Path) -> None:
+    """Write down the whole configuration of a run."""
+    with replacing(folder / CONFIG) as target:
+        target.write("".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()).encode())
 
 
 def check(stage: Stage, config: dict[str, Any], folder: Path, begun: Found | None) -> None:
@@ -70,7 +76,7 @@ def existing(folder: Path) -> Path:
 
 def is_main() -> bool:
     """Whether this is the process that writes, however processes were started."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+    return all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
 
 
 @contextmanager

@@ -165,6 +165,25 @@ def test_processes_that_find_different_checkpoints_do_not_begin(damaged, there, 
     assert manifest(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("broken", ["run", "other"])
+def test_where_one_process_can_read_no_checkpoint_none_begins(broken, tmp_path, capsys):
+    """Nor waits for it; all say the same."""
+    argvs = [command(tmp_path / name, "trainer.steps=12", "trainer.devices=2") for name in ("run", "other")]
+    assert main([*argvs[0][:-1], "trainer.steps=10", "trainer.devices=1"]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    files_before = {file: file.read_bytes() for name in ("run", "other") for file in (tmp_path / name).glob("*.*")}
+    for step in (5, 10):
+        damage(tmp_path / broken, step)
+    statuses = wait(started(argvs))
+    assert statuses == [4, 4], [(tmp_path / f"{name}.log").read_text() for name in ("run", "other")]
+    errors = {(tmp_path / f"{name}.log").read_text().splitlines()[-1] for name in ("run", "other")}
+    rank = ("run", "other").index(broken)
+    got = f"process {rank}: no checkpoint can be read ({tmp_path / broken}); got 00000010, 00000005; expected"
+    assert len(errors) == 1
+    assert errors.pop().startswith(f"error: {got}")
+    assert {file: file.read_bytes() for file in files_before} == files_before
+
+
 @pytest.mark.filterwarnings("ignore:.*is damaged and passed over")
 def test_nothing_begins_anew_on_top_of_what_cannot_be_read(tmp_path, capsys):
     argv = command(tmp_path / "run")
