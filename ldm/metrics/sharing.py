@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -49,6 +50,7 @@ def together() -> None:
     """Let the processes find one another, once."""
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # or its threads may outlive the interpreter, and abort
 
 
 def gathered(done: dict[int, Rows]) -> list[dict[int, Rows]]:
