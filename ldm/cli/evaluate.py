@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
@@ -107,7 +106,7 @@ def check(config: Config) -> None:
             raise config.source.error(f"{key}: none given", key, expected="one or more")
     if config["bound"] == 1:
         raise config.source.error("bound: one picture says nothing", "bound", got="1", expected="0, or 2 and more")
-    if any(count < 1 for count in config["steps"]) or not all(math.isfinite(cfg) for cfg in config["cfg"]):
+    if any(count < 1 for count in config["steps"]):
         raise config.source.error("steps: out of range", "steps", expected="at least 1 each")
     if config["nearest"] and not config["training"]:
         raise config.source.error("nearest: no `training` to look in", "nearest", hint="nearest=0")
@@ -201,7 +200,7 @@ def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[t
         half = kinds(config, -(-config["prompts"] // 2))
         yield "steps", list(evaluation.by_steps(subject, half, config["solvers"], config["steps"]))
     if config["bound"] and "bound" in wanted:
-        few = evaluation.spread_source(source.data, source.about, config["bound"], source.seed)  # type: ignore[arg-type]
+        few = evaluation.spread_source(source.data, source.about, config["bound"], source.seed)
         yield "bound", evaluation.bound(subject, few)
 
 

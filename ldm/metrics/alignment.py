@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.checkpoint.pretrained import judge
@@ -22,8 +23,8 @@ BATCH, SEED = 100, 1  # pictures read at once; of the scenes that prompts speak 
 class Asked:
     """The first scenes of a split that have so many objects, or any number, as a source of pictures with captions."""
 
-    buckets = groups = None
-    batch_size, workers = 50, 0
+    buckets: NDArray | None = None
+    groups: NDArray | None = None
 
     def __init__(
         self, count: int, objects: int | None = None, split: str = "validation", seed: int = SEED, resolution: int = 64
@@ -37,20 +38,17 @@ class Asked:
             start += block
         self.table = draw(seed, found[:count], split)
         self.captions = captions(self.table, seed, found[:count])
-        self.resolution, self.about = resolution, {"asked": count, "objects": objects, "split": split, "seed": seed}
+        self.batch_size, self.workers = 50, 0
+        self.sizes: Sequence[tuple[int, int]] = [(resolution, resolution)]  # (H, W)
+        self.about = {"asked": count, "objects": objects, "split": split, "seed": seed, "resolution": resolution}
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of the pictures."""
-        return [(self.resolution, self.resolution)]
-
     def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
         """True renders of these with their captions."""
         rows = np.array([ask.index for ask in asks])
-        made = render(self.table[rows], self.resolution)
+        made = render(self.table[rows], self.sizes[0][0])
         return {"image": made["image"], "caption": [self.captions[row] for row in rows.tolist()]}
 
 

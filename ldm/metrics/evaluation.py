@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[int | None, str]] = {
 class Source:
     """Pictures to be compared with: what they are, which of them, and whether they are scenes that captions tell of."""
 
-    data: Data | Asked
+    data: Data
     about: dict[str, Any]
     indices: Sequence[int]
     scenes: bool
@@ -73,7 +73,7 @@ class Subject:
 
     def true(self, source: Source) -> Rows:
         """The features of the pictures themselves."""
-        return true_features(self.features, source.data, source.indices, source.seed, source.about)  # type: ignore[arg-type]
+        return true_features(self.features, source.data, source.indices, source.seed, source.about)
 
     def measures(self, x: Tensor, y: Tensor) -> Rows:
         """How close pictures are to those they should be, on the CPU."""
@@ -83,7 +83,7 @@ class Subject:
 
     def each(self, source: Source, work: Callable[[Rows, list[Ask]], Rows], what: str) -> Rows:
         """work(batch, asks) of the source's samples."""
-        return each(source.data, source.indices, source.seed, work, what)  # type: ignore[arg-type]
+        return each(source.data, source.indices, source.seed, work, what)
 
 
 def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disjoint: bool = False) -> Source:
@@ -97,7 +97,7 @@ def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disj
 def asked_source(count: int, kind: tuple[int | None, str], seed: int, resolution: int) -> Source:
     """Scenes of one kind, from their first."""
     asked = Asked(count, *kind, seed, resolution)
-    return Source(asked, {**asked.about, "resolution": resolution}, range(count), True, seed)
+    return Source(asked, asked.about, range(count), True, seed)
 
 
 # ------------------------------------------------------------------------------------------------ first stage
