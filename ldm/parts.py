@@ -84,6 +84,7 @@ TABLES: dict[str, dict[str, str] | str] = {
     "discriminator": "ldm.models.discriminator:PatchDiscriminator",
     "optimizer": {
         "adamw": "ldm.training.optimizers:adamw",
+        "muon": "ldm.training.muon:Muon",
         "sgd": "ldm.training.optimizers:sgd",
     },
     "schedule": {

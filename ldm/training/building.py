@@ -88,6 +88,9 @@ def settings(config: Config) -> dict[str, Any]:
 
 def optimizer(config: Config, key: str) -> Any:
     """The maker of an optimiser, tried once."""
+    if config[key]["type"] == "muon" and config["trainer"].get("strategy") == "fsdp2":
+        what, hint = f"{key}: muon needs whole matrices", f"{key}.type=adamw"
+        raise config.source.error(what, key, got="parts of them (trainer.strategy fsdp2)", expected="ddp", hint=hint)
     return tried(config, key, [torch.zeros(1, requires_grad=True)])
 
 

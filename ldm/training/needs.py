@@ -58,7 +58,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def remembered(stage: Stage) -> float:
     """How many bytes an optimiser keeps for one of a weight."""
-    p = torch.zeros(10_000, requires_grad=True)
+    p = torch.zeros(100, 100, requires_grad=True)
     p.grad = torch.zeros_like(p)
     optimizer = stage.make_optimizer([p])
     optimizer.step()

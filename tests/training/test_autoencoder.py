@@ -316,6 +316,8 @@ def test_codes_come_back_alike_on_two_processes_that_stop_in_between(tmp_path):
         (["seed=-1"], "seed: out of range"),
         (["discriminator.in_channels=3"], "discriminator.in_channels: is set by the data"),
         ([*VQ, "trainer.devices=2", "trainer.strategy=fsdp2"], "a codebook is not sharded"),
+        (["optimizer={type: muon, lr: 1}", "trainer.strategy=fsdp2"], "optimizer: muon needs whole matrices"),
+        (["optimizer={type: muon, lr: 1, betas: [1, 1]}"], "optimizer.betas"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(overrides, words, tmp_path, capsys):
