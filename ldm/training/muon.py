@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.training.optimizers import check_rate
+from ldm.training.optimizers import check_rate, checked
 
 THIN = 16  # a matrix with fewer rows or columns is one that begins or ends a network
 ROOM = 2**24  # numbers that are made orthogonal at a time
@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
         kinds: tuple[list[Tensor], list[Tensor]] = [], []
         for p in parameters:
             kinds[is_matrix(p)].append(p)
-        rest = [{"params": kinds[0]}]
-        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        rest, pair = [{"params": kinds[0]}], checked(betas)
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=pair, weight_decay=weight_decay, fused=True)
         first = {"params": kinds[1], "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__([first, *self.adamw.param_groups], {})
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]  # one memory, and one rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019); with weight_decay 0 it is Adam."""
     check_rate(lr, weight_decay)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: out of range; got {list(betas)}; expected two of 0 <= beta < 1; try [0.9, 0.999]")
     if eps <= 0:
         raise ValueError(f"eps: out of range; got {eps}; expected > 0; try 1e-8")
-    betas = (betas[0], betas[1])
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    pair = checked(betas)
+    return torch.optim.AdamW(parameters, lr=lr, betas=pair, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def sgd(
@@ -60,6 +58,13 @@ def check_rate(lr: float, weight_decay: float) -> None:
         raise ValueError(f"lr: never negative; got {lr}; expected >= 0; try 1e-4")
     if weight_decay < 0:
         raise ValueError(f"weight_decay: never negative; got {weight_decay}; expected >= 0; try 0.01")
+
+
+def checked(betas: Sequence[float]) -> tuple[float, float]:
+    """Adam's two, or an error."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: out of range; got {list(betas)}; expected two of 0 <= beta < 1; try [0.9, 0.999]")
+    return betas[0], betas[1]
 
 
 def check_warmup(warmup: int) -> None:

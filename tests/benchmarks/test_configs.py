@@ -19,7 +19,12 @@ PAGE = (Path(__file__).parent.parent.parent / "docs/configs.md").read_text(encod
 @pytest.fixture
 def scenes():
     """The small first stage without memory."""
-    stage = first_stage(ROOT / "autoencoder/scenes.yaml")
+    return stage_of("scenes")
+
+
+def stage_of(name):
+    """A first stage that takes no memory."""
+    stage = first_stage(ROOT / f"autoencoder/{name}.yaml")
     stage.trainer = stage.plan.trainer([], stage.unused)
     return stage
 
@@ -37,12 +42,15 @@ def test_operations_are_those_of_a_real_stage(scenes):
     assert counts == sorted(set(counts))
 
 
-def test_bytes_are_weights_gradients_two_moments_and_the_average(scenes):
-    cost = cost_of(scenes)
-    numbers = {name: sum(p.numel() for _, p in group) for name, group in scenes.groups().items()}
+@pytest.mark.parametrize(("name", "moments"), [("scenes", 1), ("kl_f4", 2)])
+def test_bytes_are_weights_gradients_moments_and_the_average(name, moments):
+    """Muon has one moment, AdamW two."""
+    stage = stage_of(name)
+    cost = cost_of(stage)
+    numbers = {name: sum(p.numel() for _, p in group) for name, group in stage.groups().items()}
     assert cost.trained == sum(numbers.values())
-    learned = 3 * cost.trained + numbers[scenes.main]
-    assert cost.memory == size([*scenes.parameters(), *scenes.buffers()]) + 4 * learned
+    learned = (1 + moments) * cost.trained + numbers[stage.main]
+    assert cost.memory == size([*stage.parameters(), *stage.buffers()]) + 4 * learned
 
 
 def test_the_page_has_every_configuration(scenes):
