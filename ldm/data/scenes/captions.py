@@ -49,18 +49,20 @@ def caption(scene: Scene, seed: int, index: int) -> str:
     return captions(Table.of([scene]), seed, [index])[0]
 
 
-def captions(table: Table, seed: int, indices: Sequence[int]) -> list[str]:
-    """Those of many scenes at once."""
-    numbers = uniforms(stream(seed, "captions"), np.asarray(indices, dtype=np.int64), 0, SLOTS).tolist()
+def captions(table: Table, seed: int, indices: Sequence[int], complete: float = 0.0) -> list[str]:
+    """Those of many scenes at once; a share `complete` of them leaves no attribute out."""
+    rows = np.asarray(indices, dtype=np.int64)
+    numbers = uniforms(stream(seed, "captions"), rows, 0, SLOTS).tolist()
+    whole = (uniforms(stream(seed, "complete"), rows, 0, 1)[:, 0] < complete).tolist()
     seen: list[Seen] = [[] for _ in indices]
     for row, relation, i, j in np.argwhere(related(table)).tolist():
         seen[row].append((i, RELATIONS[relation], j))
-    return [_caption(*row) for row in zip(table.scenes(), seen, map(iter, numbers))]
+    return [_caption(*row) for row in zip(table.scenes(), seen, map(iter, numbers), whole)]
 
 
-def _caption(scene: Scene, seen: Seen, draw: Draw) -> str:
+def _caption(scene: Scene, seen: Seen, draw: Draw, whole: bool) -> str:
     objects = scene.objects
-    names = [f"{named(each, objects, draw)}" for each in objects]
+    names = [named(each, objects, draw, whole) for each in objects]
     names = [("an " if name[0] in "aeiou" else "a ") + name for name in names]
     if len(objects) == 1:
         text = one(ALONE, draw).format(*names)
@@ -86,11 +88,11 @@ def _related(names: list[str], seen: Seen, draw: Draw) -> str:
     return one(ways, draw)
 
 
-def named(thing: Object, among: Sequence[Object], draw: Draw) -> str:
-    """Some of its attributes, and all that tell it from the others: "large shiny red sphere"."""
+def named(thing: Object, among: Sequence[Object], draw: Draw, whole: bool = False) -> str:
+    """Some of its attributes, and all that tell it from the others, or the whole: "large shiny red sphere"."""
     fields = ("size", "material", "colour", "shape")
     shares = (SIZE_SAID, MATERIAL_SAID, COLOUR_SAID, SHAPE_SAID)
-    said = [field for field, share in zip(fields, shares) if next(draw) < share]
+    said = [field for field, share in zip(fields, shares) if next(draw) < share or whole]
     if any(other is not thing and all(getattr(other, f) == getattr(thing, f) for f in said) for other in among):
         said = list(fields)
     words = [spoken(getattr(thing, field), draw) for field in said]

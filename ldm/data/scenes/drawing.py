@@ -67,12 +67,12 @@ class Wanted(NamedTuple):
         return Wanted(self.triple[rows], self.stack[rows])
 
 
-def draw(seed: int, indices: Sequence[int] | Integers, split: str = "train") -> Table:
-    """The scenes of these indices; a split has a stream of its own."""
+def draw(seed: int, indices: Sequence[int] | Integers, split: str = "train", most: int = OBJECTS) -> Table:
+    """The scenes of these indices, `most` objects on each at most; a split has a stream of its own."""
     if split not in SPLITS:
         raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
     key, numbers = stream(seed, f"scenes {split}"), np.asarray(indices, dtype=np.int64)
-    table, wanted = _attributes(uniforms(key, numbers, 0, SLOTS), split == "held_out")
+    table, wanted = _attributes(uniforms(key, numbers, 0, SLOTS), split == "held_out", most)
     waiting, tried = np.arange(len(table)), 0
     while len(waiting):
         u = uniforms(key, numbers[waiting], SLOTS + tried * 2 * OBJECTS, TRIES * 2 * OBJECTS)
@@ -93,10 +93,10 @@ def scene(seed: int, index: int, split: str = "train") -> Scene:
     return draw(seed, [index], split).scenes()[0]
 
 
-def _attributes(u: Floats, held_out: bool) -> tuple[Table, Wanted]:
+def _attributes(u: Floats, held_out: bool, most: int) -> tuple[Table, Wanted]:
     """Everything but the places, from SLOTS uniform numbers of each scene."""
     rows = len(u)
-    count = 1 + (u[:, 0, None] >= COUNTS).sum(1)
+    count = np.minimum(1 + (u[:, 0, None] >= COUNTS).sum(1), most)
     triple = np.full(rows, -1)
     if held_out:  # half have a rare colour, half a rare relation
         triple = np.where(u[:, 1] < 0.5, -1, (u[:, 2] * len(TRIPLES)).astype(np.int64))

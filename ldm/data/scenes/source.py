@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.data.scenes.captions import FLOORS, captions
 from ldm.data.scenes.description import FLOORS as NAMES
-from ldm.data.scenes.description import Scene, Table
+from ldm.data.scenes.description import OBJECTS, Scene, Table
 from ldm.data.scenes.drawing import SPLITS, draw, uniforms
 from ldm.data.scenes.edits import edit
 from ldm.data.scenes.render import render
@@ -23,7 +23,9 @@ Addition = Literal["mask", "segmentation", "boxes", "depth", "normals", "edges",
 class Scenes:
     """An epoch of `size` scenes, drawn as they are asked for; `adds` are conditions that go with the pictures.
 
-    A share `bare` of them is a floor with nothing on it: a decoder that never saw one cannot paint it.
+    A share `bare` of them is a floor with nothing on it: a decoder that never saw one cannot paint it. A share
+    `complete` of the captions names every attribute: what is seldom said is read sooner. `objects` is the most that
+    stand on a table.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Scenes:
         size: int = 1_000_000,
         split: Literal["train", "validation", "held_out"] = "train",
         adds: Sequence[Addition] = (),
+        objects: int = OBJECTS,
         bare: float = 0.0,
+        complete: float = 0.0,
         workers: int = 2,
     ):
         for name, value in {"resolution": resolution, "batch_size": batch_size, "size": size}.items():
@@ -44,10 +48,15 @@ class Scenes:
             raise ValueError(f"workers: must not be negative; got {workers}")
         if split not in SPLITS:
             raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
-        if not 0 <= bare <= 1 or (bare and "source" in adds):
-            raise ValueError(f"bare: out of range; got {bare}; expected 0 to 1, and 0 where `source` is added")
+        for name, share in {"bare": bare, "complete": complete}.items():
+            if not 0 <= share <= 1 or (share and "source" in adds):
+                raise ValueError(f"{name}: out of range; got {share}; expected 0 to 1, and 0 where `source` is added")
+        if not 1 <= objects <= OBJECTS or (objects < OBJECTS and split == "held_out"):
+            expected = f"1 to {OBJECTS}, and {OBJECTS} where the split is held_out"
+            raise ValueError(f"objects: out of range; got {objects}; expected {expected}")
         self.resolution, self.batch_size, self.size, self.workers = resolution, batch_size, size, workers
-        self.split, self.adds, self.bare = split, tuple(adds), bare
+        self.split, self.adds, self.objects = split, tuple(adds), objects
+        self.bare, self.complete = bare, complete
         self.buckets, self.groups, self.sizes = None, None, [(resolution, resolution)]
 
     def __len__(self) -> int:
@@ -56,11 +65,11 @@ class Scenes:
     def batch(self, asks: Sequence[tuple[int, int, int]], seed: int) -> dict[str, Any]:
         """The samples asked for, each by its number in the stream, its index here, and its bucket."""
         numbers, indices, _ = zip(*asks)
-        table = draw(seed, indices, self.split)
+        table = draw(seed, indices, self.split, self.objects)
         if "source" in self.adds:
             made = self._edited(table.scenes(), seed, indices)
         else:
-            texts = captions(table, seed, indices)
+            texts = captions(table, seed, indices, self.complete)
             u = uniforms(stream(seed, "bare"), np.asarray(indices), 0, 1)[:, 0]  # (B,)
             for row in np.flatnonzero(u < self.bare).tolist():
                 table.clear(row)

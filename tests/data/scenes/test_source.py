@@ -7,8 +7,8 @@ import torch
 
 from ldm import parts
 from ldm.data.scenes import FLOORS as DESCRIBED
-from ldm.data.scenes import Scenes, captions, draw, edit, render
-from ldm.data.scenes.captions import FLOORS
+from ldm.data.scenes import MATERIALS, SIZES, Scenes, captions, draw, edit, render
+from ldm.data.scenes.captions import FLOORS, WORDS
 
 ASKS = [(100 + i, index, 0) for i, index in enumerate((5, 0, 9, 5))]
 
@@ -76,6 +76,33 @@ def test_some_floors_are_bare_whatever_the_batch():
     assert [some.batch([(0, i, 0)], 0)["caption"][0] for i in range(8)] == said[:8]
 
 
+def test_a_table_has_no_more_objects_than_asked_for():
+    asks = [(i, i, 0) for i in range(60)]
+    boxes = {
+        most: Scenes(resolution=8, batch_size=4, adds=["boxes"], objects=most).batch(asks, 0) for most in (1, 2, 3)
+    }
+    counts = {most: (batch["box_labels"] >= 0).sum(1) for most, batch in boxes.items()}
+    for most in (1, 2):
+        assert torch.equal(counts[most], counts[3].clamp(max=most))
+    assert set(counts[3].tolist()) == {1, 2, 3}
+    assert boxes[1]["caption"] == captions(draw(0, range(60), most=1), 0, range(60))
+
+
+def test_complete_captions_name_every_attribute_of_every_object():
+    some = Scenes(resolution=8, batch_size=4, complete=0.25)
+    asks = [(i, i, 0) for i in range(400)]
+    said, objects = some.batch(asks, 0)["caption"], [scene.objects for scene in draw(0, range(400)).scenes()]
+    words = [
+        dict.fromkeys([name], name) | {word: name for word in WORDS.get(name, ())} for name in (*SIZES, *MATERIALS)
+    ]
+    attribute = {word: name for each in words for word, name in each.items()}
+    told = [sorted(attribute[word] for word in text.split() if word in attribute) for text in said]
+    known = [sorted(word for thing in things for word in (thing.size, thing.material)) for things in objects]
+    assert 90 < sum(a == b for a, b in zip(told, known)) < 200  # by chance some of the others are complete, too
+    usual = Scenes(resolution=8, batch_size=4).batch(asks, 0)["caption"]
+    assert 70 < sum(a != b for a, b in zip(said, usual)) < 130
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +114,12 @@ def test_some_floors_are_bare_whatever_the_batch():
         (
             {"bare": 0.1, "adds": ["source"]},
             "bare: out of range; got 0.1; expected 0 to 1, and 0 where `source` is added",
+        ),
+        ({"complete": -0.1}, "complete: out of range; got -0.1; expected 0 to 1, and 0 where `source` is added"),
+        ({"objects": 0}, "objects: out of range; got 0; expected 1 to 3, and 3 where the split is held_out"),
+        (
+            {"objects": 2, "split": "held_out"},
+            "objects: out of range; got 2; expected 1 to 3, and 3 where the split is held_out",
         ),
         ({"split": "test"}, "split: unknown name; got test; expected one of train, validation, held_out"),
     ],
