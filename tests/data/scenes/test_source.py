@@ -89,18 +89,19 @@ def test_a_table_has_no_more_objects_than_asked_for():
 
 
 def test_complete_captions_name_every_attribute_of_every_object():
-    some = Scenes(resolution=8, batch_size=4, complete=0.25)
+    def attributes(words):
+        return sorted(name for name in (*SIZES, *MATERIALS) for word in words if word in (name, *WORDS.get(name, ())))
+
     asks = [(i, i, 0) for i in range(400)]
-    said, objects = some.batch(asks, 0)["caption"], [scene.objects for scene in draw(0, range(400)).scenes()]
-    words = [
-        dict.fromkeys([name], name) | {word: name for word in WORDS.get(name, ())} for name in (*SIZES, *MATERIALS)
-    ]
-    attribute = {word: name for each in words for word, name in each.items()}
-    told = [sorted(attribute[word] for word in text.split() if word in attribute) for text in said]
-    known = [sorted(word for thing in things for word in (thing.size, thing.material)) for things in objects]
-    assert 90 < sum(a == b for a, b in zip(told, known)) < 200  # by chance some of the others are complete, too
-    usual = Scenes(resolution=8, batch_size=4).batch(asks, 0)["caption"]
-    assert 70 < sum(a != b for a, b in zip(said, usual)) < 130
+    usual, some, whole = (
+        Scenes(resolution=8, batch_size=4, complete=c).batch(asks, 0)["caption"] for c in (0, 0.25, 1)
+    )
+    for scene, text in zip(draw(0, range(400)).scenes(), whole):
+        assert attributes(text.split()) == attributes(
+            [w for thing in scene.objects for w in (thing.size, thing.material)]
+        )
+    assert all(a in pair for a, *pair in zip(some, usual, whole))
+    assert 60 < sum(a != b for a, b in zip(some, usual)) < 120
 
 
 @pytest.mark.parametrize(
