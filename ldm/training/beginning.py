@@ -20,24 +20,27 @@ class Learned:
     prediction: Part
 
 
-def begin(model: Model, opened: Opened, fingerprint: str | None, where: str) -> None:
-    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint."""
+def begin(model: Model, opened: Opened, fingerprint: str | None, where: str, begun: bool) -> None:
+    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint.
+
+    If the run has `begun`, they are its own.
+    """
     if not opened.config.get("backbone"):
         raise CheckpointError("--init-from: no denoiser inside", where, opened.family, "a second stage")
-    check_same_latents(opened, fingerprint, where)
+    check_same_latents(opened, fingerprint, where, begun)
     load_weights(model.denoiser.backbone, opened.state, "backbone")
     inside = any(name.startswith("conditioner.") for name in (*opened.state, *opened.config.get("left_out", ())))
     if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
         assemble.fill_part(model.conditioner, opened, "conditioner")
 
 
-def check_same_latents(opened: Opened, fingerprint: str | None, where: str) -> None:
+def check_same_latents(opened: Opened, fingerprint: str | None, where: str, begun: bool) -> None:
     """Refuse a denoiser of another first stage's latents, or of pictures; who says nothing of it is believed."""
     own = opened.config.get("autoencoder")
     theirs = opened.config.get("fingerprint", networks.fingerprint(own, opened.state) if own else fingerprint)
     if theirs != fingerprint:
         got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
-        hint = f"autoencoder={where}" if own else ""
+        hint = "another --run" if begun else f"autoencoder={where}" if own else ""
         raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected, hint)
 
 

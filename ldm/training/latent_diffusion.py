@@ -210,7 +210,7 @@ def build(
     fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
     notes: list[str] = []
     if first := before or init_from:
-        begin(model, start := checkpoint.open(first), fingerprint, str(first))
+        begin(model, start := checkpoint.open(first), fingerprint, str(first), begun=before is not None)
         notes += differences(config, start, str(first))
     assemble.check_encoders(config, model.conditioner)
     found = sources(config, plan)

@@ -137,3 +137,5 @@ def test_a_published_file_is_believed_no_autoencoder_but_its_own(tmp_path, capsy
     line = capsys.readouterr().err
     assert line.startswith(f"error: autoencoder: not the one that the denoiser was trained with ({theirs}); got ")
     assert line.endswith(f"; try autoencoder={theirs}\n")
+    assert main(command(tmp_path / "same", SD[0], other, *begun)[:-1]) == 4
+    assert capsys.readouterr().err.endswith("; try another --run\n")
