@@ -48,6 +48,8 @@ def train(stage: Stage, config: dict[str, Any], folder: Path, begun: Found | Non
                 stage.plan.trainer([callback], stage.unused).fit(stage)
             except SystemExit:  # Lightning's, at a second Ctrl-C
                 return CODES["sigint"] if stage.stop["sigint"] else 1
+    if main and callback.code:
+        print(f"stopped: step {stage.step} is saved, and the same command goes on", flush=True)
     return callback.code
 
 

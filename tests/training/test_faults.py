@@ -37,7 +37,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, code, tmp_path):
     await_step(tmp_path / "run", 13, pid)
     os.kill(pid, number)
     assert wait([pid]) == [code]
-    assert 13 <= manifest(tmp_path / "run")["step"] == last_step(tmp_path / "run") < 25
+    assert 13 <= (step := manifest(tmp_path / "run")["step"]) == last_step(tmp_path / "run") < 25
+    assert f"stopped: step {step} is saved, and the same command goes on\n" in (tmp_path / "run.log").read_text()
     assert wait(start(broken)) == [0]
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     assert manifest(tmp_path / "run") == manifest(tmp_path / "straight")
