@@ -338,7 +338,7 @@ def load(
     path = SHIPPED if path is None else path
     opened = checkpoint.open(local(path), vae=None if vae is None else local(vae))
     if opened.config.get("backbone") is None:
-        raise CheckpointError("a first stage alone makes no pictures", str(path), opened.family, hint="it as --vae")
+        raise CheckpointError("a first stage alone makes no pictures", str(path), "an autoencoder", hint="it as --vae")
     config = assemble.configure(opened.config, str(path), overrides)
     channels = checkpoint.latents(opened)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):

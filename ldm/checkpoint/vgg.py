@@ -14,7 +14,7 @@ from ldm.checkpoint.rename import rename
 from ldm.errors import InputError
 from ldm.models.lpips import LPIPS, STAGES
 
-WITHOUT = "loss.perceptual: judge, or loss.perceptual_weight: 0"
+WITHOUT = "loss.perceptual=judge, or loss.perceptual_weight=0"
 
 
 def lpips(file: str | Path | None = None) -> LPIPS:
@@ -27,7 +27,7 @@ def lpips(file: str | Path | None = None) -> LPIPS:
 def trunk(file: Path) -> dict[str, Tensor]:
     """VGG16's convolutions in our names; the classifier stays in the file."""
     if not file.is_file():
-        hint = f"`ldm fetch vgg16`, loss.vgg: FILE, or without it {WITHOUT}"
+        hint = f"`ldm fetch vgg16`, loss.vgg=FILE, or without it {WITHOUT}"
         raise InputError("LPIPS needs the weights of VGG16", str(file), "no such file", KNOWN["vgg16"].file, hint)
     tensors = open_pickle(file) if is_pickle(file) else open_file(file)
     names = [name for name in tensors if name.startswith("features.")]

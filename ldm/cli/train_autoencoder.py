@@ -42,6 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
     begun = checkpointing.newest(folder)
     stage = autoencoder.build(config, arguments.init_from, begun is not None)
     if run.is_main():
-        print(run.summary(stage, folder, begun), flush=True)
         run.check(stage, config.values, folder, begun)
+        print(run.summary(stage, folder, begun), flush=True)
     return 0 if arguments.dry_run else run.train(stage, config.values, folder, begun)

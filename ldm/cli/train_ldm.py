@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
     begun = checkpointing.newest(folder)
     stage = latent_diffusion.build(config, opened, arguments.init_from, checkpointing.exported(folder, begun))
     if run.is_main():
-        print("\n".join([run.summary(stage, folder, begun), *latent_diffusion.notices(stage)]), flush=True)
         run.check(stage, config.values, folder, begun)
+        print("\n".join([run.summary(stage, folder, begun), *latent_diffusion.notices(stage)]), flush=True)
     return 0 if arguments.dry_run else run.train(stage, config.values, folder, begun)

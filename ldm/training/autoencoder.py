@@ -231,6 +231,9 @@ def prefixed(prefix: str, values: dict[str, Tensor], between: str = "/") -> dict
 def build(config: Config, init_from: str | None = None, begun: bool = False) -> AutoencoderStage:
     """The stage that a configuration describes, everything wrong with it found here; `begun` needs no first weights."""
     plan = config.build("trainer")
+    if config["train"] == "decoder" and not (init_from or begun):
+        hint = "--init-from CKPT"
+        raise config.source.error("train: a decoder alone needs an encoder that is trained", "train", hint=hint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(config["seed"], "init"))
         autoencoder = config.build("autoencoder")
@@ -246,9 +249,6 @@ def build(config: Config, init_from: str | None = None, begun: bool = False) -> 
             what, got = "sample_from: would put new codes in the place of trained ones", str(config["sample_from"])
             raise config.source.error(what, "sample_from", got=got, expected="0 with --init-from", hint="sample_from=0")
         load_weights(autoencoder, checkpoint.open(init_from).state, "autoencoder")
-    elif config["train"] == "decoder" and not begun:
-        hint = "--init-from CKPT"
-        raise config.source.error("train: a decoder alone needs an encoder that is trained", "train", hint=hint)
     found = sources(config, plan)
     for key, source in found.by_key():
         check_sizes(config, source, key, autoencoder, discriminator)

@@ -23,7 +23,7 @@ from ldm.pictures import to_float
 from ldm.training.stage import Stage
 from ldm.training.told import Told
 from ldm.training.trainer import Plan
-from ldm.training.trial import LEAST, State, Trial, Values, follow, learned, resumed, together, trial
+from ldm.training.trial import LEARNED, LEAST, State, Trial, Values, follow, learned, resumed, together, trial
 
 LOOKED_AT = 320  # samples
 FLAT = 0.02  # a channel's standard deviation, where pictures go from -1 to 1
@@ -256,4 +256,4 @@ def look_at_losses(report: Report, name: str) -> None:
     first, last = (statistics.mean(part) for part in (report.losses[:LEAST], report.losses[-LEAST:]))
     text = f"one batch: {name} from {first:.4g} to {last:.4g} in {len(report.losses)} steps"
     why = "it should fall by a fifth at least: the learning rate is too low or too high, or something is not connected"
-    report.say(text, last < FALL * first, why)
+    report.say(text, last < FALL * first, why if len(report.losses) >= LEARNED // 2 else "so few steps prove nothing")

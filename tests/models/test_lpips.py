@@ -109,7 +109,7 @@ def test_looks_where_fetch_puts_it_and_says_how_to_go_without(file, tmp_path, mo
         lpips()
     assert str(error.value) == (
         f"LPIPS needs the weights of VGG16 ({place}); got no such file; expected vgg16-397923af.pth; "
-        "try `ldm fetch vgg16`, loss.vgg: FILE, or without it loss.perceptual: judge, or loss.perceptual_weight: 0"
+        "try `ldm fetch vgg16`, loss.vgg=FILE, or without it loss.perceptual=judge, or loss.perceptual_weight=0"
     )
     place.parent.mkdir(parents=True)
     place.symlink_to(file)

@@ -365,6 +365,17 @@ def test_what_does_not_learn_is_warned_of(examined):
     assert report.losses[0] == pytest.approx(report.losses[-1], rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("steps", "why"), [(6, "so few steps prove nothing"), (60, "it should fall by a fifth at least")]
+)
+def test_a_loss_that_stays_says_more_after_many_steps(steps, why):
+    report = doctor.Report(plan=Plan(steps=1), batch_size=1, losses=[1.0] * steps)
+    doctor.look_at_losses(report, "loss")
+    (verdict,) = report.verdicts
+    assert verdict.kind == "warning"
+    assert why in verdict.text
+
+
 def test_the_batch_that_comes_again_is_the_first(config_of, monkeypatch):
     seen = []
     loss = AutoencoderStage.loss
