@@ -295,7 +295,7 @@ def test_bad_numbers(arguments, message):
 
 def test_lpips_without_its_file_is_refused_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"VGG16 .*/vgg16-397923af\.pth\).* loss\.perceptual: judge"):
+    with pytest.raises(InputError, match=r"VGG16 .*/vgg16-397923af\.pth\).* loss\.perceptual=judge"):
         Loss(penalty_weight=1e-6)
     assert Loss(penalty_weight=1e-6, perceptual_weight=0).perceptual is None
 
