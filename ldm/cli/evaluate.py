@@ -236,6 +236,7 @@ def kinds(config: Config, count: int) -> dict[str, Source]:
 
 def check_model(config: Config, subject: Subject, source: Source, wanted: Sequence[str]) -> None:
     """Refuse true pictures that do not fit the model, and measures that it cannot have, before any work."""
+    from ldm.data.completion import MADE
     from ldm.data.sampler import Ask
     from ldm.diffusion.path import Table
 
@@ -243,7 +244,7 @@ def check_model(config: Config, subject: Subject, source: Source, wanted: Sequen
     assert pipe is not None
     first = source.data.batch([Ask(source.indices[0], source.indices[0], 0)], source.seed)
     reads = () if pipe.conditioner is None else pipe.conditioner.reads
-    if lacking := [name for name in reads if name not in first]:
+    if lacking := [name for name in reads if name not in {*first, *MADE}]:
         what, expected = "data: lack what this model reads", "data with it"
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(first["caption"])):

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
+from ldm.data.completion import completed
 from ldm.data.loader import Data
 from ldm.data.sampler import Ask, spread
 from ldm.diffusion.bound import bits_per_dim
@@ -133,7 +134,7 @@ def estimate(values: Tensor) -> dict[str, float]:
 
 
 def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) -> Rows:
-    """What the model makes of a source's captions, labels and maps: features, verdicts, and the first pictures."""
+    """What the model makes of what a source says of its pictures: features, verdicts, and the first pictures."""
     pipe = subject.pipe
     assert pipe is not None
     place = {index: number for number, index in enumerate(source.indices)}
@@ -141,7 +142,7 @@ def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) ->
     def work(batch: Rows, asks: list[Ask]) -> Rows:
         """One batch."""
         requests = requested(pipe, batch, [place[ask.index] for ask in asks], source.seed)
-        made = pipe.images(requests, replace(recipe, inputs=told(pipe, batch)))
+        made = pipe.images(requests, informed(pipe, recipe, batch, source.seed))
         x = torch.cat([pictures.to_tensor(image) for image in made])  # (B, 3, H, W)
         rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[asks[0].index])]}
         texts = [request.prompt for request in requests]
@@ -163,11 +164,15 @@ def requested(pipe: Pipeline, batch: Mapping[str, Any], numbers: Sequence[int], 
     return [Request(text, "", label, seed) for text, label, seed in zip(texts, labels, seeds)]
 
 
-def told(pipe: Pipeline, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The maps and boxes that a model reads beside text and labels."""
-    reads = () if pipe.conditioner is None else pipe.conditioner.reads
-    names = [name for name in reads if name in batch and name not in ("caption", "label")]
-    return {name: pictures.to_float(batch[name]) if name == "image" else batch[name] for name in names}
+def informed(pipe: Pipeline, recipe: Recipe, batch: Mapping[str, Any], seed: int) -> Recipe:
+    """With what a model reads beside text and labels; what a mask leaves does not change."""
+    if pipe.conditioner is None:
+        return recipe
+    x0 = torch.empty(0, pipe.channels, recipe.height // pipe.factor, recipe.width // pipe.factor)
+    told = completed(batch, pipe.conditioner.reads, x0, seed)
+    asked = [name for name in pipe.conditioner.reads if name in told and name not in ("caption", "label")]
+    inputs = {name: told[name] for name in asked}
+    return replace(recipe, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
 
 
 def samples(subject: Subject, source: Source) -> dict[str, Any]:
@@ -249,7 +254,7 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
         generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), asks[0].index))
         x = pictures.to_float(batch["image"])
         requests = requested(pipe, batch, range(len(asks)), source.seed)
-        condition = pipe.condition(requests, replace(subject.recipe(), inputs=told(pipe, batch)))
+        condition = pipe.condition(requests, informed(pipe, subject.recipe(), batch, source.seed))
         learned = isinstance(pipe.denoiser.prediction, LearnedRange)
 
         def noise() -> Tensor:

@@ -19,6 +19,7 @@ from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import Text, text_in
 from ldm.config import Config
+from ldm.data.completion import MADE, completed
 from ldm.data.latents import Latents
 from ldm.data.sampler import grouped, spread
 from ldm.diffusion.path import Level
@@ -30,7 +31,6 @@ from ldm.pictures import to_float
 from ldm.training.beginning import begin, differences
 from ldm.training.building import Sources, check_divisible, check_seed, portable, settings, sources
 from ldm.training.by_level import ByLevel
-from ldm.training.conditions import MADE, completed
 from ldm.training.sampling import Samples
 from ldm.training.stage import Report, Stage, Turn, named
 from ldm.training.told import Told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,39 @@ def test_a_model_of_pixels_has_a_bound(tmp_path):
     bound = bits_per_dim(ldm.load(file).denoiser, x, lambda: torch.randn(x.shape)).total
     assert found["bound"]["mean"] == pytest.approx(bound.mean().item(), rel=0.05)
     assert found["bound"]["error"] > 0
+
+
+@pytest.mark.parametrize("name", ["inpainting", "super_resolution"])
+def test_what_a_model_is_told_beside_texts_is_made_from_the_pictures(name, tmp_path, monkeypatch):
+    """Masks and small pictures; what a mask leaves stays as it was, to the byte."""
+    unet = "backbone={type: unet, channels: 32, multipliers: [1], blocks: 1, heads: 1, attend: []}"
+    small = ["size=64", "data={type: scenes, resolution: 64, batch_size: 4, workers: 0}", "trainer.steps=1", unet]
+    words = ["--config", name, "--run-dir", str(tmp_path / "run"), f"autoencoder={SHIPPED}", *small]
+    assert main(["train-ldm", *words, "trainer.precision=32-true"]) == 0
+    recipes, made = [], []
+    images = ldm.Pipeline.images
+
+    def listened(pipe, requests, recipe, on_step=None):
+        recipes.append(recipe)
+        made.append(images(pipe, requests, recipe, on_step))
+        return made[-1]
+
+    monkeypatch.setattr(ldm.Pipeline, "images", listened)
+    file = str(tmp_path / "run" / "model.safetensors")
+    found = evaluate(tmp_path / "report", "--ckpt", file, "--only", "samples", "samples=4", "nearest=0", *QUICK)
+    assert found["samples"]["frechet"] > 0
+    (recipe,), (painted,) = recipes, made
+    true = render(draw(1, [i * 250_000 for i in range(4)], "validation"), 64)["image"]  # (4, 3, 64, 64) bytes
+    if name == "super_resolution":
+        small = torch.nn.functional.avg_pool2d(to_float(true), 4)
+        torch.testing.assert_close(recipe.inputs["low_resolution"], small)
+        return
+    mask = recipe.inputs["mask"] > 0  # (4, 1, 64, 64)
+    assert {bool(each.any()) for each in mask} == {True}
+    assert len({each.sum().item() for each in mask}) > 1  # each has its own
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in painted])
+    assert torch.equal(pixels.where(~mask, 0), true.where(~mask, 0))
+    assert not torch.equal(pixels, true)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from ldm.cli import main
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
 from ldm.conditioning.layout import Layout
+from ldm.data.completion import completed, rectangles
 from ldm.draws import draw, stream
 from ldm.training import latent_diffusion as stage_module
 from ldm.training.by_level import BINS, ByLevel
-from ldm.training.conditions import completed, rectangles
 from ldm.training.stage import SCALE, Stage
 from ldm.training.statistics import Spread
 from tests.training.killing import rows

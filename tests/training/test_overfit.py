@@ -10,9 +10,9 @@ from ldm import checkpoint
 from ldm.checkpoint import load_weights
 from ldm.checkpoint.networks import build_autoencoder
 from ldm.cli import main
+from ldm.data.completion import completed
 from ldm.data.sampler import Ask
 from ldm.pictures import to_float
-from ldm.training.conditions import completed
 from tests.checkpoint.made_up import make
 from tests.reduced import FILES, small, stage_of, words
 from tests.training import four

@@ -13,13 +13,13 @@ from torch import Tensor
 import ldm
 from ldm.checkpoint.pretrained import judge
 from ldm.cli import main
+from ldm.data.completion import completed
 from ldm.data.sampler import Ask
 from ldm.data.scenes import Scenes
 from ldm.data.scenes.drawing import draw
 from ldm.metrics.reading import overlap
 from ldm.metrics.scenes import CERTAIN
 from ldm.pipeline import NOISE_LEVEL, SHIPPED
-from ldm.training.conditions import completed
 from tests.reduced import FILES, words, written
 from tests.training.remembered import remember
 
