@@ -50,6 +50,7 @@ class Gallery:
     solvers: list[str]  # a row each
     steps: list[int]  # a column each
     report: str | None = None  # an evaluation.json, whose tables and plots go along
+    metrics: list[str] = ()  # type: ignore[assignment]  # metrics.csv of runs, whose validation losses are drawn
 
 
 SCHEMAS = {"swiss_roll": Schema, "scenes": Sheet, "gallery": Gallery}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm.cli.contact_sheet import WIDTH, row, stacked
 from ldm.config import Config
 from ldm.errors import InputError
 from ldm.metrics.findings import plots, tables
+from ldm.metrics.plot import plot
 from ldm.metrics.report import TITLES
 
 COLUMNS = 4  # of the grid of prompts
@@ -25,6 +27,7 @@ ABOUT = "Made by `ldm demo gallery report=evaluation.json`; of `{file}`, sha256 
 def run(config: Config, out: Path) -> int:
     """All of them, into a folder."""
     found = read(config["report"]) if config["report"] else None
+    losses = {Path(file).stem: validated(file) for file in config["metrics"]}
     pipe = pipeline.load()
     for name, make in {"samples": prompts, "guidance": guidance, "samplers": samplers}.items():
         pictures.write(make(pipe, config), out / f"{name}.png")
@@ -33,6 +36,10 @@ def run(config: Config, out: Path) -> int:
         page = results(found, out)
         (out / "results.md").write_text(page, encoding="utf-8")
         print(f"wrote {out / 'results.md'} and its plots")
+    if losses:
+        svg = plot("Loss on unseen scenes", "steps", "", losses)
+        (out / "training.svg").write_text(svg + "\n", encoding="utf-8")
+        print(f"wrote {out / 'training.svg'}")
     return 0
 
 
@@ -76,6 +83,18 @@ def read(file: str) -> dict[str, Any]:
         return {**found, "about": dict(found["about"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError("report: no evaluation", file, str(error), "evaluation.json of `ldm evaluate`") from None
+
+
+def validated(file: str) -> list[tuple[int, float]]:
+    """(step, loss) at each validation of a run."""
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            found = [(int(row["step"]), float(row["val/loss"])) for row in csv.DictReader(lines) if row["val/loss"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("metrics: none of a run", file, str(error), "metrics.csv in a run's folder") from None
+    if not found:
+        raise InputError("metrics: no validation in it", file, expected="a run with trainer.validate_every")
+    return found
 
 
 def results(found: dict[str, Any], out: Path) -> str:

@@ -13,7 +13,7 @@ NAMES = {
     "lpips": "LPIPS",
     "frechet": "Frechet distance",
     "sfrechet": "Frechet distance of maps (sFID)",
-    "kernel": "kernel distance (KID)",
+    "kernel": "kernel distance (KID; around 0 where sets are alike)",
     "inception_score": "Inception score",
     "precision": "precision",
     "recall": "recall",
@@ -66,8 +66,13 @@ def distances(part: Mapping[str, Any]) -> Table:
 
 def yardsticks(found: Mapping[str, float], own: float) -> Table:
     """The Frechet distances that a model's is to be held against."""
-    rows = [(name, number(value), f"{own / value:.1%}" if value else "") for name, value in found.items()]
+    rows = [(name, number(value), ratio(own / value) if value else "") for name, value in found.items()]
     return Table(["Frechet distance of", "", "the samples', of that"], rows)
+
+
+def ratio(value: float) -> str:
+    """A share, or how many times as much."""
+    return f"{value:.1%}" if value < 2 else f"{value:.3g} times"
 
 
 def kinds(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:

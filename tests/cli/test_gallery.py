@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -34,19 +35,25 @@ FOUND = {
 
 def test_pictures_and_tables(tmp_path, capsys):
     (tmp_path / "evaluation.json").write_text(json.dumps(FOUND))
-    out = tmp_path / "docs"
-    assert main(["demo", "gallery", *FEW, f"report={tmp_path / 'evaluation.json'}", "--out", str(out)]) == 0
+    (tmp_path / "words.csv").write_text("step,loss/loss,val/loss\n25,0.9,\n50,0.8,0.75\n100,0.5,0.25\n")
+    out, told = tmp_path / "docs", [f"report={tmp_path / 'evaluation.json'}", f"metrics=[{tmp_path / 'words.csv'}]"]
+    assert main(["demo", "gallery", *FEW, *told, "--out", str(out)]) == 0
     assert {file.name for file in out.iterdir()} == {
         *(f"{name}.png" for name in ("samples", "guidance", "samplers")),
-        *("results.md", "guidance_alignment.svg", "guidance_distance.svg"),
+        *("results.md", "guidance_alignment.svg", "guidance_distance.svg", "training.svg"),
     }
     page = (out / "results.md").read_text()
     assert "| one object | 50.0% of 2 | 50.0% of 2 |" in page
     assert "| two objects | 0.0% of 2 | 0.0% of 2 |" in page
-    assert "| two true sets | 0.5 | 400.0% |" in page
+    assert "| two true sets | 0.5 | 4 times |" in page
     assert "9 pictures against 8 (too few" in page
     assert "![guidance alignment](guidance_alignment.svg)" in page
-    assert capsys.readouterr().out.count("wrote ") == 4
+    assert capsys.readouterr().out.count("wrote ") == 5
+    curve = (out / "training.svg").read_text()
+    assert curve.count("<circle") == 2  # validations, and no steps between them
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', curve)]
+    zero, one = (float(re.search(rf'y="([\d.]+)"[^>]*>{mark}<', curve)[1]) - 4 for mark in ("0", "0.8"))
+    assert heights == pytest.approx([zero + (one - zero) * loss / 0.8 for loss in (0.75, 0.25)], abs=0.2)
     columns = np.asarray(Image.open(out / "guidance.png"))  # two of half the width, two rows
     own = ldm.load()("a green cone", cfg=4, seed=7)[0].resize((WIDTH // 2, WIDTH // 2), Image.Resampling.LANCZOS)
     shown = columns[: WIDTH // 2 - 4, WIDTH // 2 : WIDTH - 4].astype(int)
@@ -57,6 +64,7 @@ def test_pictures_and_tables(tmp_path, capsys):
     ("words", "error"),
     [
         (["report=nowhere.json"], "error: report: no evaluation (nowhere.json); got "),
+        (["metrics=[nowhere.csv]"], "error: metrics: none of a run (nowhere.csv); got "),
         (["steps=[0]"], "error: steps: must be at least 1 (command line); got 0"),
         (["cfg=[high]"], 'error: cfg.0: wrong value (command line); got "high"'),
         (["fps=3"], "error: fps: unknown key"),
