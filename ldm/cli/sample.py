@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -97,10 +96,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that costs nothing, then load, sample and write."""
-    order, main_process = read_order(arguments), rank() == 0
+    order = read_order(arguments)
     out = writable(Path(arguments.out))
     own_parts(arguments)
     from ldm import pictures, pipeline  # torch is only paid for once all options are right
+    from ldm.metrics.sharing import gathered, rank
 
     warnings.showwarning = show_warning
     pipe = pipeline.load(
@@ -111,16 +111,18 @@ def run(arguments: argparse.Namespace) -> int:
         precision=order.precision,
         offload=arguments.offload,
     )
-    for note in notes(pipe, order) if main_process else ():
+    for note in notes(pipe, order) if rank() == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    look = preview(pipe, out) if arguments.preview and main_process else None
+    look = preview(pipe, out) if arguments.preview and rank() == 0 else None
     images = []
     for picture in make(pipe, order, arguments.batch_size, look, silent=arguments.json):
         file = picture.save(out)
         print(json.dumps({"file": str(file), **picture.record}) if arguments.json else file, flush=True)
         images.append(picture.image)
-    if arguments.grid and (images := gathered(images)):
-        pictures.write(pictures.grid(images), out / "grid.png")
+    if arguments.grid:
+        in_order = [image for row in zip_longest(*gathered(images)) for image in row if image is not None]
+        if rank() == 0:
+            pictures.write(pictures.grid(in_order), out / "grid.png")
     return 0
 
 
@@ -264,7 +266,9 @@ def make(
     """The pictures of an order, as they are done; under torchrun, this process's share of them."""
     from tqdm import tqdm
 
-    recipe, requests = read_recipe(pipe, order), share(read_requests(order))
+    from ldm.metrics.sharing import rank, ranks
+
+    recipe, requests = read_recipe(pipe, order), read_requests(order)[rank() :: ranks()]
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     steps = len(recipe.grid.t) - 1
     with tqdm(total=steps * len(batches), desc="sampling", disable=silent or None, leave=False) as bar:
@@ -285,30 +289,6 @@ def read_requests(order: Order) -> list[Request]:
 
     prompts = [prompt for prompt in order.prompts for _ in range(order.n)]
     return [Request(prompt, order.negative, order.label, order.seed + i) for i, prompt in enumerate(prompts)]
-
-
-def share(requests: list[Request]) -> list[Request]:
-    """What is this process's to do, when torchrun has started several."""
-    return requests[rank() :: int(os.environ.get("WORLD_SIZE", 1))]
-
-
-def rank() -> int:
-    """Which of torchrun's processes this is."""
-    return int(os.environ.get("RANK", 0))
-
-
-def gathered(images: list[Image.Image]) -> list[Image.Image]:
-    """The pictures of all of torchrun's processes, in order; the first process alone gets them."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        return images
-    from torch import distributed
-
-    distributed.init_process_group("gloo")
-    lists: list[Any] | None = [None] * count if rank() == 0 else None
-    distributed.gather_object(images, lists)
-    distributed.destroy_process_group()
-    return [image for row in zip_longest(*lists or []) for image in row if image is not None]
 
 
 def read_recipe(pipe: Pipeline, order: Order) -> Recipe:

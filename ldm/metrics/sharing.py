@@ -30,8 +30,7 @@ def shared(batches: Sequence[T], work: Callable[[T], Rows], what: str) -> Rows:
     mine = range(rank(), len(batches), ranks())
     quiet = None if rank() == 0 else True
     done = {number: work(batches[number]) for number in tqdm(mine, desc=what, disable=quiet, leave=False)}
-    if ranks() > 1:
-        done = {number: rows for part in gathered(done) for number, rows in part.items()}
+    done = {number: rows for part in gathered(done) for number, rows in part.items()}
     found = [done[number] for number in range(len(batches))]
     return {name: joined([rows[name] for rows in found]) for name in found[0]} if found else {}
 
@@ -53,11 +52,13 @@ def together() -> None:
         atexit.register(distributed.destroy_process_group)  # or its threads may outlive the interpreter, and abort
 
 
-def gathered(done: dict[int, Rows]) -> list[dict[int, Rows]]:
-    """What every process did."""
+def gathered(value: T) -> list[T]:
+    """What every process has, on all of them."""
+    if ranks() == 1:
+        return [value]
     together()
     parts: list[Any] = [None] * ranks()
-    distributed.all_gather_object(parts, done)
+    distributed.all_gather_object(parts, value)
     return parts
 
 
