@@ -111,6 +111,18 @@ class Pipeline:
         batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
         return [image for batch in batches for image in self.images(batch, recipe, on_step)]
 
+    def settled(
+        self,
+        *,
+        cfg: float | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Config:
+        """The model's own configuration, with what is given here in its place."""
+        wanted = {"guidance.cfg": cfg, "spacing.steps": steps, "solver.type": solver}
+        return self.config.amended([*(f"{k}={v}" for k, v in wanted.items() if v is not None), *overrides])
+
     def recipe(
         self,
         *,
@@ -126,8 +138,7 @@ class Pipeline:
         condition: Told | None = None,
     ) -> Recipe:
         """The model's own settings, with what is given here in their place."""
-        wanted = {"guidance.cfg": cfg, "spacing.steps": steps, "solver.type": solver}
-        config = self.config.amended([*(f"{k}={v}" for k, v in wanted.items() if v is not None), *overrides])
+        config = self.settled(cfg=cfg, steps=steps, solver=solver, overrides=overrides)
         size = self.size(*(config["size"] if side is None else side for side in (height, width)))
         grid = assemble.grid(config, self.denoiser.path)
         recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size)

@@ -146,7 +146,7 @@ SABOTAGES = [
     Sabotage("evaluation: KID keeps the diagonal", "ldm/metrics/kernel.py", "xx.sum() - xx.trace() + yy.sum() - yy.trace()", "xx.sum() + yy.sum()", "tests/metrics/test_distances.py"),
     Sabotage("evaluation: recall by the reach of the true", "ldm/metrics/prdc.py", "(apart < theirs)", "(apart < reach[part, None])", "tests/metrics/test_distances.py"),
     Sabotage("evaluation: a neighbour too near", "ldm/metrics/prdc.py", "apart.kthvalue(k + 1, 1)", "apart.kthvalue(k, 1)", "tests/metrics/test_distances.py"),
-    Sabotage("evaluation: the cache forgets the network", "ldm/metrics/comparison.py", "key = [FORMAT, features.identity, about", "key = [FORMAT, about", "tests/metrics/test_features.py"),
+    Sabotage("evaluation: the cache forgets the network", "ldm/metrics/comparison.py", "key = [FORMAT, features.identity, ", "key = [FORMAT, ", "tests/metrics/test_features.py"),
     Sabotage("evaluation: pictures finer than files", "ldm/metrics/features.py", "* 127.5).round() / 127.5", "* 127.5) / 127.5", "tests/metrics/test_features.py"),
     Sabotage("evaluation: rows in the order of ranks", "ldm/metrics/sharing.py", "[done[number] for number in range(len(batches))]", "list(done.values())", "tests/metrics/test_sharing.py"),
     Sabotage("files: a rounded first stage keeps its old name", "ldm/checkpoint/native.py", "fingerprint(config[\"autoencoder\"], rounded(own, dtype))", "fingerprint(config[\"autoencoder\"], own)", "tests/checkpoint/test_files.py"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import ldm
 from ldm.cli import main
 from ldm.metrics.alignment import prompts, verdicts
 from ldm.metrics.scenes import tally
+from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
 
 
@@ -43,7 +45,8 @@ def test_words_that_it_cannot_know_are_named(tmp_path, capsys):
 def test_guidance_makes_colours_right(pipe):
     texts, colour = prompts(200), {}
     for cfg in (1, 4):
-        right, of = tally(verdicts(pipe(texts, cfg=cfg, batch_size=50), texts))["colour"]
+        made = torch.cat([to_tensor(image) for image in pipe(texts, cfg=cfg, batch_size=50)])
+        right, of = tally(verdicts(made, texts))["colour"]
         colour[cfg] = right / of
     print(f"colours that are right at cfg 1 {colour[1]:.1%}, at cfg 4 {colour[4]:.1%}")
     assert colour[4] >= 0.6

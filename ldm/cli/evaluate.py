@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ldm.checkpoint import Opened
     from ldm.metrics.evaluation import Source, Subject
 
+CURVES = {"prompts": 1, "steps": 2}  # of the prompts, by what they are divided
 PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
 
 
@@ -33,6 +34,7 @@ class Schema:
     seed: int = 1
     data: Part
     training: Part | None = None  # what the model learned from, for the nearest
+    training_seed: int = 0  # that of its run
     features: Part
     clip: Part | None = None
     samples: int  # pictures that are made and compared; as many are read
@@ -171,8 +173,8 @@ def about(subject: Subject, opened: Opened, precision: str) -> dict[str, Any]:
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     if pipe is not None:
-        own = {name: pipe.config[name] for name in ("guidance", "spacing", "solver")}
-        found["sampling"] = own | dict(subject.settings)
+        settled = pipe.settled(**subject.settings)
+        found["sampling"] = {name: settled[name] for name in ("guidance", "spacing", "solver")}
     return found
 
 
@@ -181,24 +183,22 @@ def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[t
     from ldm.metrics import evaluation
 
     source, other, training = sources(config)
-    pipe = subject.pipe
-    if pipe is not None:
-        check_model(config, subject, source, wanted)
+    if subject.pipe is not None and {*wanted} - {"first_stage"}:
+        check_settings(config, subject, wanted)
+        check_data(config, subject, source)
     if subject.autoencoder is not None and "first_stage" in wanted:
         yield "first_stage", evaluation.first_stage(subject, source)
-    if pipe is None:
+    if subject.pipe is None:
         return
     if "samples" in wanted:
         yield "yardsticks", evaluation.yardsticks(subject, source, other)
         yield "samples", (made := evaluation.samples(subject, source))
         if training is not None and config["nearest"]:
             yield "nearest", evaluation.closest(subject, made["features"][: config["nearest"]], training)
-    asked = config["prompts"] and subject.captioned
-    if asked and "prompts" in wanted:
-        yield "prompts", list(evaluation.by_kind(subject, kinds(config, config["prompts"]), config["cfg"]))
-    if asked and "steps" in wanted and config["solvers"]:
-        half = kinds(config, -(-config["prompts"] // 2))
-        yield "steps", list(evaluation.by_steps(subject, half, config["solvers"], config["steps"]))
+    for name in (name for name in CURVES if name in wanted and subject.promptable):
+        if (points := curve(config, name)) and (count := -(-config["prompts"] // CURVES[name])):
+            kinds = evaluation.kinds(count, source)
+            yield name, [evaluation.asked(subject, kinds, **settings) for settings in points]
     if config["bound"] and "bound" in wanted:
         few = evaluation.spread_source(source.data, source.about, config["bound"], source.seed)
         yield "bound", evaluation.bound(subject, few)
@@ -217,7 +217,7 @@ def sources(config: Config) -> tuple[Source, Source | None, Source | None]:
     training = None
     if config["training"] and config["nearest"]:
         learned = config.build("training")
-        training = spread_source(learned, samples_of(config["training"]), len(learned), 0)
+        training = spread_source(learned, samples_of(config["training"]), len(learned), config["training_seed"])
     return spread_source(data, about, count, seed), other, training
 
 
@@ -226,34 +226,42 @@ def samples_of(node: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in node.items() if name not in ("batch_size", "workers")}
 
 
-def kinds(config: Config, count: int) -> dict[str, Source]:
-    """Prompts of each kind."""
-    from ldm.metrics.evaluation import KINDS, asked_source
+def curve(config: Config, name: str) -> list[dict[str, Any]]:
+    """The settings of each point of a curve."""
+    if name == "prompts":
+        return [{"cfg": cfg} for cfg in config["cfg"]]
+    return [{"solver": solver, "steps": steps} for solver in config["solvers"] for steps in config["steps"]]
 
-    resolution = config["data"]["resolution"]
-    return {name: asked_source(count, kind, config["seed"], resolution) for name, kind in KINDS.items()}
 
-
-def check_model(config: Config, subject: Subject, source: Source, wanted: Sequence[str]) -> None:
-    """Refuse true pictures that do not fit the model, and measures that it cannot have, before any work."""
+def check_data(config: Config, subject: Subject, source: Source) -> None:
+    """Refuse true pictures that do not fit the model, before any work."""
     from ldm.data.completion import MADE
     from ldm.data.sampler import Ask
-    from ldm.diffusion.path import Table
 
     pipe = subject.pipe
     assert pipe is not None
     first = source.data.batch([Ask(source.indices[0], source.indices[0], 0)], source.seed)
-    reads = () if pipe.conditioner is None else pipe.conditioner.reads
-    if lacking := [name for name in reads if name not in {*first, *MADE}]:
+    if lacking := [name for name in subject.reads if name not in {*first, *MADE}]:
         what, expected = "data: lack what this model reads", "data with it"
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(first["caption"])):
         raise config.source.error("clip: scores pictures by their captions", "clip", got="none", hint="clip=null")
     size, recipe = source.data.sizes[0], pipe.recipe()
-    if "samples" in wanted and size != (recipe.height, recipe.width):
+    if size != (recipe.height, recipe.width):
         what, key = "data.resolution: not what the model makes", "data.resolution"
         got, expected = f"{size[0]}x{size[1]}", f"{recipe.height}x{recipe.width}"
         raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={recipe.height}")
+
+
+def check_settings(config: Config, subject: Subject, wanted: Sequence[str]) -> None:
+    """Refuse points of curves, and a bound, that the model cannot have."""
+    from ldm.diffusion.path import Table
+
+    pipe = subject.pipe
+    assert pipe is not None
+    for name in (name for name in CURVES if name in wanted and subject.promptable):
+        for settings in curve(config, name):
+            subject.recipe(**settings)
     if config["bound"] and (pipe.autoencoder is not None or not isinstance(pipe.denoiser.path, Table)):
         got = "latents" if pipe.autoencoder is not None else f"path {pipe.config['path']['type']}"
         expected = "a model of pixels on a table of betas"

@@ -21,13 +21,16 @@ from ldm.metrics.plot import plot
 from ldm.metrics.report import TITLES
 
 COLUMNS = 4  # of the grid of prompts
-ABOUT = "Made by `ldm demo gallery report=evaluation.json`; of `{file}`, sha256 `{sha256}`, sampled with `{sampling}`."
+ABOUT = (
+    "Made by `ldm demo gallery --out docs/ report=docs/evaluation.json`; "
+    "of `{file}`, sha256 `{sha256}`, sampled with `{sampling}`."
+)
 
 
 def run(config: Config, out: Path) -> int:
     """All of them, into a folder."""
     found = read(config["report"]) if config["report"] else None
-    losses = {Path(file).stem: validated(file) for file in config["metrics"]}
+    losses = dict(map(validated, config["metrics"]))
     pipe = pipeline.load()
     for name, make in {"samples": prompts, "guidance": guidance, "samplers": samplers}.items():
         pictures.write(make(pipe, config), out / f"{name}.png")
@@ -37,7 +40,7 @@ def run(config: Config, out: Path) -> int:
         (out / "results.md").write_text(page, encoding="utf-8")
         print(f"wrote {out / 'results.md'} and its plots")
     if losses:
-        svg = plot("Loss on unseen scenes", "steps", "", losses)
+        svg = plot("Loss on unseen scenes", "steps", "", losses, zero=False)
         (out / "training.svg").write_text(svg + "\n", encoding="utf-8")
         print(f"wrote {out / 'training.svg'}")
     return 0
@@ -85,8 +88,8 @@ def read(file: str) -> dict[str, Any]:
         raise InputError("report: no evaluation", file, str(error), "evaluation.json of `ldm evaluate`") from None
 
 
-def validated(file: str) -> list[tuple[int, float]]:
-    """(step, loss) at each validation of a run."""
+def validated(file: str) -> tuple[str, list[tuple[int, float]]]:
+    """A run's name, and (step, loss) at each of its validations."""
     try:
         with open(file, newline="", encoding="utf-8") as lines:
             found = [(int(row["step"]), float(row["val/loss"])) for row in csv.DictReader(lines) if row["val/loss"]]
@@ -94,7 +97,8 @@ def validated(file: str) -> list[tuple[int, float]]:
         raise InputError("metrics: none of a run", file, str(error), "metrics.csv in a run's folder") from None
     if not found:
         raise InputError("metrics: no validation in it", file, expected="a run with trainer.validate_every")
-    return found
+    path = Path(file).absolute()
+    return path.parent.name if path.stem == "metrics" else path.stem, found
 
 
 def results(found: dict[str, Any], out: Path) -> str:

@@ -25,7 +25,7 @@ def term(
         raise ValueError(f"noise_var: unknown; got {noise_var}; expected {', '.join(get_args(NoiseVar))}")
     next = path.level(now.t / path.steps)  # now.t counts from 0, so this is the step before
     first = now.t == 0
-    # the posterior of step 0 has no width: its logarithm is that of step 1, as published
+    # the posterior of step 0 has no width: step 1's stands for it, and for the large variance there, as published
     floor = small_variance(path.level(now.t * 0 + 2 / path.steps), path.level(now.t * 0 + 1 / path.steps))
     small = torch.where(first, floor, small_variance(now, next))
     if noise_var == "learned":
@@ -33,7 +33,7 @@ def term(
             raise ValueError("noise_var: learned needs a model that predicts its variance; expected small or large")
         log_var = learned_log_variance(prediction.frac, small, large_variance(now, next))
     else:
-        variance = small if noise_var == "small" else large_variance(now, next)
+        variance = torch.where(first, floor, large_variance(now, next)) if noise_var == "large" else small
         log_var = expand(variance.log(), x0).expand_as(x0)
     _, weight = mean_weights(now, next, small_variance(now, next))
     distance = expand(weight, x0) * (x0 - prediction.x0)  # between the two means

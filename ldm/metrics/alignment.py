@@ -8,37 +8,50 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from torch import Tensor
 
 from ldm.checkpoint.pretrained import judge
 from ldm.data.sampler import Ask
 from ldm.data.scenes import captions, draw, render
 from ldm.metrics.claims import Claim
 from ldm.metrics.scenes import Verdict, score
-from ldm.pictures import to_tensor
 
 BATCH, SEED = 100, 1  # pictures read at once; of the scenes that prompts speak of
 
 
 class Asked:
-    """The first scenes of a split that have so many objects, or any number, as a source of pictures with captions."""
+    """The first scenes of a split that have so many objects, or any number, as a source of pictures with captions.
+
+    Of those held out, the captions all name what is new: not every caption of such a scene does.
+    """
 
     buckets: NDArray | None = None
     groups: NDArray | None = None
 
     def __init__(
-        self, count: int, objects: int | None = None, split: str = "validation", seed: int = SEED, resolution: int = 64
+        self,
+        count: int,
+        objects: int | None = None,
+        split: str = "validation",
+        seed: int = SEED,
+        resolution: int = 64,
+        batch_size: int = 50,
+        workers: int = 0,
     ):
         found: list[int] = []
         start, block = 0, 4 * count
         while len(found) < count:
             indices = np.arange(start, start + block)
-            there = draw(seed, indices, split).there.sum(1)
-            found += indices[(there == objects) if objects else there > 0].tolist()
+            table = draw(seed, indices, split)
+            wanted = [objects in (None, there) for there in table.there.sum(1).tolist()]
+            if split == "held_out":
+                texts = captions(table, seed, indices.tolist())
+                wanted = [wish and Claim.read(text).held_out for wish, text in zip(wanted, texts)]
+            found += indices[wanted].tolist()
             start += block
         self.table = draw(seed, found[:count], split)
         self.captions = captions(self.table, seed, found[:count])
-        self.batch_size, self.workers = 50, 0
+        self.batch_size, self.workers = batch_size, workers
         self.sizes: Sequence[tuple[int, int]] = [(resolution, resolution)]  # (H, W)
         self.about = {"asked": count, "objects": objects, "split": split, "seed": seed, "resolution": resolution}
 
@@ -49,7 +62,8 @@ class Asked:
         """True renders of these with their captions."""
         rows = np.array([ask.index for ask in asks])
         made = render(self.table[rows], self.sizes[0][0])
-        return {"image": made["image"], "caption": [self.captions[row] for row in rows.tolist()]}
+        numbers = {name: torch.tensor([getattr(ask, name) for ask in asks]) for name in ("number", "index")}
+        return {**numbers, "image": made["image"], "caption": [self.captions[row] for row in rows.tolist()]}
 
 
 def prompts(count: int, objects: int | None = None, split: str = "validation", seed: int = SEED) -> list[str]:
@@ -58,11 +72,7 @@ def prompts(count: int, objects: int | None = None, split: str = "validation", s
 
 
 @torch.no_grad()
-def verdicts(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Verdict]:
-    """Which parts of each prompt its picture shows."""
-    found = []
-    for start in range(0, len(images), BATCH):
-        part = slice(start, start + BATCH)
-        x = torch.cat([to_tensor(image, (image.height, image.width)) for image in images[part]])
-        found += score(judge()(x), [Claim.read(text) for text in prompts[part]])
-    return found
+def verdicts(x: Tensor, prompts: Sequence[str]) -> list[Verdict]:
+    """Which parts of each prompt its picture shows; x (B, 3, H, W) in [-1, 1]."""
+    parts = [slice(start, start + BATCH) for start in range(0, len(x), BATCH)]
+    return [each for part in parts for each in score(judge()(x[part]), list(map(Claim.read, prompts[part])))]

@@ -9,12 +9,15 @@ from itertools import permutations
 
 from ldm.data.scenes.captions import FLOORS, WORDS
 from ldm.data.scenes.description import COLOURS, MATERIALS, SHAPES, SIZES, Scene
+from ldm.data.scenes.drawing import HELD_OUT_COLOURS, HELD_OUT_RELATIONS
 from ldm.data.scenes.relations import RELATIONS, relations
 
 NAMES = {"shape": SHAPES, "colour": COLOURS, "material": MATERIALS, "size": SIZES}
 PROPER = {synonym: word for word, synonyms in WORDS.items() for synonym in synonyms}
 PROPER |= {word: word for words in (*NAMES.values(), RELATIONS, ("object", "and", "which")) for word in words}
 TOKEN = re.compile(rf"\b({'|'.join(sorted(PROPER, key=len, reverse=True))})\b")
+MIRRORED = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
+RARE = {*zip(SHAPES, HELD_OUT_COLOURS)}
 FLOOR = re.compile(rf" on ({'|'.join(FLOORS.values())})$")
 
 
@@ -60,6 +63,14 @@ class Claim:
                 said[next(name for name, words in NAMES.items() if word in words)] = word
             before = word
         return cls(tuple(objects), frozenset(related))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it names a combination that training never shows."""
+        shapes = [described.shape for described in self.objects]
+        ways = {(shapes[i], relation, shapes[j]) for i, relation, j in self.relations}
+        ways |= {(b, MIRRORED.get(relation, ""), a) for a, relation, b in ways}
+        return bool(ways & {*HELD_OUT_RELATIONS} or RARE & {(each.shape, each.colour) for each in self.objects})
 
 
 def swaps(claim: Claim) -> Iterator[tuple[str, Claim]]:

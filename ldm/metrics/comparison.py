@@ -26,7 +26,7 @@ from ldm.metrics.sharing import Rows, rank, ranks, shared, told
 from ldm.pictures import to_float
 
 ENOUGH = 5  # samples per dimension, below which a Frechet distance is little more than its bias
-FORMAT = 1
+FORMAT = 2  # raised whenever the same names come to stand for other numbers
 
 
 def read(features: Features, x: Tensor) -> Rows:
@@ -54,7 +54,8 @@ def each(data: Data, indices: Sequence[int], seed: int, work: Callable[[Rows, li
 
 def true_features(features: Features, data: Data, indices: Sequence[int], seed: int, about: dict[str, Any]) -> Rows:
     """Of these samples of a source that `about` describes: from the cache, or read now and kept there."""
-    key = [FORMAT, features.identity, about, getattr(data, "digest", ""), seed, [int(i) for i in indices]]
+    digest, which = getattr(data, "digest", ""), [int(index) for index in indices]
+    key = [FORMAT, features.identity, features.resize, about, digest, seed, which]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache() / f"{name}.safetensors"
     kept: Rows | None = told(known(file) if rank() == 0 else None)  # or processes would wait for different things

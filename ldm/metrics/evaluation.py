@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
-from ldm.data.completion import completed
+from ldm.data.completion import MADE, completed
 from ldm.data.loader import Data
 from ldm.data.sampler import Ask, spread
 from ldm.diffusion.bound import bits_per_dim
@@ -62,10 +62,19 @@ class Subject:
     settings: Mapping[str, Any] = field(default_factory=dict)  # in place of the model's own: cfg, steps, solver
 
     @property
+    def reads(self) -> Sequence[str]:
+        """What the model is told."""
+        return () if self.pipe is None or self.pipe.conditioner is None else self.pipe.conditioner.reads
+
+    @property
     def captioned(self) -> bool:
         """Whether the model reads texts that describe the picture; an edit's text describes what is done to another."""
-        reads = () if self.pipe is None or self.pipe.conditioner is None else self.pipe.conditioner.reads
-        return "caption" in reads and "source" not in reads
+        return "caption" in self.reads and "source" not in self.reads
+
+    @property
+    def promptable(self) -> bool:
+        """Whether a caption and what is made from a picture alone are all that the model reads."""
+        return self.captioned and {*self.reads} <= {"caption", *MADE}
 
     def recipe(self, **settings: Any) -> Recipe:
         """How pictures are made, with these settings before all others."""
@@ -95,10 +104,15 @@ def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disj
     return Source(data, about, indices, about["type"] == "scenes", seed)
 
 
-def asked_source(count: int, kind: tuple[int | None, str], seed: int, resolution: int) -> Source:
-    """Scenes of one kind, from their first."""
-    asked = Asked(count, *kind, seed, resolution)
-    return Source(asked, asked.about, range(count), True, seed)
+def asked_source(count: int, kind: tuple[int | None, str], like: Source) -> Source:
+    """Scenes of one kind, from their first, as large and as many at a time as another source's."""
+    data = Asked(count, *kind, like.seed, like.data.sizes[0][0], like.data.batch_size, like.data.workers)
+    return Source(data, data.about, range(count), True, like.seed)
+
+
+def kinds(count: int, source: Source) -> dict[str, Source]:
+    """So many scenes of each kind, beside a source's."""
+    return {name: asked_source(count, kind, source) for name, kind in KINDS.items()}
 
 
 # ------------------------------------------------------------------------------------------------ first stage
@@ -120,13 +134,14 @@ def first_stage(subject: Subject, source: Source) -> dict[str, Any]:
 
     rows = subject.each(source, work, "reconstructions")
     found = compared(subject.true(source), rows, source.seed)
+    rows["psnr"] = rows["psnr"][rows["psnr"] != torch.inf]  # of pictures that came back to the byte
     means: dict[str, Any] = {name: estimate(rows[name]) for name in ("psnr", "ssim", "lpips") if name in rows}
     return {**means, **found, "pictures": rows["pictures"]}
 
 
 def estimate(values: Tensor) -> dict[str, float]:
-    """The mean of what is finite, and its standard error."""
-    values = values[values.isfinite()].double()
+    """The mean and its standard error."""
+    values = values.double()
     return {"mean": values.mean().item(), "error": (values.std() / len(values) ** 0.5).item()}
 
 
@@ -149,7 +164,7 @@ def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) ->
         if subject.captioned:
             rows["prompts"] = texts
         if subject.captioned and source.scenes:
-            rows["verdicts"] = verdicts(made, texts)
+            rows["verdicts"] = verdicts(x, texts)
         return rows if subject.clip is None else rows | {"clip": subject.clip(made, texts)}
 
     return subject.each(source, work, "samples")
@@ -201,9 +216,9 @@ def yardsticks(subject: Subject, source: Source, other: Source | None) -> dict[s
     if other is not None:
         found["two true sets"] = frechet(subject.true(source)["vectors"], subject.true(other)["vectors"])
     if source.scenes:
-        count, resolution = len(source.indices), source.data.sizes[0][0]
-        kinds = [asked_source(count, KINDS[name], source.seed, resolution) for name in ("one object", "two objects")]
-        found["one object and two"] = frechet(*(subject.true(kind)["vectors"] for kind in kinds))
+        names = ("one object", "two objects")
+        pair = [asked_source(len(source.indices), KINDS[name], source) for name in names]
+        found["one object and two"] = frechet(*(subject.true(each)["vectors"] for each in pair))
     return found
 
 
@@ -218,24 +233,11 @@ def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[floa
 # ------------------------------------------------------------------------------------------------ prompts
 
 
-def by_kind(subject: Subject, kinds: Mapping[str, Source], cfgs: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """For each guidance scale what is right of prompts of each kind, and how far all of them are from the truth."""
-    for cfg in cfgs:
-        rows = {name: painted(subject, source, subject.recipe(cfg=cfg)) for name, source in kinds.items()}
-        alignment = {name: shares(found["verdicts"]) for name, found in rows.items()}
-        yield {"cfg": cfg, "alignment": alignment} | against(subject, kinds, rows)
-
-
-def by_steps(
-    subject: Subject, kinds: Mapping[str, Source], solvers: Sequence[str], steps: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """The same for each solver and number of steps, over all kinds together."""
-    for solver in solvers:
-        for count in steps:
-            recipe = subject.recipe(solver=solver, steps=count)
-            rows = {name: painted(subject, source, recipe) for name, source in kinds.items()}
-            right = shares([verdict for found in rows.values() for verdict in found["verdicts"]])
-            yield {"solver": solver, "steps": count, "alignment": right} | against(subject, kinds, rows)
+def asked(subject: Subject, kinds: Mapping[str, Source], **settings: Any) -> dict[str, Any]:
+    """What is right of prompts of each kind with these settings, and how far all pictures are from the truth."""
+    rows = {name: painted(subject, source, subject.recipe(**settings)) for name, source in kinds.items()}
+    right = {name: shares(found["verdicts"]) for name, found in rows.items()}
+    return {**settings, "alignment": right} | against(subject, kinds, rows)
 
 
 def against(subject: Subject, kinds: Mapping[str, Source], rows: Mapping[str, Rows]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
 
 class Features(Protocol):
-    """A network that reads pictures; `identity` is its weights' digest and everything done to a picture before."""
+    """A network that reads pictures: `identity` is its weights' digest, `resize` what is done to a picture before."""
 
     name: str
     resize: str
@@ -68,7 +68,7 @@ class InceptionFeatures:
         load_weights(self.network, {**counts, **tensors})  # which not every file has, and nothing here reads
         self.name, self.resize = "inception", f"{SIDE}x{SIDE}, {resize}"
         self.kernel = tensorflow if resize == "tensorflow" else bicubic
-        self.identity = f"inception {file_hash(file)} {resize}"
+        self.identity = f"inception {file_hash(file)}"
 
     def __call__(self, x: Tensor) -> Seen:
         pixels = self.kernel((x + 1) * 127.5, SIDE)  # 0 to 255, (B, 3, 299, 299)
@@ -87,7 +87,7 @@ class DINOv2Features:
         self.network = dinov2(folder)
         self.side = side
         self.name, self.resize = "dinov2", f"{side}x{side}, bicubic"
-        self.identity = f"dinov2 {file_hash(folder / 'model.safetensors')} {side}"
+        self.identity = f"dinov2 {file_hash(folder / 'model.safetensors')}"
 
     def __call__(self, x: Tensor) -> Seen:
         pixels = bicubic((x + 1) / 2, self.side, white=1)  # (B, 3, S, S)

@@ -22,7 +22,6 @@ NAMES = {
     "clip_score": "CLIP score",
 }
 RIGHT = "all attributes and relations right"
-FEW = "too few for more than an indication"
 
 
 class Table(NamedTuple):
@@ -59,9 +58,8 @@ def plots(found: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def distances(part: Mapping[str, Any]) -> Table:
     """All that a part was measured by."""
-    few = f" ({FEW})" if part["indicative"] else ""
     rows = [(NAMES[name], number(part[name])) for name in NAMES if name in part]
-    return Table([f"{part['made']} pictures against {part['true']}{few}", ""], rows)
+    return Table([f"{part['made']} pictures against {part['true']}{few([part])}", ""], rows)
 
 
 def yardsticks(found: Mapping[str, float], own: float) -> Table:
@@ -88,10 +86,15 @@ def kinds(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
 def steps(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Right pictures and distance of every solver at every number of steps."""
     body = [
-        (row["solver"], str(row["steps"]), share(row["alignment"]["whole"]), number(row["frechet"])) for row in rows
+        (row["solver"], str(row["steps"]), share(summed(row["alignment"], "whole")), number(row["frechet"]))
+        for row in rows
     ]
-    few = f" ({FEW})" if any(row["indicative"] for row in rows) else ""
-    return Table(["solver", "steps", RIGHT, NAMES["frechet"] + few], body)
+    return Table(["solver", "steps", RIGHT, NAMES["frechet"] + few(rows)], body)
+
+
+def few(parts: Sequence[Mapping[str, Any]]) -> str:
+    """A warning behind distances of too few pictures."""
+    return " (too few for more than an indication)" if any(part["indicative"] for part in parts) else ""
 
 
 def summed(alignment: Mapping[str, Mapping[str, tuple[int, int]]], name: str) -> tuple[int, int]:
@@ -107,16 +110,15 @@ def share(counts: Sequence[int]) -> str:
 
 def whole(row: Mapping[str, Any]) -> float:
     """The share of pictures that are right in everything."""
-    found = row["alignment"]
-    right, of = summed(found, "whole") if "whole" not in found else found["whole"]
+    right, of = summed(row["alignment"], "whole")
     return right / of
 
 
 def number(value: Any) -> str:
-    """A number, or a mean and what it may be off by."""
+    """A number, a mean and what it may be off by, or one with the deviation of the parts that it was taken of."""
     if isinstance(value, Mapping):
-        mean, off = value["mean"], value.get("error", value.get("std"))
-        return f"{mean:.4g} ± {off:.2g}"
+        off = f"± {value['error']:.2g}" if "error" in value else f"(of parts, deviating by {value['std']:.2g})"
+        return f"{value['mean']:.4g} {off}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -125,11 +127,10 @@ def by_guidance(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     right = {"": [(row["cfg"], 100 * whole(row)) for row in rows]}
     yield "guidance_alignment", plot("Right in everything, by guidance", "cfg", "%", right)
     apart = {"": [(row["cfg"], row["frechet"]) for row in rows]}
-    title = f"Frechet distance of {rows[0]['made']} pictures, by guidance"
-    yield "guidance_distance", plot(title, "cfg", "", apart)
+    yield "guidance_distance", plot("Frechet distance, by guidance", of(rows, "cfg"), "", apart)
     if all("recall" in row for row in rows):
         lines = {name: [(row["cfg"], row[name]) for row in rows] for name in ("precision", "recall", "coverage")}
-        yield "guidance_diversity", plot("What guidance gains and loses", "cfg", "", lines)
+        yield "guidance_diversity", plot("What guidance gains and loses", of(rows, "cfg"), "", lines)
 
 
 def by_steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -138,5 +139,9 @@ def by_steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     right = {name: [(row["steps"], 100 * whole(row)) for row in rows if row["solver"] == name] for name in solvers}
     yield "steps_alignment", plot("Right in everything, %, by steps", "steps", "", right, log=True)
     apart = {name: [(row["steps"], row["frechet"]) for row in rows if row["solver"] == name] for name in solvers}
-    title = f"Frechet distance of {rows[0]['made']} pictures, by steps"
-    yield "steps_distance", plot(title, "steps", "", apart, log=True)
+    yield "steps_distance", plot("Frechet distance, by steps", of(rows, "steps"), "", apart, log=True)
+
+
+def of(rows: Sequence[Mapping[str, Any]], what: str) -> str:
+    """What lies across, and of how many pictures each point is."""
+    return f"{what}, {rows[0]['made']} pictures each{few(rows)}"

@@ -26,10 +26,11 @@ class Scale(NamedTuple):
         return self.first + (value - low) / ((high - low) or 1) * (self.last - self.first)
 
 
-def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: bool = False) -> str:
-    """One picture of several lines; `log` is for the axis across, whose marks are the points themselves."""
+def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: bool = False, zero: bool = True) -> str:
+    """One picture of several lines; `log` is for the axis across, whose marks then are the points themselves."""
     xs, ys = (sorted({point[axis] for line in lines.values() for point in line}) for axis in (0, 1))
-    marks = ticks(min(ys[0], 0), ys[-1])
+    xs = xs if log else ticks(xs[0], xs[-1])
+    marks = ticks(min(ys[0], 0) if zero else ys[0], ys[-1])
     x = Scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT, log)
     y = Scale(marks[0], marks[-1], HEIGHT - DOWN, TOP)
     parts = [text(WIDTH / 2, 18, title, "middle", "bold")]

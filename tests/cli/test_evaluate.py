@@ -11,8 +11,10 @@ import torch
 import ldm
 from ldm import checkpoint
 from ldm.cli import main
-from ldm.data.scenes import draw, render
+from ldm.data.scenes import captions, draw, render
 from ldm.diffusion.bound import bits_per_dim
+from ldm.metrics.alignment import Asked
+from ldm.metrics.evaluation import KINDS
 from ldm.metrics.images import psnr
 from ldm.pictures import to_float, to_pil
 from ldm.pipeline import SHIPPED
@@ -39,7 +41,8 @@ def test_the_shipped_model_gets_a_page(tmp_path, capsys):
     for part in ("first_stage", "yardsticks", "samples", "nearest", "prompts", "steps"):
         assert f"{part}: " in printed
     assert found["about"]["checkpoint"]["sha256"] == checkpoint.open(SHIPPED).hash
-    assert found["about"]["sampling"]["steps"] == 2
+    sampling = found["about"]["sampling"]
+    assert (sampling["spacing"]["steps"], sampling["guidance"]["cfg"]) == (2, 2)
     assert found["about"]["features"]["resize"] == "64x64, bilinear, antialiased"
     assert found["samples"]["made"] == found["samples"]["true"] == 12
     assert found["samples"]["indicative"] is True  # twelve pictures are few
@@ -47,6 +50,7 @@ def test_the_shipped_model_gets_a_page(tmp_path, capsys):
     assert [row["cfg"] for row in found["prompts"]] == [1, 2]
     assert {kind["whole"][1] for kind in found["prompts"][0]["alignment"].values()} == {1}
     assert [(row["solver"], row["steps"]) for row in found["steps"]] == [("ddim", 1)]
+    assert {kind["whole"][1] for kind in found["steps"][0]["alignment"].values()} == {1}
     page = (tmp_path / "one" / "index.html").read_text()
     assert page.count("data:image/png;base64,") >= 12
     assert "http://www.w3.org/2000/svg" in page
@@ -109,6 +113,36 @@ def test_a_model_of_pixels_has_a_bound(tmp_path):
     assert found["bound"]["error"] > 0
 
 
+def test_a_perfect_model_is_found_perfect(tmp_path, monkeypatch):
+    """True renders in the place of its pictures: nothing is wrong, nothing apart, and copies are found."""
+    size, split, seed = 40, "train", 0  # the pictures that are compared with are those that were learned from
+    told = []
+
+    def rendered(pipe, requests, recipe, on_step=None):
+        told.extend(request.prompt for request in requests)
+        return to_pil(to_float(torch.stack([true[request.prompt] for request in requests])))
+
+    true = {}
+    for which in KINDS.values():
+        asked = Asked(10, *which, seed)
+        true |= zip(asked.captions, render(asked.table, 64)["image"])
+    table = draw(seed, range(size), split)
+    true |= zip(captions(table, seed, range(size)), render(table, 64)["image"])
+    monkeypatch.setattr(ldm.Pipeline, "images", rendered)
+    same = f"{{type: scenes, resolution: 64, batch_size: 8, split: {split}, size: {size}, workers: 0}}"
+    words = [f"data={same}", f"training={same}", f"seed={seed}", "samples=20", "nearest=3", "prompts=10", "cfg=[1]"]
+    found = evaluate(tmp_path / "report", *words, "--only", "samples", "--only", "prompts")
+    assert told[0] == captions(table, seed, range(size))[0]
+    assert found["samples"]["frechet"] == pytest.approx(0, abs=1e-4)
+    assert found["samples"]["precision"] == found["samples"]["recall"] == found["samples"]["coverage"] == 1
+    right, of = found["samples"]["alignment"]["whole"]
+    assert (of, right >= 19) == (20, True)
+    assert [apart for (apart,) in found["nearest"]] == pytest.approx([0, 0, 0], abs=1e-4)
+    for kind in found["prompts"][0]["alignment"].values():  # the judge errs in one of a hundred
+        assert (kind["whole"][1], kind["whole"][0] >= 9) == (10, True)
+    assert found["prompts"][0]["frechet"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["inpainting", "super_resolution"])
 def test_what_a_model_is_told_beside_texts_is_made_from_the_pictures(name, tmp_path, monkeypatch):
     """Masks and small pictures; what a mask leaves stays as it was, to the byte."""
@@ -159,7 +193,9 @@ def test_what_a_model_is_told_beside_texts_is_made_from_the_pictures(name, tmp_p
         (["cfg=[]"], "error: cfg: none given (command line); expected one or more"),
         (["bound=1"], "error: bound: one picture says nothing (command line); got 1"),
         (["--only", "bound"], "error: nothing to measure (--only); got bound; expected one that this model has: "),
-        (["samples=9", "data={type: images, root: photos, resolution: 64, batch_size: 2}", "prompts=0"], "error: "),
+        (["cfg=[.nan]"], "error: cfg.0: wrong value (command line); got NaN"),
+        (["--only", "prompts", "data.resolution=32", "samples=2"], "error: data.resolution: not what the"),
+        (["--config", "images", "data.root=photos"], "error: no such folder or file (data.root); got photos"),
         (["--sampler", "fast"], "error: --sampler: unknown"),
         (["--ckpt", "nowhere.safetensors"], "error: "),
     ],

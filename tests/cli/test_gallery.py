@@ -35,8 +35,11 @@ FOUND = {
 
 def test_pictures_and_tables(tmp_path, capsys):
     (tmp_path / "evaluation.json").write_text(json.dumps(FOUND))
-    (tmp_path / "words.csv").write_text("step,loss/loss,val/loss\n25,0.9,\n50,0.8,0.75\n100,0.5,0.25\n")
-    out, told = tmp_path / "docs", [f"report={tmp_path / 'evaluation.json'}", f"metrics=[{tmp_path / 'words.csv'}]"]
+    files = [tmp_path / "words.csv", tmp_path / "run" / "metrics.csv"]
+    files[1].parent.mkdir()
+    for file in files:
+        file.write_text("step,loss/loss,val/loss\n25,0.9,\n50,0.8,0.75\n100,0.5,0.25\n")
+    out, told = tmp_path / "docs", [f"report={tmp_path / 'evaluation.json'}", f"metrics=[{', '.join(map(str, files))}]"]
     assert main(["demo", "gallery", *FEW, *told, "--out", str(out)]) == 0
     assert {file.name for file in out.iterdir()} == {
         *(f"{name}.png" for name in ("samples", "guidance", "samplers")),
@@ -50,10 +53,11 @@ def test_pictures_and_tables(tmp_path, capsys):
     assert "![guidance alignment](guidance_alignment.svg)" in page
     assert capsys.readouterr().out.count("wrote ") == 5
     curve = (out / "training.svg").read_text()
-    assert curve.count("<circle") == 2  # validations, and no steps between them
+    assert curve.count("<circle") == 2 * 2  # validations, and no steps between them
+    assert (">words<" in curve, ">run<" in curve) == (True, True)
     heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', curve)]
-    zero, one = (float(re.search(rf'y="([\d.]+)"[^>]*>{mark}<', curve)[1]) - 4 for mark in ("0", "0.8"))
-    assert heights == pytest.approx([zero + (one - zero) * loss / 0.8 for loss in (0.75, 0.25)], abs=0.2)
+    low, high = (float(re.search(rf'y="([\d.]+)"[^>]*>{mark}<', curve)[1]) - 4 for mark in ("0.2", "0.8"))
+    assert heights[:2] == pytest.approx([low + (high - low) * (loss - 0.2) / 0.6 for loss in (0.75, 0.25)], abs=0.2)
     columns = np.asarray(Image.open(out / "guidance.png"))  # two of half the width, two rows
     own = ldm.load()("a green cone", cfg=4, seed=7)[0].resize((WIDTH // 2, WIDTH // 2), Image.Resampling.LANCZOS)
     shown = columns[: WIDTH // 2 - 4, WIDTH // 2 : WIDTH - 4].astype(int)

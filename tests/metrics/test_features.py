@@ -101,9 +101,10 @@ def test_features_of_true_pictures_are_kept_by_all_that_they_depend_on(tmp_path,
     others = [([3, 51], 1, about), ([3, 50], 2, about), ([3, 50], 1, {"type": "scenes", "split": "held_out"})]
     for indices, seed, what in others:
         true_features(features, data, indices, seed, what)
-    features.identity = "another judge"
-    true_features(features, data, [3, 50], 1, about)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 5
+    for name in ("identity", "resize"):
+        monkeypatch.setattr(features, name, "another")
+        true_features(features, data, [3, 50], 1, about)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 6
 
 
 def test_few_pictures_are_an_indication_and_enough_are_more():

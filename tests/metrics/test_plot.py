@@ -26,6 +26,16 @@ def test_points_lie_where_they_belong():
     assert {"a < b", "x", "y", "one", "two", "1", "10", "100"} <= set(words)
 
 
+def test_an_axis_may_begin_above_zero_and_has_round_marks():
+    root = ElementTree.fromstring(plot("", "", "", {"": [(300, 0.4), (1200, 0.3)]}, zero=False))
+    words = [each.text for each in root.iter(f"{SVG}text") if each.text]
+    assert words == "0.3 0.325 0.35 0.375 0.4 250 500 750 1000 1250".split()
+    (first, top), (last, bottom) = ((float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle"))
+    assert (top, bottom) == (TOP, HEIGHT - DOWN)
+    width = WIDTH - RIGHT - LEFT
+    assert (first, last) == (pytest.approx(LEFT + 0.05 * width, abs=0.1), pytest.approx(LEFT + 0.95 * width, abs=0.1))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
