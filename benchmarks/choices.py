@@ -3,9 +3,9 @@
 python -m benchmarks.choices --kl runs/scenes/model.safetensors --vq runs/scenes_vq/model.safetensors --minutes 30
 
 A row each: the U-Net on KL latents, the same one on VQ latents, a DiT on KL latents, and a U-Net on pixels. Every one
-has the same data, conditioner, path, draw, optimiser and batch, a constant learning rate, one thread, and the same wall
-time, which ends by SIGTERM; then `ldm evaluate` makes as many samples of each and compares them by the judge's
-features. Nothing else should run on the machine.
+has the same data, rendered as it goes, conditioner, path, draw, optimiser and batch, a constant learning rate, one
+thread and no other process, and the same wall time, which ends by SIGTERM; then `ldm evaluate` makes as many samples of
+each and compares them by the judge's features. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DIT = "{type: dit, width: 256, depth: 8, heads: 8, patch: 2}"
 PIXELS = "{type: unet, channels: 32, multipliers: [1, 2, 3, 5], blocks: 1, attend: [4, 8], head_width: 32}"
-ALIKE = ["schedule={type: constant, warmup: 200}", "trainer.steps=1000000", "trainer.validate_every=1000000"]
+ALIKE = [
+    "schedule={type: constant, warmup: 200}",
+    "trainer.steps=1000000",
+    "trainer.validate_every=1000000",
+    "data.workers=0",
+]
 
 
 def variants(kl: Path, vq: Path) -> dict[str, list[str]]:
@@ -74,6 +79,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/choices"))
     parser.add_argument("--only", nargs="+", help="these rows alone")
     arguments = parser.parse_args()
+    if arguments.out.exists() and not arguments.only:
+        parser.error(f"{arguments.out} exists, and its runs would go on: --out another folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(f"| {arguments.minutes:g} minutes each | steps | Frechet distance | colours right | all right |")
     print("| --- " * 5 + "|", flush=True)

@@ -348,17 +348,29 @@ def load(
         raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     path = SHIPPED if path is None else path
     opened = checkpoint.open(local(path), vae=None if vae is None else local(vae))
+    return assembled(opened, str(path), where, dtype, overrides, offload)
+
+
+def assembled(
+    opened: checkpoint.Opened,
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    overrides: Sequence[str] = (),
+    offload: bool = False,
+) -> Pipeline:
+    """What was opened, made ready to sample."""
     if opened.config.get("backbone") is None:
-        raise CheckpointError("a first stage alone makes no pictures", str(path), "an autoencoder", hint="it as --vae")
-    config = assemble.configure(opened.config, str(path), overrides)
+        raise CheckpointError("a first stage alone makes no pictures", path, "an autoencoder", hint="it as --vae")
+    config = assemble.configure(opened.config, path, overrides)
     channels = checkpoint.latents(opened)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
-        raise CheckpointError("no first stage inside to make pictures of latents", str(path), got, hint="--vae PATH")
+        raise CheckpointError("no first stage inside to make pictures of latents", path, got, hint="--vae PATH")
     with empty():
         model = assemble.model(config)
     assemble.fill(model, opened)
-    return Pipeline(model, config, where, dtype, opened, offload)
+    return Pipeline(model, config, device, dtype, opened, offload)
 
 
 def local(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What docs/extending.md says of parts of one's own is true: its backbone trains and samples, its loop learns."""
+"""What is said of parts of one's own is true: docs/extending.md's backbone trains and samples, README's loop learns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from ldm import parts
 from ldm.cli import main
 from ldm.pipeline import SHIPPED
 
-PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text(encoding="utf-8")
-BACKBONE, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+(BACKBONE,), (*_, LOOP) = blocks(ROOT / "docs/extending.md"), blocks(ROOT / "README.md")
 SMALL = ["trainer.steps=1", "data.batch_size=4", "data.workers=0", "validation.workers=0", "trainer.validate_images=4"]
 
 
@@ -60,7 +67,7 @@ def test_a_wrong_width_is_told_in_its_words(plugged, capsys):
     assert said.startswith("error: backbone.width: not divisible into 8 groups (command line); got 33; try 40")
 
 
-def test_the_loop_of_the_page_learns():
+def test_the_loop_of_the_readme_learns():
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()

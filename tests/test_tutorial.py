@@ -1,4 +1,4 @@
-"""The commands of the guides are understood: each names a command, options and configurations that there are."""
+"""The commands of the guides are understood, by the options and configurations that there are; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def commands(page: str) -> list[str]:
     return re.findall(r"^\$ ((?:ldm|python \w+\.py) .*)$", text, re.MULTILINE)
 
 
-PAGES = ("tutorial.md", "first_stage.md", "latent_diffusion.md", "data.md")
+PAGES = (
+    "../README.md",
+    *(f"{name}.md" for name in ("data", "evaluation", "extending", "first_stage", "latent_diffusion")),
+)
+PAGES += ("sampling.md", "scenes.md", "tutorial.md")
 LINES = [line for page in PAGES for line in commands(page)]
 
 
@@ -30,8 +34,24 @@ def test_a_command_is_understood(line):
     name = words.pop(0)
     arguments = command(name if first == "ldm" else SCRIPTS[name])[1].parse_intermixed_args(words)
     if getattr(arguments, "config", None) not in (None, "CONFIG"):
-        folder = "autoencoder" if name.endswith("autoencoder.py") else "ldm"
+        folder = "autoencoder" if name.endswith("autoencoder.py") else name if name in ("evaluate", "demo") else "ldm"
         assert config_file(arguments.config, folder).suffix == ".yaml"
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> list[str]:
+    """Of the headings, as they are made on the web."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_the_tutorial_has_commands():

@@ -50,6 +50,7 @@ class Gallery:
     solvers: list[str]  # a row each
     steps: list[int]  # a column each
     report: str | None = None  # an evaluation.json, whose tables and plots go along
+    demos: list[Literal["scenes", "swiss_roll"]] = ()  # type: ignore[assignment]  # whose pictures are made too
     metrics: list[str] = ()  # type: ignore[assignment]  # metrics.csv of runs, whose validation losses are drawn
 
 
@@ -82,16 +83,20 @@ def run(arguments: argparse.Namespace) -> int:
     if name == "gallery":
         from ldm.cli import gallery
 
-        return gallery.run(config, writable(Path(arguments.out or name)))
+        out = writable(Path(arguments.out or name))
+        gallery.run(config, out)
+        for other in config["demos"]:
+            draw(other, configuration.load(config_file(other, "demo"), [], SCHEMAS[other]), out / f"{other}.png")
+        return 0
     out = Path(f"{name}.png" if arguments.out is None else arguments.out)
     if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
-    _draw(name, config, out)  # torch is only paid for once all options are right
-    print(f"wrote {out}")
+    draw(name, config, out)
     return 0
 
 
-def _draw(name: str, config: configuration.Config, out: Path) -> None:
+def draw(name: str, config: configuration.Config, out: Path) -> None:
+    """The picture of one demo; torch is only paid for here, where all options are right."""
     if name == "scenes":
         from ldm.cli import contact_sheet
 
@@ -100,3 +105,4 @@ def _draw(name: str, config: configuration.Config, out: Path) -> None:
         from ldm.cli import swiss_roll
 
         swiss_roll.draw_picture(swiss_roll.learn(config), config, out)
+    print(f"wrote {out}", flush=True)

@@ -128,7 +128,7 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     opened, pipe = checkpoint.open(path, vae=vae), None
     device, dtype = pipeline.placement(arguments.device, arguments.precision)
     if opened.config.get("backbone"):
-        pipe = pipeline.load(path, vae=vae, device=arguments.device, precision=arguments.precision)
+        pipe = pipeline.assembled(opened, str(path), device, dtype)
         pipe.recipe(**settings)  # settings that cannot be are found now
         autoencoder = pipe.autoencoder
     else:

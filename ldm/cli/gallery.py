@@ -27,7 +27,7 @@ ABOUT = (
 )
 
 
-def run(config: Config, out: Path) -> int:
+def run(config: Config, out: Path) -> None:
     """All of them, into a folder."""
     found = read(config["report"]) if config["report"] else None
     losses = dict(map(validated, config["metrics"]))
@@ -43,7 +43,6 @@ def run(config: Config, out: Path) -> int:
         svg = plot("Loss on unseen scenes", "steps", "", losses, zero=False)
         (out / "training.svg").write_text(svg + "\n", encoding="utf-8")
         print(f"wrote {out / 'training.svg'}")
-    return 0
 
 
 def prompts(pipe: pipeline.Pipeline, config: Config) -> Image.Image:

@@ -13,7 +13,7 @@ import ldm
 from ldm.cli import main
 from ldm.cli.contact_sheet import WIDTH
 
-FEW = ["prompts=[a green cone, a red ball]", "cfg=[1, 4]", "solvers=[ddim]", "steps=[1, 2]", "seed=7"]
+FEW = ["prompts=[a green cone, a red ball]", "cfg=[1, 4]", "solvers=[ddim]", "steps=[1, 2]", "seed=7", "demos=[scenes]"]
 COUNTS = {"count": [1, 2], "whole": [1, 2]}
 ROW: dict = {
     "made": 4,
@@ -42,7 +42,7 @@ def test_pictures_and_tables(tmp_path, capsys):
     out, told = tmp_path / "docs", [f"report={tmp_path / 'evaluation.json'}", f"metrics=[{', '.join(map(str, files))}]"]
     assert main(["demo", "gallery", *FEW, *told, "--out", str(out)]) == 0
     assert {file.name for file in out.iterdir()} == {
-        *(f"{name}.png" for name in ("samples", "guidance", "samplers")),
+        *(f"{name}.png" for name in ("samples", "guidance", "samplers", "scenes")),
         *("results.md", "guidance_alignment.svg", "guidance_distance.svg", "training.svg"),
     }
     page = (out / "results.md").read_text()
@@ -51,7 +51,7 @@ def test_pictures_and_tables(tmp_path, capsys):
     assert "| two true sets | 0.5 | 4 times |" in page
     assert "9 pictures against 8 (too few" in page
     assert "![guidance alignment](guidance_alignment.svg)" in page
-    assert capsys.readouterr().out.count("wrote ") == 5
+    assert capsys.readouterr().out.count("wrote ") == 6
     curve = (out / "training.svg").read_text()
     assert curve.count("<circle") == 2 * 2  # validations, and no steps between them
     assert (">words<" in curve, ">run<" in curve) == (True, True)
