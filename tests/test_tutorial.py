@@ -20,10 +20,7 @@ def commands(page: str) -> list[str]:
     return re.findall(r"^\$ ((?:ldm|python \w+\.py) .*)$", text, re.MULTILINE)
 
 
-PAGES = (
-    "../README.md",
-    *(f"{name}.md" for name in ("data", "evaluation", "extending", "first_stage", "latent_diffusion")),
-)
+PAGES = ("../README.md", "data.md", "evaluation.md", "extending.md", "first_stage.md", "latent_diffusion.md")
 PAGES += ("sampling.md", "scenes.md", "tutorial.md")
 LINES = [line for page in PAGES for line in commands(page)]
 
