@@ -1,5 +1,6 @@
 """What the README says is true: its commands, its Python and its tree."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.checkpoint.files import file_hash
 from ldm.cli import COMMANDS, main
 from ldm.condition import Condition
+from ldm.pipeline import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +53,20 @@ def test_the_core_example_runs():
     exec(code, {"my_network": Network(), "null_condition": null, "condition": wanted, "show": seen.append})
     assert len(seen) == 30
     assert seen[-1].shape == (4, 3, 32, 32)
+
+
+def test_the_results_are_those_of_the_model_that_comes_along():
+    found = json.loads((ROOT / "docs/evaluation.json").read_text(encoding="utf-8"))
+    assert found["about"]["checkpoint"]["sha256"] == file_hash(SHIPPED)
+    cfg = found["about"]["sampling"]["guidance"]["cfg"]
+    right = next(row for row in found["prompts"] if row["cfg"] == cfg)["alignment"]
+    shares = {kind: "{:.0%}".format(counts["whole"][0] / counts["whole"][1]) for kind, counts in right.items()}
+    shares["autoencoder"] = f"{found['first_stage']['psnr']['mean']:.1f} dB"
+    shares["Frechet"] = f"{found['samples']['frechet'] / found['yardsticks']['one object and two']:.0%}"
+    table = README[README.index("## Results") : README.index("## Documentation")]
+    for beginning, share in shares.items():
+        (cells,) = re.findall(rf"^\| {beginning}[^|]*\| ([^|]*) \|", table, re.MULTILINE)
+        assert cells.split()[: len(share.split())] == share.split(), beginning
 
 
 def test_the_tree_names_what_there_is():

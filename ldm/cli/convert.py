@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("ldm", "compvis", "diffusers")
 DTYPES = ("float32", "float16", "bfloat16")
+SAMPLED = ("guidance", "spacing", "solver")  # how a file says that it is sampled
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +25,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as they are without it")
     parser.add_argument("--vae", metavar="PATH", help="another checkpoint, whose first stage is taken")
     parser.add_argument("--prediction", choices=("eps", "v"), help="overrules what was recognised")
-    where = "where an encoder is that SRC leaves out: conditioner.weights=FOLDER"
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=where)
+    what = "how DST is sampled, such as guidance.cfg=3; or where an encoder is that SRC leaves out"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"{what}: conditioner.weights=FOLDER")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,10 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ldm import assemble, checkpoint
 
     opened = checkpoint.open(arguments.source, vae=arguments.vae, pickles=True)
-    if arguments.overrides and not opened.config.get("left_out"):
-        raise InputError("SRC leaves no encoder out", arguments.source, arguments.overrides[0])
-    if layout != "ldm" or arguments.overrides:
-        opened = assemble.whole(opened, arguments.overrides)
+    sampled = [words for words in arguments.overrides if words.startswith(SAMPLED)]
+    elsewhere = [words for words in arguments.overrides if words not in sampled]
+    if elsewhere and not opened.config.get("left_out"):
+        raise InputError("SRC leaves no encoder out", arguments.source, elsewhere[0])
+    if sampled:
+        opened = settled(opened, sampled)
+    if layout != "ldm" or elsewhere:
+        opened = assemble.whole(opened, elsewhere)
     if arguments.prediction:
         opened.config["prediction"] = {"type": arguments.prediction}
     count = sum(x.numel() for x in opened.state.values())
@@ -49,6 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"wrote {target} ({layout}{', ' + arguments.dtype if arguments.dtype else ''})")
     return 0
+
+
+def settled(opened: Opened, overrides: list[str]) -> Opened:
+    """With other settings of the sampler."""
+    from ldm import assemble
+
+    source = str(opened.files[0])
+    if not opened.config.get("backbone"):
+        raise InputError("a first stage alone is not sampled", source, overrides[0])
+    config = assemble.configure(opened.config, source, overrides)
+    config.build("guidance"), assemble.solver(config), assemble.grid(config, config.build("path"))  # they can be built
+    return replace(opened, config={**opened.config, **{name: config[name] for name in SAMPLED}})
 
 
 def check(target: Path, layout: str | None) -> str:

@@ -45,6 +45,26 @@ def test_around_through_all_formats(tmp_path, capsys):
     assert BPE([("a", "b</w>")]).encode("ab") == [512]
 
 
+def test_how_a_file_is_sampled_may_change(tmp_path):
+    config, state = make("sd1")
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    checkpoint.save(source, config, state, CARRIED)
+    assert run(source, target, "guidance.cfg=3", "guidance.interval=[0.3, 6]", "solver={type: heun}") == 0
+    changed = checkpoint.open(target)
+    assert (changed.config["guidance"]["cfg"], changed.config["guidance"]["interval"]) == (3, [0.3, 6])
+    assert changed.config["solver"] == {"type": "heun"}
+    assert changed.config["spacing"]["type"] == checkpoint.open(source).config["spacing"]["type"]
+    assert same(changed.state, state)
+    with pytest.raises(InputError, match=r"guidance\.rescale: must lie between 0 and 1"):
+        run(source, target, "guidance.rescale=2")
+    with pytest.raises(InputError, match="SRC leaves no encoder out"):
+        run(source, target, "guidance.cfg=3", "size=256")
+    first = {name: x for name, x in state.items() if name.startswith("autoencoder.")}
+    checkpoint.save(tmp_path / "first.safetensors", {"format": 1, "autoencoder": config["autoencoder"]}, first)
+    with pytest.raises(InputError, match="a first stage alone is not sampled"):
+        run(tmp_path / "first.safetensors", target, "guidance.cfg=3")
+
+
 def test_a_ckpt_becomes_half_as_large(tmp_path, capsys):
     checkpoint.write_compvis(tmp_path / "x.safetensors", *make("sd2_v"))
     torch.save({"state_dict": load_file(tmp_path / "x.safetensors"), "epoch": 3}, tmp_path / "x.ckpt")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from ldm.metrics.images import psnr
 from ldm.pictures import to_float, to_pil
 from ldm.pipeline import SHIPPED
 
+ROOT = Path(__file__).parents[2]
 FEW = ["samples=12", "training.size=20", "nearest=2", "prompts=1", "cfg=[1, 2]", "solvers=[ddim]", "steps=[1]"]
 QUICK = ["--steps", "2", "--cfg", "2"]
 
@@ -62,6 +67,20 @@ def test_the_shipped_model_gets_a_page(tmp_path, capsys):
         each["samples"].pop("seconds")
     assert again["samples"] == found["samples"]
     assert "prompts" not in again
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Of seven pictures, two at a time: one has four, the other three."""
+    words = ["--only", "samples", "samples=7", "nearest=0", "data.batch_size=2", "--steps", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ldm"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launch, "evaluate", "--out", str(tmp_path / "two"), *words], env=environment, check=True)
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    one = evaluate(tmp_path / "one", *words)
+    for name in ("prompts", "alignment", "made"):
+        assert one["samples"][name] == two["samples"][name]
+    for name in ("frechet", "precision", "recall", "density", "coverage"):
+        assert one["samples"][name] == pytest.approx(two["samples"][name], rel=1e-3)
 
 
 def test_a_first_stage_alone_is_measured_by_hand(tmp_path):
