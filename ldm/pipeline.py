@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from ldm.conditioning.left_out import whole
 from ldm.conditioning.text import Text
 from ldm.conditioning.weights import on_hub
 from ldm.config import Config
+from ldm.devices import place, placement
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
 from ldm.diffusion.path import Level
@@ -41,7 +41,6 @@ OPTIONS = {
     **dict.fromkeys(("boxes", "box_labels"), "--condition FILE.json"),
 }
 NOISE_LEVEL = 20  # of 1000, in which a low-resolution condition is hidden
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -385,29 +384,3 @@ def local(path: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         expected = "a file, a folder or a hub's id"
         raise CheckpointError("neither here nor to be had from a hub", str(path), expected=expected) from error
-
-
-def place(module: nn.Module, device: torch.device, offload: bool) -> None:
-    """On the device for good, or only while it computes."""
-    if not offload:
-        module.to(device)
-        return
-    from accelerate import cpu_offload
-
-    cpu_offload(module, device)
-
-
-def placement(device: str, precision: str) -> tuple[torch.device, torch.dtype | None]:
-    """A device and the precision that suits it, or why not."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError("device: cannot be used here", "", device, "auto, cpu, cuda or mps", "cpu") from error
-    if precision == "auto":
-        precision = "bf16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision not in DTYPES:
-        raise InputError("precision: unknown", "", precision, f"auto, {', '.join(DTYPES)}")
-    return where, DTYPES[precision]

@@ -26,6 +26,7 @@ LEAVES = {  # what a leaf may import itself, and the lowest floor that may impor
     "configfile": ("errors plainyaml", "training"),
     "config": ("errors parts configfile", "assemble"),
     "pictures": ("errors", "pipeline"),
+    "devices": ("errors", "pipeline"),
     "draws": ("", "data"),
 }
 OWNERS = {"omegaconf": "configfile", "yaml": "plainyaml", "lightning": "training", "pytorch_lightning": "nobody"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint.files import file_hash
+from ldm import checkpoint
 from ldm.cli import COMMANDS, main
 from ldm.condition import Condition
 from ldm.pipeline import SHIPPED
@@ -57,7 +57,7 @@ def test_the_core_example_runs():
 
 def test_the_results_are_those_of_the_model_that_comes_along():
     found = json.loads((ROOT / "docs/evaluation.json").read_text(encoding="utf-8"))
-    assert found["about"]["checkpoint"]["sha256"] == file_hash(SHIPPED)
+    assert found["about"]["checkpoint"]["sha256"] == checkpoint.open(SHIPPED).hash
     cfg = found["about"]["sampling"]["guidance"]["cfg"]
     right = next(row for row in found["prompts"] if row["cfg"] == cfg)["alignment"]
     shares = {kind: "{:.0%}".format(counts["whole"][0] / counts["whole"][1]) for kind, counts in right.items()}

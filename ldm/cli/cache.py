@@ -92,13 +92,14 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
     """The source, the networks, and all that the cache depends on."""
     import torch
 
-    from ldm import assemble, pipeline
+    from ldm import assemble
     from ldm.data import latents, latents_writing
+    from ldm.devices import placement
     from ldm.draws import stream
 
     flip = bool(config["data"].get("flip"))
     source = (config.amended(["data.flip=false"]) if flip else config).build("data")
-    device, _ = pipeline.placement(arguments.device, "fp32")
+    device, _ = placement(arguments.device, "fp32")
     torch.manual_seed(stream(config["seed"], "init"))  # random weights are those of training
     autoencoder, conditioner = assemble.encoders(config, opened)
     assert autoencoder is not None  # checked above

@@ -120,13 +120,14 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     from ldm.checkpoint.networks import autoencoder_of
     from ldm.checkpoint.published import KNOWN, place
     from ldm.checkpoint.vgg import lpips
+    from ldm.devices import placement
     from ldm.metrics.evaluation import Subject
 
     settings = sampling(arguments)
     path = pipeline.local(arguments.ckpt or pipeline.SHIPPED)
     vae = None if arguments.vae is None else pipeline.local(arguments.vae)
     opened, pipe = checkpoint.open(path, vae=vae), None
-    device, dtype = pipeline.placement(arguments.device, arguments.precision)
+    device, dtype = placement(arguments.device, arguments.precision)
     if opened.config.get("backbone"):
         pipe = pipeline.assembled(opened, str(path), device, dtype)
         pipe.recipe(**settings)  # settings that cannot be are found now
