@@ -85,7 +85,7 @@ def write_pipeline(
         index["tokenizer"] = write_tokenizer(target / "tokenizer", tokenizer, node["length"])
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
         index["requires_safety_checker"] = False
-    scheduler = write_scheduler(config)
+    scheduler = write_scheduler(config, notes)
     write_json(target / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(target / INDEX, index)

@@ -22,6 +22,7 @@ SOLVERS = {  # their classes that are a solver of ours, and the spacing that eac
     "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
     "UniPCMultistepScheduler": ("unipc", "linspace"),
 }
+SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
 
 
@@ -88,7 +89,7 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     return node
 
 
-def write_scheduler(config: Mapping[str, Any]) -> Node:
+def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
     """The configuration of the scheduler that walks our path, as diffusers stores it."""
     path, spacing, solver = config["path"], config["spacing"], config["solver"]
     prediction = config["prediction"]
@@ -102,6 +103,10 @@ def write_scheduler(config: Mapping[str, Any]) -> Node:
         raise CheckpointError(
             "no scheduler of diffusers for this", "path, prediction", got, ", ".join(paths), "our format"
         )
+    if solver["type"] not in classes:
+        notes.append(f"no scheduler of diffusers is solver {solver['type']}: DDIM takes its place")
+    if spacing["type"] not in (*SPACINGS, "karras"):
+        notes.append(f"no scheduler of diffusers has spacing {spacing['type']}: leading takes its place")
     defaults = {"scaled_linear": (0.00085, 0.012)}.get(path["type"], (1e-4, 0.02))
     node = {
         "_class_name": classes.get(solver["type"], "DDIMScheduler"),
@@ -111,7 +116,7 @@ def write_scheduler(config: Mapping[str, Any]) -> Node:
         "beta_end": path.get("end", defaults[1]),
         "trained_betas": path.get("betas"),
         "prediction_type": kinds[kind],
-        "timestep_spacing": spacing["type"] if spacing["type"] in ("leading", "linspace", "trailing") else "leading",
+        "timestep_spacing": spacing["type"] if spacing["type"] in SPACINGS else "leading",
         "steps_offset": spacing.get("offset", 1),
         "rescale_betas_zero_snr": path.get("zero_terminal_snr", False),
         "use_karras_sigmas": spacing["type"] == "karras",

@@ -262,6 +262,23 @@ def test_schedulers(scheduler, expected, tmp_path):
     assert (note in opened.notes) is (settings["_class_name"] == "PNDMScheduler")
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, []),
+        ({"spacing": {"type": "karras", "steps": 20}}, []),
+        (
+            {"spacing": {"type": "log_snr", "steps": 20}},
+            ["no scheduler of diffusers has spacing log_snr: leading takes its place"],
+        ),
+        ({"solver": {"type": "dpmpp_3m"}}, ["no scheduler of diffusers is solver dpmpp_3m: DDIM takes its place"]),
+    ],
+)
+def test_what_a_scheduler_cannot_say_is_told(changed, expected, tmp_path):
+    config, state = make("sd1")
+    assert checkpoint.write_diffusers(tmp_path / "x", {**config, **changed}, state, TOKENIZER) == expected
+
+
 def test_folders_that_are_refused(tmp_path):
     folder = write(tmp_path, "sd1", unet={"act_fn": "mish"})
     opening = partial(checkpoint.open, folder)
