@@ -21,7 +21,7 @@ Resize = Literal["tensorflow", "bicubic"]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet's pictures
 
 
-class Seen(NamedTuple):
+class Embedded(NamedTuple):
     """What a network makes of pictures; not all have a map or classes."""
 
     vectors: Tensor  # (B, D)
@@ -37,7 +37,7 @@ class Features(Protocol):
     identity: str
     network: nn.Module
 
-    def __call__(self, x: Tensor) -> Seen:
+    def __call__(self, x: Tensor) -> Embedded:
         """Of pictures (B, 3, H, W) in [-1, 1], as they would be saved."""
         ...
 
@@ -50,8 +50,8 @@ class JudgeFeatures:
         self.network = copy.deepcopy(pretrained.judge())  # that one stays where it is
         self.identity = f"judge {check_digest(pretrained.FOLDER / 'judge.safetensors')}"
 
-    def __call__(self, x: Tensor) -> Seen:
-        return Seen(self.network.pooled(x))
+    def __call__(self, x: Tensor) -> Embedded:
+        return Embedded(self.network.pooled(x))
 
 
 class InceptionFeatures:
@@ -70,9 +70,9 @@ class InceptionFeatures:
         self.kernel = tensorflow if resize == "tensorflow" else bicubic
         self.identity = f"inception {file_hash(file)}"
 
-    def __call__(self, x: Tensor) -> Seen:
+    def __call__(self, x: Tensor) -> Embedded:
         pixels = self.kernel((x + 1) * 127.5, SIDE)  # 0 to 255, (B, 3, 299, 299)
-        return Seen(*self.network((pixels - 128) / 128))
+        return Embedded(*self.network((pixels - 128) / 128))
 
 
 class DINOv2Features:
@@ -89,10 +89,10 @@ class DINOv2Features:
         self.name, self.resize = "dinov2", f"{side}x{side}, bicubic"
         self.identity = f"dinov2 {file_hash(folder / 'model.safetensors')}"
 
-    def __call__(self, x: Tensor) -> Seen:
+    def __call__(self, x: Tensor) -> Embedded:
         pixels = bicubic((x + 1) / 2, self.side, white=1)  # (B, 3, S, S)
         mean, std = (numbers.to(x)[:, None, None] for numbers in (MEAN, STD))
-        return Seen(self.network((pixels - mean) / std).last_hidden_state[:, 0])
+        return Embedded(self.network((pixels - mean) / std).last_hidden_state[:, 0])
 
 
 def dinov2(folder: Path) -> Any:

@@ -12,7 +12,7 @@ SIDE, CLASSES = 299, 1008
 SPATIAL = 7  # channels of the 17 x 17 map of which sFID is (Nash et al. 2021)
 
 
-class Seen(NamedTuple):
+class Activations(NamedTuple):
     """What Inception makes of a picture."""
 
     pooled: Tensor  # (B, 2048)
@@ -178,7 +178,7 @@ class Inception(nn.Module):
         self.Mixed_7b, self.Mixed_7c = block_e(1280, "average"), block_e(2048, "max")
         self.fc = nn.Linear(2048, CLASSES)
 
-    def forward(self, x: Tensor) -> Seen:
+    def forward(self, x: Tensor) -> Activations:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B, 288, 35, 35)
@@ -186,4 +186,4 @@ class Inception(nn.Module):
         spatial = x[:, :SPATIAL].flatten(1)  # (B, 2023)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
         pooled = x.mean((2, 3))  # (B, 2048)
-        return Seen(pooled, spatial, pooled @ self.fc.weight.T)
+        return Activations(pooled, spatial, pooled @ self.fc.weight.T)
