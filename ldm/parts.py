@@ -167,7 +167,7 @@ def plug(module: str) -> None:
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
         known = TABLES.setdefault(axis, {})
-        if isinstance(known, str) or known.keys() & table.keys():
+        if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):
             raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
         known.update(table)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import assemble, checkpoint, pictures
+from ldm import assemble, checkpoint, parts, pictures
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.layout import read_boxes
@@ -342,6 +342,7 @@ def load(
     """Open any checkpoint that `ldm.checkpoint` knows, or the shipped one, and make it ready to sample."""
     if path is None and not SHIPPED.exists():
         raise InputError("no checkpoint given, and no model ships with this version", hint="--ckpt PATH")
+    parts.plug_installed()
     where, dtype = placement(device, precision)
     if offload and where.type == "cpu":
         raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")

@@ -53,7 +53,13 @@ def test_the_backbone_of_the_page_trains_samples_and_is_converted(plugged, tmp_p
     assert main(sample) == 2
     assert "backbone.type: unknown name" in capsys.readouterr().err
     assert main([*sample, "--plugin", "my_backbone"]) == 0
-    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    (picture,) = (tmp_path / "out").glob("*.png")
+    again = str(tmp_path / "again.png")
+    del parts.TABLES["backbone"]["plain"]
+    assert main(["replay", str(picture), "--out", again]) == 2
+    assert "backbone.type: unknown name" in capsys.readouterr().err
+    assert main(["replay", str(picture), "--out", again, "--plugin", "my_backbone"]) == 0
+    assert capsys.readouterr().out.endswith("again.png: identical\n")
     assert parts.TABLES["backbone"] == fresh
     assert main(["convert", file, str(tmp_path / "half.safetensors"), "--dtype", "float16"]) == 0
     assert main(["convert", file, str(tmp_path / "folder")]) == 4

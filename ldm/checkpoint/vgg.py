@@ -38,7 +38,7 @@ def heads() -> dict[str, Tensor]:
     """The learned weight of each channel, as torchmetrics ships them."""
     spec = find_spec("torchmetrics")
     if spec is None or spec.origin is None:
-        hint = f"pip install ldm[metrics], or without it {WITHOUT}"
+        hint = f"pip install -e '.[metrics]', or without it {WITHOUT}"
         raise InputError("LPIPS needs weights that torchmetrics ships", got="no torchmetrics", hint=hint)
     tensors = open_pickle(Path(spec.origin).parent / "functional/image/lpips_models/vgg.pth")
     renamed = rename(tensors, [(f"lin{i}.model.1.weight", f"heads.{i}") for i in range(len(STAGES))])

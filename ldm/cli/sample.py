@@ -64,7 +64,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--mask", metavar="F", help="a picture, white where the init image is to be repainted")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--ckpt", metavar="PATH", help="our file, a Stable Diffusion or DiT .safetensors, a diffusers folder"
+        "--ckpt",
+        metavar="PATH",
+        help="our file, a Stable Diffusion or DiT .safetensors, a diffusers folder, or a name on Hugging Face",
     )
     how.add_argument("--vae", metavar="PATH", help="another first stage")
     how.add_argument("--cfg", type=float, help="guidance scale; 1 is none")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.parquet import chosen, entry, stored
-from ldm.data.source import Entry
+from ldm.data.source import Entry, need
 from ldm.errors import DataError, InputError
 
 
@@ -51,6 +51,7 @@ class Rows:
 
 def saved(root: Path) -> Any:
     """The dataset in a folder written by save_to_disk."""
+    need("datasets", str(root))
     import datasets
 
     try:

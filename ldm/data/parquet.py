@@ -71,6 +71,7 @@ class Parquet:
 
 def opened(file: Path) -> Any:
     """A parquet file, of which only the footer is read."""
+    source.need("pyarrow", str(file))
     import pyarrow.parquet as pq
 
     try:

@@ -6,8 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from ldm.errors import InputError
 
 CAPTIONS = ("caption", "captions", "text", "prompt")  # the usual names, the first that there is
 LOCK = "manifest.lock"  # a folder with this file in it is a manifest's, not a part of the source
@@ -46,6 +49,13 @@ class Source(Protocol):
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """Files and folders, each with what changes when it does, the skipped ones among them."""
         ...
+
+
+def need(package: str, where: str) -> None:
+    """Refuse what only another package can read, where that is not installed."""
+    if find_spec(package) is None:
+        hint = "pip install -e '.[data]'"
+        raise InputError("data.root: takes another package to read", where, f"no {package}", hint=hint)
 
 
 class BadCaption(ValueError):

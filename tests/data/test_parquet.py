@@ -138,6 +138,17 @@ def test_a_table_without_the_column(options, said, tmp_path):
         source_of(str(tmp_path), options.get("image"), options.get("caption"))
 
 
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_a_package_that_is_not_installed_is_named(package, tmp_path, monkeypatch):
+    pq.write_table(table(), tmp_path / "0.parquet")
+    datasets.Dataset(table()).save_to_disk(tmp_path / "rows")
+    monkeypatch.setattr("ldm.data.source.find_spec", lambda name: None)
+    root = tmp_path / {"pyarrow": "0.parquet", "datasets": "rows"}[package]
+    said = rf"takes another package to read \({root}\); got no {package}; try pip install -e '.\[data\]'"
+    with pytest.raises(InputError, match=said):
+        source_of(str(root), None, None)
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, -20])
 def test_a_table_that_cannot_be_read(keep, tmp_path):
     pq.write_table(table(), tmp_path / "0.parquet")
