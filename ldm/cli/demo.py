@@ -1,5 +1,5 @@
 """Small things to look at: `ldm demo` learns a swiss roll, `ldm demo scenes` shows the built-in scenes, and
-`ldm demo gallery` makes the documentation's pictures and tables with the model that comes along."""
+`ldm demo gallery` makes the documentation's pictures and tables with the shipped model."""
 
 from __future__ import annotations
 

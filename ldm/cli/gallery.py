@@ -1,4 +1,4 @@
-"""The documentation's pictures, made by the model that comes along, and the tables and plots of its evaluation."""
+"""The documentation's pictures, made by the shipped model, and the tables and plots of its evaluation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def guidance(pipe: pipeline.Pipeline, config: Config) -> Image.Image:
     rows = []
     for text in config["prompts"][:3]:
         made = [pipe(text, cfg=cfg, seed=config["seed"])[0] for cfg in config["cfg"]]
-        rows.append(row(tensors(made), [f"cfg {cfg:g}" for cfg in config["cfg"]]))
+        rows.append(row(tensors(made), [f"{text}, cfg {cfg:g}" for cfg in config["cfg"]]))
     return stacked(rows)
 
 

@@ -129,13 +129,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def notes(pipe: Pipeline, order: Order) -> Iterator[str]:
-    """What the user should know of the file, and of prompts that the model which comes along cannot know."""
+    """What the user should know of the file, and of prompts that the shipped model cannot know."""
     from ldm.data.scenes.captions import unknown
 
     yield from pipe.opened.notes if pipe.opened else ()
     strange = dict.fromkeys(word for prompt in order.prompts for word in unknown(prompt))
     if order.checkpoint is None and strange:
-        known = f"the model that comes along knows scenes on a table, and nothing of {', '.join(strange)}"
+        known = f"the shipped model knows scenes on a table, and nothing of {', '.join(strange)}"
         yield f"{known}; --ckpt FILE takes another, such as a Stable Diffusion file"
 
 
