@@ -17,14 +17,13 @@ from tests.models.first_stages import fill
 
 PROMPT, NEGATIVE, SEED, STEPS = "a shiny red sphere", "blue", 3, 10
 SIZE = {"height": 16, "width": 24}
-# where their rules of spacing and ours agree: with `leading`, their DPM and UniPC divide the table by steps + 1 and
-# drop a time; with `trailing`, their Euler starts at sigma_T z in units of x / alpha, 0.2% below our z
+# with `trailing`, their Euler starts at sigma_T z in units of x / alpha, 0.2% below our z
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"timestep_spacing": "leading", "clip_sample": False, "set_alpha_to_one": False}),
     "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
-    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
+    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
 }
 every_sampler = pytest.mark.parametrize("name", SCHEDULERS)
 

@@ -23,13 +23,14 @@ def open(path: str | Path, *, vae: str | Path | None = None, pickles: bool = Fal
 
     `pickles` is for `ldm convert` alone.
     """
-    path = Path(path)
+    path, ours = Path(path), False
     if path.is_dir():
         opened = read_folder(path)
     else:
         tensors = open_pickle(path) if pickles and is_pickle(path) else open_file(path)
-        opened = read_native(tensors) if MARK in tensors.metadata else read_single(tensors)
-    check_numbers(opened.state, str(path))
+        ours = MARK in tensors.metadata
+        opened = read_native(tensors) if ours else read_single(tensors)
+    check_numbers(opened.state, str(path), whole=ours)
     return opened if vae is None else with_stage(opened, open(vae, pickles=pickles))
 
 

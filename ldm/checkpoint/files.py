@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,11 @@ DTYPES = {  # safetensors' names of what weights may be stored in
 }
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()} | {torch.bool: "BOOL"}
+COUNTS = (torch.int64, torch.int32, torch.bool)  # buffers of a user's own networks
 FORMAT = "a .safetensors file"
 AGAIN = "copy or download it again"
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # a key in its files of 2021
 DIGEST = "sha256"  # the metadata's key of the digest of the file with this one blank
 BLANK = "0" * 64
 
@@ -117,15 +120,21 @@ def pickled(start: bytes) -> bool:
     return start.startswith(PICKLES) and start[8:9] != b"{"
 
 
+class Callback:
+    """Stands for the class by which Lightning's old files name a callback; nothing is made of it."""
+
+
 def open_pickle(path: str | Path) -> Tensors:
     """The tensors of a .ckpt or .pt, memory-mapped where its format allows; nothing but weights is unpickled."""
     path = Path(path)
     with readable(path) as file:
         zipped = file.read(4) == PICKLES[0]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        with torch.serialization.safe_globals([(Callback, LIGHTNING)]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except Exception as error:
-        got = (str(error) or type(error).__name__).splitlines()[0]
+        named = re.search(r"GLOBAL (\S+)", str(error))  # behind torch's advice to trust the file
+        got = f"{named[1]} in it" if named else (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError("not a pickle of plain weights", str(path), got, "tensors in dictionaries") from error
     for key in ("state_dict", "ema"):  # CompVis; DiT's training script
         content = content.get(key, content) if isinstance(content, dict) else content
@@ -226,11 +235,13 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors that are not floating point, or hold NaN or infinity."""
-    integers = [name for name, x in state.items() if x.dtype not in DTYPES.values()]
+def check_numbers(state: Mapping[str, Tensor], where: str, whole: bool = False) -> None:
+    """Refuse tensors that hold NaN or infinity, or are not floating point; with `whole`, counts may be among them."""
+    fine = (*DTYPES.values(), *(COUNTS if whole else ()))
+    integers = [name for name, x in state.items() if x.dtype not in fine]
     refuse_tensors(state, integers, "weights must be floating point", where, lambda x: NAMES.get(x.dtype, str(x.dtype)))
-    broken = [name for name, x in state.items() if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all()]
+    floating = {name: x for name, x in state.items() if x.is_floating_point() and x.numel()}
+    broken = [name for name, x in floating.items() if not torch.stack(torch.aminmax(x)).isfinite().all()]
     refuse_tensors(state, broken, "weights hold NaN or infinity", where, lambda x: f"{int((~x.isfinite()).sum())}")
 
 

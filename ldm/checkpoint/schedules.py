@@ -23,6 +23,7 @@ SOLVERS = {  # their classes that are a solver of ours, and the spacing that eac
     "UniPCMultistepScheduler": ("unipc", "linspace"),
 }
 SPACINGS = ("leading", "linspace", "trailing")
+MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # whose steps are of N + 1, but for the last
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
 
 
@@ -82,11 +83,29 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     node: Node = {"type": scheduler.get("timestep_spacing", default), "steps": 50}
     if node["type"] == "leading" and scheduler.get("steps_offset", 0) != 1:  # ours is Stable Diffusion's
         node["offset"] = scheduler.get("steps_offset", 0)
+    kind = scheduler.get("_class_name", "DDIMScheduler")
+    if kind in MULTISTEP and node["type"] != "trailing":
+        node["spare"] = 1
     # only DDIM reads the first key, though `from_config` hands it on to every other class
-    ddim = scheduler.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
-    if (ddim and scheduler.get("set_alpha_to_one") is False) or scheduler.get("final_sigmas_type") == "sigma_min":
+    if (kind == "DDIMScheduler" and scheduler.get("set_alpha_to_one") is False) or scheduler.get(
+        "final_sigmas_type"
+    ) == "sigma_min":
         node["end"] = "table"
     return node
+
+
+def written_as(solver: str, spacing: Node, notes: list[str]) -> str:
+    """The class that a solver and its spacing become, with notes of what it does otherwise."""
+    classes = {ours: theirs for theirs, (ours, _) in SOLVERS.items()}
+    kind = classes.get(solver, "DDIMScheduler")
+    if solver not in classes:
+        notes.append(f"no scheduler of diffusers is solver {solver}: DDIM takes its place")
+    if spacing["type"] not in (*SPACINGS, "karras"):
+        notes.append(f"no scheduler of diffusers has spacing {spacing['type']}: leading takes its place")
+    elif spacing["type"] in ("leading", "linspace") and spacing.get("spare", 0) != (kind in MULTISTEP):
+        spare = int(kind in MULTISTEP)
+        notes.append(f"diffusers' {kind} steps at the times of spacing.spare={spare}, which are not this file's")
+    return kind
 
 
 def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
@@ -96,20 +115,15 @@ def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
     learned = prediction["type"] == "learned_range"
     kind = prediction["of"]["type"] if learned else prediction["type"]
     kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    classes = {ours: theirs for theirs, (ours, _) in SOLVERS.items()}
     paths = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()} | {"table": "linear"}
     if kind not in kinds or path["type"] not in paths:
         got = f"{path['type']} with {kind}"
         raise CheckpointError(
             "no scheduler of diffusers for this", "path, prediction", got, ", ".join(paths), "our format"
         )
-    if solver["type"] not in classes:
-        notes.append(f"no scheduler of diffusers is solver {solver['type']}: DDIM takes its place")
-    if spacing["type"] not in (*SPACINGS, "karras"):
-        notes.append(f"no scheduler of diffusers has spacing {spacing['type']}: leading takes its place")
     defaults = {"scaled_linear": (0.00085, 0.012)}.get(path["type"], (1e-4, 0.02))
     node = {
-        "_class_name": classes.get(solver["type"], "DDIMScheduler"),
+        "_class_name": written_as(solver["type"], spacing, notes),
         "num_train_timesteps": len(path["betas"]) if "betas" in path else path.get("steps", 1000),
         "beta_schedule": paths[path["type"]],
         "beta_start": path.get("start", defaults[0]),
@@ -121,7 +135,9 @@ def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
         "rescale_betas_zero_snr": path.get("zero_terminal_snr", False),
         "use_karras_sigmas": spacing["type"] == "karras",
     }
-    node |= {"clip_sample": False, "set_alpha_to_one": spacing.get("end") != "table"}
+    ends = spacing.get("end") == "table"
+    node |= {"final_sigmas_type": "sigma_min" if ends else "zero"} if node["_class_name"] in MULTISTEP else {}
+    node |= {"clip_sample": False, "set_alpha_to_one": not ends}
     variances = {"learned": "learned_range", "large": "fixed_large", "small": "fixed_small"}
     if solver["type"] == "ddpm" or learned:
         node["variance_type"] = "learned_range" if learned else variances[solver.get("noise_var", "large")]

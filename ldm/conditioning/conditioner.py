@@ -44,9 +44,9 @@ class Conditioner(nn.Module):
     def forward(self, batch: Mapping[str, Any], drop: Mapping[str, Tensor] | None = None) -> Condition:
         """The condition of a batch, with nothing in its place where `drop[part]` (B,) is True.
 
-        A cache has read it before: batch["states"][part] are its fields.
+        A cache has read it before if it is frozen: batch["states"][part] are its fields.
         """
-        states = batch.get("states", {}).get(self.part)
+        states = batch.get("states", {}).get(self.part) if self.frozen else None
         condition = self.online(batch) if states is None else Condition(**states).map(as_float)
         self.check_drop(drop or {}, batch_size(condition))
         return self.without(condition, drop or {})

@@ -98,6 +98,8 @@ class LowResolution(Spatial):
         self, *, channels: int = 3, levels: int = 1000, start: float = 1e-4, end: float = 0.02, drop: float = 0.0
     ):
         check_positive(channels=channels, levels=levels)
+        if not 0 < start <= end < 1:
+            raise ValueError(f"start: no schedule of noise; got {start} to end {end}; expected 0 < start <= end < 1")
         super().__init__("low_resolution", channels, drop)
         self.classes = levels
         betas = torch.linspace(start**0.5, end**0.5, levels, dtype=torch.float64, device="cpu").square()

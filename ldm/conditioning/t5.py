@@ -81,7 +81,7 @@ def load(weights: str, numbers: dict[str, Any]) -> Any:
             raise ValueError(f"weights: another T5; got {name} = {got} in {weights}; expected {expected}")
     model, report = pretrained(T5EncoderModel, weights, output_loading_info=True)
     refuse("tensors are missing", sorted(report["missing_keys"]))
-    return model
+    return model.float()  # transformers leaves it as the file has it
 
 
 def pretrained(kind: Any, weights: str, **options: Any) -> Any:

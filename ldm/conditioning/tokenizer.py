@@ -261,6 +261,17 @@ def from_folder(folder: str | Path) -> Tokenizer:
         raise InputError(
             "tokenizer: no such folder", got=str(folder), expected="a folder with vocab.json or tokenizer.json"
         )
+    try:
+        return read_folder(folder)
+    except InputError:
+        raise
+    except Exception as error:  # of damaged JSON, of files of another kind, and whatever `tokenizers` raises
+        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError("tokenizer: cannot be read", str(folder), got, "its files, whole") from error
+
+
+def read_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of its files."""
     if (folder / "tokenizer.json").is_file():
         whole = (folder / "tokenizer.json").read_text(encoding="utf-8")
         model = json.loads(whole)["model"]
@@ -275,10 +286,7 @@ def from_folder(folder: str | Path) -> Tokenizer:
         return BPE([(a, b) for a, b in pairs], vocabulary, folder_pad(folder, vocabulary))
     from transformers import AutoTokenizer
 
-    try:
-        return Foreign(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError("tokenizer: cannot be read", str(folder), str(error).splitlines()[0], "its files") from error
+    return Foreign(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
 
 
 def folder_pad(folder: Path, vocabulary: dict[str, int]) -> int | None:

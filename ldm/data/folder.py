@@ -141,7 +141,7 @@ class Folder:
         """The picture that a row is about, and what it says."""
         where = f"{table}:{line}"
         file = fields.get("file_name") if isinstance(fields, dict) else None
-        if not isinstance(file, str) or not file:
+        if not isinstance(file, str) or not file or not nameable(file):
             raise DataError("a row names no picture", str(self.root / where), expected="a column file_name")
         name = os.path.normpath(os.path.join(os.path.dirname(table), file))
         try:
@@ -166,6 +166,14 @@ class Folder:
                     yield number, source.parsed(line.encode("utf-8", "surrogateescape"))
                 except BadCaption:
                     raise DataError("a row is not JSON", f"{self.root / table}:{number}") from None
+
+
+def nameable(name: str) -> bool:
+    """Whether a file may be called so."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def hidden(name: str) -> bool:

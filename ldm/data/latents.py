@@ -68,6 +68,11 @@ class Latents:
     def __len__(self) -> int:
         return self.key["count"]
 
+    @property
+    def labels(self) -> Tensor:
+        """Those that there are."""
+        return torch.cat([self.shard(number)["label"].unique() for number in range(len(self.rows))]).unique()
+
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process is told; it maps the shards itself."""
         return {**self.__dict__, "opened": {}}

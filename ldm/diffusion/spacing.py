@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal
 
@@ -18,11 +19,9 @@ class Spacing:
     """The common part: N levels from the rule, then the end: sigma = 0, or the least noisy level trained (`table`)."""
 
     def __init__(self, *, steps: int, end: End = "zero"):
-        if steps < 1:
-            raise ValueError(f"steps: must be at least 1, got {steps}")
         if end not in ("zero", "table"):
             raise ValueError(f"end: must be zero or table, got {end}")
-        self.steps, self.end = steps, end
+        self.steps, self.end = at_least("steps", steps, 1), end
 
     def levels(self, path: Path) -> Level:
         """The N levels at which the network is asked."""
@@ -32,6 +31,8 @@ class Spacing:
         """(N + 1,) levels of falling noise."""
         levels = self.levels(path)
         last = path.data() if self.end == "zero" else path.level(torch.tensor([path.t_min], dtype=torch.float64))
+        if self.steps > 1 and (last.log_snr - levels.log_snr[-1]).abs() < 1e-9:  # there already
+            return levels
         grid = Level(*(torch.cat(pair) for pair in zip(levels, last)))
         falling = grid.log_snr.diff() > 0
         if not falling.all():
@@ -54,31 +55,37 @@ class Trailing(Spacing):
 
 
 class Linspace(Spacing):
-    """Equal steps of t from the noisiest to the least noisy level trained."""
+    """Equal steps of t from the noisiest to the least noisy level trained; `spare` more than N, and then left out."""
+
+    def __init__(self, *, steps: int, spare: int = 0, end: End = "zero"):
+        super().__init__(steps=steps, end=end)
+        self.spare = at_least("spare", spare, 0)
 
     def levels(self, path: Path) -> Level:
         """t = 1, ..., t_min."""
-        return path.level(_rounded(path, _line(self.steps - 1, 1.0, path.t_min), first=0))
+        t = _line(self.steps + self.spare - 1, 1.0, path.t_min)[: self.steps]
+        return path.level(_rounded(path, t, first=0))
 
 
 class Leading(Spacing):
-    """Stable Diffusion's own: every (T // N)-th step of a table, counted from `offset`."""
+    """Stable Diffusion's own: every (T // N)-th step of a table, counted from `offset`.
 
-    def __init__(self, *, steps: int, offset: int = 1, end: End = "zero"):
+    diffusers' multistep solvers have one to `spare`: every (T // (N + 1))-th step, but for the last.
+    """
+
+    def __init__(self, *, steps: int, offset: int = 1, spare: int = 0, end: End = "zero"):
         super().__init__(steps=steps, end=end)
-        if offset < 0:
-            raise ValueError(f"offset: must be at least 0, got {offset}")
-        self.offset = offset
+        self.offset, self.spare = at_least("offset", offset, 0), at_least("spare", spare, 0)
 
     def levels(self, path: Path) -> Level:
         """k = offset + (T // N) * (N - 1, ..., 0)."""
         if not isinstance(path, Table):
             raise ValueError("type: leading counts the steps of a table of betas; this path has none; try trailing")
-        stride = path.steps // self.steps
-        last = self.offset + stride * (self.steps - 1)
-        if stride == 0 or last >= path.steps:
+        stride = path.steps // (self.steps + self.spare)
+        first, last = (self.offset + stride * row for row in (self.steps + self.spare - 1, self.spare))
+        if stride == 0 or first >= path.steps:
             raise ValueError(f"steps: the path has {path.steps}, got {self.steps} from offset {self.offset}; try fewer")
-        return path.level(path.time(_line(self.steps - 1, last, self.offset)))
+        return path.level(path.time(_line(self.steps - 1, first, last)))
 
 
 class LogSNR(Spacing):
@@ -99,8 +106,8 @@ class Karras(Spacing):
 
     def levels(self, path: Path) -> Level:
         """sigma / alpha between those of the noisiest finite level and the least noisy trained."""
-        ends = [torch.tensor(-_log_snr(path, t)).double().exp() ** (1 / self.rho) for t in (path.t_max, path.t_min)]
-        sigma = _line(self.steps - 1, ends[0].item(), ends[1].item()) ** self.rho
+        ends = [math.exp(-_log_snr(path, t) / self.rho) for t in (path.t_max, path.t_min)]
+        sigma = _line(self.steps - 1, *ends) ** self.rho
         return _from_the_top(path, path.at(-sigma.log()))
 
 
@@ -119,6 +126,13 @@ class Explicit(Spacing):
         if not ((t > 0) & (t < 1 + 1e-6)).all():
             raise ValueError(f"times: must lie between the data and t = 1 of the path, got {self.times}")
         return path.level(t)
+
+
+def at_least(name: str, number: int, least: int) -> int:
+    """A number that is not too small."""
+    if number < least:
+        raise ValueError(f"{name}: must be at least {least}, got {number}")
+    return number
 
 
 def _line(steps: int, start: float, stop: float) -> Tensor:

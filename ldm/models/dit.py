@@ -77,11 +77,11 @@ class DiT(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
+        check_positive(in_channels=in_channels, depth=depth, patch=patch, heads=heads)
         check_multiple("width", width, heads, f"cannot be split into {heads} heads")
         check_multiple("width", width, 4, "sines and cosines of two axes must share it")
-        check_positive(in_channels=in_channels, depth=depth, patch=patch)
         self.in_channels, self.context, self.checkpointing = in_channels + extra_channels, context, checkpointing
-        self.width, self.patch = width, patch
+        self.width, self.patch, self.factor = width, patch, patch
         self.out_channels = in_channels * (2 if learned_sigma else 1)
         self.embed = nn.Conv2d(self.in_channels, width, patch, stride=patch)
         self.time = TimestepEmbedding(256, width, classes, pooled)

@@ -158,6 +158,8 @@ class TextTransformer(nn.Module):
         if layers < least:
             raise ValueError(f"layers: too few for layer={layer}; got {layers}; expected {least} or more; try {least}")
         check_positive(vocabulary=vocabulary, length=length, width=width, heads=heads)
+        if projection is not None:
+            check_positive(projection=projection)
         if head_width is None:
             check_multiple("width", width, heads, f"cannot be split into {heads} heads")
         else:

@@ -210,7 +210,8 @@ class UNet(nn.Module):
     ) -> None:
         """Refuse numbers that describe no U-Net, before anything is built."""
         check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
-        check_positive(in_channels=self.in_channels, blocks=blocks, multipliers=min(multipliers), depth=min(depth))
+        check_positive(in_channels=self.in_channels, blocks=blocks)
+        check_positive(multipliers=min(multipliers, default=0), depth=min(depth, default=0))
         factors = [2**level for level in range(len(multipliers))]
         for factor in attend:
             if factor not in factors:

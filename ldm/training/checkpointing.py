@@ -11,13 +11,14 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
@@ -54,6 +55,7 @@ def write_files(
     digests[MODEL] = save(run / MODEL, config, model, stage.tokenizer)
     counters = {name: getattr(stage, name) for name in COUNTERS}
     said = {**counters, "sha256": digests, "threads": torch.get_num_threads(), **data_of(stage)}
+    said["optimizers"] = {group: numbers_of(*each) for group, each in named_optimizers(stage).items()}
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(said).encode())
     flush_folder(folder.parent)
@@ -136,8 +138,9 @@ def restore(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
         raise CheckpointError("another model's checkpoint", str(folder), got, "the names of this one", "another --run")
     for name, x in own.items():
         x.copy_(like(saved[name], x))
-    for group, optimizer in stage.optimizers_by_group().items():
-        for name, p in stage.groups()[group]:
+    for group, (optimizer, parameters) in named_optimizers(stage).items():
+        remember(optimizer, parameters, manifest.get("optimizers", {}).get(group, {}))
+        for name, p in parameters:
             prefix = f"optimizer/{group}/{name}/"
             for key in (key for key in remembered if key.startswith(prefix)):
                 x = saved[key]
@@ -175,14 +178,40 @@ def tensors_of(stage: Stage) -> dict[str, Tensor]:
     state = {name: x for name, x in stage.state_dict().items() if not name.startswith(frozen)}
     tensors = {f"model/{name}": x for name, x in state.items()}
     tensors |= {f"ema/{name}": x for name, x in stage.ema.shadows.items()}
-    for group, optimizer in stage.optimizers_by_group().items():
-        for name, p in stage.groups()[group]:
+    for group, (optimizer, parameters) in named_optimizers(stage).items():
+        for name, p in parameters:
             tensors |= {
                 f"optimizer/{group}/{name}/{key}": x
                 for key, x in optimizer.state.get(p, {}).items()
                 if isinstance(x, Tensor)
             }
     return tensors
+
+
+def named_optimizers(stage: Stage) -> dict[str, tuple[Optimizer, list[tuple[str, nn.Parameter]]]]:
+    """Of each group, its optimiser and its parameters by name."""
+    groups = stage.groups()
+    return {group: (optimizer, groups[group]) for group, optimizer in stage.optimizers_by_group().items()}
+
+
+def numbers_of(optimizer: Optimizer, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    """What an optimiser of a user's own may remember beside tensors: of each parameter, and of all together."""
+    alone = {name: plain(optimizer.state.get(p, {})) for name, p in parameters}
+    return {"of": {name: own for name, own in alone.items() if own}, "all": [*map(plain, optimizer.param_groups)]}
+
+
+def remember(optimizer: Optimizer, parameters: Sequence[tuple[str, nn.Parameter]], numbers: Mapping[str, Any]) -> None:
+    """Give these numbers back; the learning rate is the schedule's."""
+    for settings, own in zip(optimizer.param_groups, numbers.get("all", [])):
+        settings |= {name: x for name, x in own.items() if name != "lr"}
+    for name, p in parameters:
+        if own := numbers.get("of", {}).get(name):
+            optimizer.state[p] |= own
+
+
+def plain(node: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in it."""
+    return {name: x for name, x in node.items() if type(x) in (int, float)}
 
 
 def like(x: Tensor, target: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ def check_sources(config: Config, found: Sources, model: Model) -> None:
     """Refuse data that the networks cannot take, or that lack what the conditioner reads."""
     backbone = model.denoiser.backbone
     below = 1 if model.autoencoder is None else model.autoencoder.factor
-    factor = below * getattr(backbone, "factor", getattr(backbone, "patch", 1))
+    factor = below * getattr(backbone, "factor", 1)
     for key, data in found.by_key():
         if isinstance(data, Latents):
             if model.autoencoder is None:

@@ -130,7 +130,7 @@ class Stage(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], index: int) -> None:
         """One micro-batch; the last of a global batch ends in a step of each turn's groups, or in a skipped one."""
         last = self._micro + 1 == self.plan.accumulate
-        self.report, self.advanced = {}, False
+        self.report, self.advanced, self.failed = {}, False, False
         for turn in self.turns():
             torch.manual_seed(self._dropout_seed())
             with nullcontext() if last else self._unsynchronised():
@@ -139,6 +139,7 @@ class Stage(pl.LightningModule):
             for name, value in report.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach() / self.plan.accumulate
             if last and not self._take(turn):
+                self.failed = True
                 break
         self._micro = (self._micro + 1) % self.plan.accumulate
         if last:
@@ -184,8 +185,8 @@ class Stage(pl.LightningModule):
         """Move the counters behind a global batch; too many skipped in a row end the training."""
         self.images_seen += self.data.batch_size
         self.step += self.advanced  # now, so that all turns of a batch have the same one
-        self.skipped_in_row = 0 if self.advanced else self.skipped_in_row + 1
-        self.skipped += not self.advanced
+        self.skipped_in_row = self.skipped_in_row + 1 if self.failed else 0
+        self.skipped += self.failed
         self.report |= {"step": self.step, "images_seen": self.images_seen, "skipped": self.skipped}
         if self.skipped_in_row >= PATIENCE:
             first = self.images_seen - PATIENCE * self.data.batch_size

@@ -38,7 +38,11 @@ def test_around_through_all_formats(tmp_path, capsys):
     ):
         assert run(source, target, "--to", layout) == 0
         out = capsys.readouterr().out
-        assert out == f"{source}: {family}, {count}\nwrote {target} ({layout})\n"
+        first, *notes, last = out.splitlines()
+        assert (first, last) == (f"{source}: {family}, {count}", f"wrote {target} ({layout})")
+        assert [note.split(" of ")[1] for note in notes] == ["spacing.spare=1, which are not this file's"] * (
+            layout == "diffusers"
+        )
         assert same(checkpoint.open(target).state, state)
     carried = checkpoint.open(names[2]).tokenizer
     assert json.loads(carried)["merges"] == [["a", "b</w>"]]

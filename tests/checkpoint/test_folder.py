@@ -4,12 +4,16 @@ import json
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ldm import checkpoint
+from ldm.checkpoint.schedules import read_scheduler
 from ldm.conditioning.tokenizer import BPE
+from ldm.diffusion.path import scaled_linear
+from ldm.diffusion.spacing import Leading, Linspace, Trailing
 from ldm.errors import CheckpointError
 from tests.checkpoint.made_up import CONFIGS, make
 from tests.models.first_stages import fill
@@ -54,20 +58,19 @@ def test_our_folder_through_diffusers_and_back(name, tmp_path):
     folder = write(tmp_path, name)
     opened = checkpoint.open(folder)
     assert same(opened.state, state)
-    assert opened.config == config
+    spare = {"spare": 1} if config["solver"]["type"] == "dpmpp_2m" else {}  # what their class makes of it
+    assert opened.config == config | {"spacing": config["spacing"] | spare}
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert type(pipe).__name__ == PIPELINES[name]
     pipe.save_pretrained(tmp_path / "theirs")
     theirs = checkpoint.open(tmp_path / "theirs")
     assert same(theirs.state, state)
-    assert theirs.config == config
+    assert theirs.config == opened.config
     assert [note for note in theirs.notes if "left out" in note] == []
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_a_first_stage_alone(name, tmp_path):
-    import diffusers
-
     config, state = make(name)
     folder = write(tmp_path, name)
     kind = {"kl": diffusers.AutoencoderKL, "vq": diffusers.VQModel}[name]
@@ -265,8 +268,13 @@ def test_schedulers(scheduler, expected, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({}, []),
+        ({"solver": {"type": "euler"}}, []),
+        ({"spacing": {"type": "leading", "steps": 20, "spare": 1}}, []),
         ({"spacing": {"type": "karras", "steps": 20}}, []),
+        (
+            {},
+            ["diffusers' DPMSolverMultistepScheduler steps at the times of spacing.spare=1, which are not this file's"],
+        ),
         (
             {"spacing": {"type": "log_snr", "steps": 20}},
             ["no scheduler of diffusers has spacing log_snr: leading takes its place"],
@@ -277,6 +285,20 @@ def test_schedulers(scheduler, expected, tmp_path):
 def test_what_a_scheduler_cannot_say_is_told(changed, expected, tmp_path):
     config, state = make("sd1")
     assert checkpoint.write_diffusers(tmp_path / "x", {**config, **changed}, state, TOKENIZER) == expected
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_times_and_ends_are_those_of_their_schedulers(kind, end, spacing):
+    settings = {"timestep_spacing": spacing, "final_sigmas_type": end, "steps_offset": 1}
+    theirs = getattr(diffusers, kind)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **settings)
+    theirs.set_timesteps(20)
+    node = read_scheduler({**theirs.config, "_class_name": kind}, [])["spacing"] | {"steps": 20}
+    rule = {"leading": Leading, "linspace": Linspace, "trailing": Trailing}[node.pop("type")](**node)
+    grid = rule.grid(scaled_linear(start=0.00085, end=0.012))
+    assert grid.t[:20].tolist() == theirs.timesteps.tolist()
+    assert (grid.sigma / grid.alpha).tolist() == pytest.approx(theirs.sigmas[: len(grid.t)].tolist(), rel=1e-4)
 
 
 def test_folders_that_are_refused(tmp_path):

@@ -355,6 +355,10 @@ REFUSALS = [
         "segmentation: not a map of classes; got float32 of shape (1, 3, 16, 16); expected integers of shape (B, H, W)",
     ),
     (
+        lambda: LowResolution(start=-1.0),
+        "start: no schedule of noise; got -1.0 to end 0.02; expected 0 < start <= end < 1",
+    ),
+    (
         lambda: LowResolution()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20, 1000])}),
         "noise_level: no such level; got 20 to 1000; expected 0 to 999; try 20",
     ),

@@ -265,6 +265,9 @@ def test_t5_comes_from_a_folder_with_its_tokenizer(tmp_path):
     fast(unigram()).save_pretrained(tmp_path)
     again = t5(**T5_NUMBERS, weights=str(tmp_path))
     assert torch.equal(again(TEXTS).tokens, ours(TEXTS).tokens)
+    t5_of(ours).bfloat16().save_pretrained(tmp_path / "half")
+    fast(unigram()).save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in t5(**T5_NUMBERS, weights=str(tmp_path / "half")).parameters()} == {torch.float32}
     carried = t5(**T5_NUMBERS)  # as a checkpoint carries it: numbers, state, tokenizer
     carried.load_state_dict(again.state_dict())
     carried.use(from_json(again.tokenizer.to_json()))

@@ -249,6 +249,14 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     expected = f"tokenizer: no such folder; got {tmp_path}/none; expected a folder with vocab.json or tokenizer.json"
     assert refusal(lambda: from_folder(tmp_path / "none")) == expected
     assert refusal(lambda: from_folder(tmp_path)).startswith(f"tokenizer: cannot be read ({tmp_path}); got ")
+    for number, (name, text) in enumerate(
+        [("tokenizer.json", '{"model"'), ("tokenizer.json", "{}"), ("vocab.json", "{}")]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_text(text)
+        (folder / "merges.txt").write_text("a b\n")
+        assert refusal(lambda at=folder: from_folder(at)).startswith(f"tokenizer: cannot be read ({folder}); got ")
     endless = Tokenizer(models.Unigram([("a", 0.0)], unk_id=0))
     expected = "tokenizer: no end token; got none of its names; expected one of <|endoftext|>, [SEP], </s>"
     assert refusal(lambda: Foreign(endless.to_str())) == expected

@@ -71,6 +71,8 @@ def test_the_caption_column_may_be_named(tmp_path):
         ('{"file_name": "a.jpg"}\n{"text": "x"}', r"a row names no picture \(.*metadata.jsonl:2\)"),
         ('{"file_name": "a.jpg"}\n{"file_name": ', r"a row is not JSON \(.*metadata.jsonl:2\)"),
         ('["a.jpg"]', r"a row names no picture \(.*metadata.jsonl:1\)"),
+        (r'{"file_name": "a\u0000.jpg"}', r"a row names no picture \(.*metadata.jsonl:1\)"),
+        (r'{"file_name": "\ud800.jpg"}', r"a row names no picture \(.*metadata.jsonl:1\)"),
         ('{"file_name": 3}', r"a row names no picture \(.*metadata.jsonl:1\)"),
     ],
 )

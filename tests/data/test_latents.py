@@ -200,6 +200,7 @@ def test_labels_and_captions_stay_for_what_trains(tmp_path):
     data = Latents(root=str(tmp_path), batch_size=4)
     batch = data.batch(asks(3, 2, 1, 0), 0)
     assert batch["label"].tolist() == [3, 2, 1, 0]
+    assert data.labels.tolist() == [0, 1, 2, 3]
     assert "caption" not in batch
     online = whole(source.batch(asks(3, 2, 1, 0), 0))
     ours = whole(batch)

@@ -145,6 +145,7 @@ def test_gradient_checkpointing_changes_no_gradient():
             {"width": 6, "heads": 2},
             "width: sines and cosines of two axes must share it; got 6; expected a multiple of 4; try 8",
         ),
+        ({"heads": 0}, "heads: too small; got 0; expected 1 or more; try 1"),
         ({"patch": 0}, "patch: too small; got 0; expected 1 or more; try 1"),
         ({"depth": 0}, "depth: too small; got 0; expected 1 or more; try 1"),
         (

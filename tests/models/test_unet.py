@@ -199,6 +199,8 @@ BAD_NUMBERS = [
     ({"attend": (2, 8)}, "attend: no level there; got 8; expected some of [1, 2]; try 2"),
     ({"depth": [1]}, "depth: not one number per level; got 1 numbers; expected 2; try [1, 1]"),
     ({"depth": 0}, "depth: too small; got 0; expected 1 or more; try 1"),
+    ({"depth": []}, "depth: too small; got 0; expected 1 or more; try 1"),
+    ({"multipliers": []}, "multipliers: too small; got 0; expected 1 or more; try 1"),
     ({"blocks": 0}, "blocks: too small; got 0; expected 1 or more; try 1"),
     ({"resample": "bigan"}, "resample: unknown; got bigan; expected conv or residual; try conv"),
     ({"dropout": 1.5}, "dropout: out of range; got 1.5; expected 0 <= dropout < 1; try 0.1"),

@@ -16,6 +16,7 @@ from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import checkpointing, logs, run, utilisation
+from ldm.training.autoencoder import AutoencoderStage
 from tests.data.photographs import photograph
 from tests.training import second_stage
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, started, toy_data, wait
@@ -326,6 +327,19 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, m
     assert (counters["step"], counters["images_seen"], counters["skipped"]) == (10, 13 * 8, 3)
     steps = [int(row["step"]) for row in rows(tmp_path / "run")]
     assert steps == [1, 2, 3, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_second_turn_without_a_finite_gradient_counts_too(tmp_path, monkeypatch, capsys):
+    """A discriminator that never learns must not go unnoticed."""
+    clipped = AutoencoderStage._clipped
+
+    def broken(self, optimizer):
+        norm = clipped(self, optimizer)
+        return norm * float("inf") if optimizer is self.optimizers_by_group()["discriminator"] else norm
+
+    monkeypatch.setattr(AutoencoderStage, "_clipped", broken)
+    assert main(command(tmp_path / "run", "two_forwards=true")[:-1]) == 5
+    assert "5 steps in a row without a finite gradient" in capsys.readouterr().err
 
 
 def test_five_in_a_row_stop_and_name_the_samples(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,10 @@ def test_killed_once_with_muon(tmp_path):
     assert_same_after_kills(tmp_path, 1, ["optimizer={type: muon, lr: 1e-3}"])
 
 
+def test_killed_once_with_an_optimiser_that_counts_in_python(tmp_path):
+    assert_same_after_kills(tmp_path, 1, ["optimizer={type: counting, lr: 1e-3}"])
+
+
 @pytest.mark.slow
 def test_killed_ten_times_with_workers_and_accumulation(tmp_path):
     assert_same_after_kills(tmp_path, 10, ["trainer.accumulate=4", "data.workers=2"], steps=200)

@@ -11,7 +11,23 @@ from ldm import parts
 from ldm.data.sampler import Ask
 from ldm.draws import draw, stream
 
-PARTS = {"data": {"toy": "tests.training.toy:Toy"}}
+PARTS = {"data": {"toy": "tests.training.toy:Toy"}, "optimizer": {"counting": "tests.training.toy:Counting"}}
+
+
+class Counting(torch.optim.Optimizer):
+    """Steps along the signs of gradients that fall with counts kept outside tensors, of each weight and of all."""
+
+    def __init__(self, params: Any, *, lr: float):
+        super().__init__(params, {"lr": lr, "rounds": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["rounds"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                    p -= group["lr"] * p.grad.sign() / (self.state[p]["count"] + group["rounds"])
 
 
 class Toy:
