@@ -87,9 +87,8 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     if kind in MULTISTEP and node["type"] != "trailing":
         node["spare"] = 1
     # only DDIM reads the first key, though `from_config` hands it on to every other class
-    if (kind == "DDIMScheduler" and scheduler.get("set_alpha_to_one") is False) or scheduler.get(
-        "final_sigmas_type"
-    ) == "sigma_min":
+    stays = kind == "DDIMScheduler" and scheduler.get("set_alpha_to_one") is False
+    if stays or scheduler.get("final_sigmas_type") == "sigma_min":
         node["end"] = "table"
     return node
 

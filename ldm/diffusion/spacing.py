@@ -28,12 +28,11 @@ class Spacing:
         raise NotImplementedError
 
     def grid(self, path: Path) -> Level:
-        """(N + 1,) levels of falling noise."""
+        """(N + 1,) levels of falling noise, or N where the rule ends at the end itself."""
         levels = self.levels(path)
         last = path.data() if self.end == "zero" else path.level(torch.tensor([path.t_min], dtype=torch.float64))
-        if self.steps > 1 and (last.log_snr - levels.log_snr[-1]).abs() < 1e-9:  # there already
-            return levels
-        grid = Level(*(torch.cat(pair) for pair in zip(levels, last)))
+        there = self.steps > 1 and bool((last.log_snr - levels.log_snr[-1]).abs() < 1e-9)
+        grid = levels if there else Level(*(torch.cat(pair) for pair in zip(levels, last)))
         falling = grid.log_snr.diff() > 0
         if not falling.all():
             row = int((~falling).nonzero()[0])

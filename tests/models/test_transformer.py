@@ -145,6 +145,7 @@ def test_attention_pool_is_the_row_of_the_mean():
             "layers: too few for layer=penultimate; got 1; expected 2 or more; try 2",
         ),
         ({"heads": 5}, "width: cannot be split into 5 heads; got 32; expected a multiple of 5; try 30"),
+        ({"projection": -1}, "projection: too small; got -1; expected 1 or more; try 1"),
     ],
 )
 def test_impossible_numbers_are_refused(changes, message):
