@@ -346,7 +346,7 @@ def test_a_class_is_needed_where_the_model_has_classes(opened):
     for label in (None, 1001, -1):
         with pytest.raises(InputError, match="label"):
             pipe(label=label, steps=2)
-    with pytest.raises(InputError, match="height: not divisible.*18.*a multiple of 4"):  # of patches and latents
+    with pytest.raises(InputError, match=r"height: not divisible.*18.*a multiple of 4"):  # of patches and latents
         pipe(label=0, steps=2, height=18)
 
 
