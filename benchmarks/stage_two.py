@@ -147,7 +147,9 @@ def stage_of(model: Model, data: Ready, row: Row) -> LatentDiffusionStage:
 
 def small(network: UNet, data: Ready, row: Row, autoencoder: Autoencoder | None = None) -> LatentDiffusionStage:
     """The stage that is compared: its conditioner has no weights and hands on the states of the data."""
-    model = Model(Denoiser(network, scaled_linear(), Eps()), Conditioner("caption", drop=0.0), autoencoder)
+    conditioner = Conditioner("caption", drop=0.0)
+    conditioner.freeze()  # as what a cache has the states of
+    model = Model(Denoiser(network, scaled_linear(), Eps()), conditioner, autoencoder)
     return stage_of(model, data, row)
 
 
