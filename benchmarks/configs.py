@@ -39,7 +39,6 @@ from ldm.training.needs import remembered, size, without_checkpointing
 from ldm.training.run import disk_needed
 from ldm.training.sampling import Samples
 from ldm.training.stage import Stage
-from ldm.training.trial import spans
 
 ROOT = Path(__file__).parent.parent / "configs"
 STAGES = {"autoencoder": "First stages", "ldm": "Second stages"}
@@ -160,7 +159,7 @@ def cost_of(stage: Stage) -> Cost:
     stage.trainer = stage.plan.trainer([], stage.unused)
     trained = [p for group in stage.groups().values() for _, p in group]
     flops, total = 0, 0
-    for _, first, steps in spans(stage):
+    for _, first, steps in stage.spans():
         stage.step = first
         flops = operations(stage)
         total += flops * steps * stage.data.batch_size

@@ -47,9 +47,9 @@ class Schema:
 class AutoencoderSchema:
     """What a configuration says of training a first stage; of it, `autoencoder` is what its checkpoint is opened by."""
 
-    seed: int = 0
+    seed: int = 0  # of everything random
     autoencoder: Part
-    train: Literal["all", "decoder"] = "all"
+    train: Literal["all", "decoder"] = "all"  # or the decoder alone, of an autoencoder that is trained
     sample_from: int = 0  # the step from which latents are sampled (KL) or looked up (VQ); until then as they come
     two_forwards: bool = False  # CompVis's order: the discriminator sees what the autoencoder makes after its step
     revive: int = 0  # steps after which unused codes come back; 0 is never
@@ -68,7 +68,7 @@ class AutoencoderSchema:
 class DiffusionSchema(Schema):
     """What a configuration says of training a second stage; Schema's part is what its checkpoint is opened by."""
 
-    seed: int = 0
+    seed: int = 0  # of everything random
     draw: Part  # of the level that a sample is shown
     weight: Part
     optimizer: Part

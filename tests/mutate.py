@@ -138,7 +138,7 @@ SABOTAGES = [
     Sabotage("second stage: its weight forgotten", "ldm/training/latent_diffusion.py", "return weight * plain, plain", "return plain, plain", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("second stage: levels of no part of time", "ldm/training/by_level.py", "(part + u[:, 0]) / BINS", "(0 * part + u[:, 0])", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("second stage: masks by place in the batch", "ldm/data/completion.py", 'batch["number"].tolist()', "range(len(image))", "tests/training/test_latent_diffusion_loss.py"),
-    Sabotage("float16: the scale stays", "ldm/training/stage.py", "self.scale / 2, -1", "self.scale, -1", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("float16: the scale stays", "ldm/training/stage.py", "self.scale /= 2", "self.scale /= 1", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("processes: gradients of the last micro-batch alone", "ldm/training/stage.py", "            module.set_requires_gradient_sync(True)\n", "            module.set_requires_gradient_sync(False)\n", "tests/training/test_latent_diffusion.py"),
     Sabotage("evaluation: Inception's pools count the border", M + "inception.py", "count_include_pad=False", "count_include_pad=True", "tests/models/test_inception.py"),
     Sabotage("evaluation: the last block averages too", M + "inception.py", 'block_e(2048, "max")', 'block_e(2048, "average")', "tests/models/test_inception.py"),

@@ -20,32 +20,32 @@ from ldm.errors import InputError
 class Schema:
     """What a configuration of the swiss roll may say."""
 
-    seed: int = 0
+    seed: int = 0  # of points, noise and weights
     path: Part
     prediction: Part
     draw: Part
     weight: Part
     backbone: Part
     spacing: Part
-    steps: int
-    batch_size: int
-    lr: float
+    steps: int  # of training
+    batch_size: int  # points of a step
+    lr: float  # of Adam
 
 
 @dataclass(kw_only=True)
 class Sheet:
     """What a configuration of the scenes may say."""
 
-    seed: int = 0
-    split: Literal["train", "validation", "held_out"] = "train"
+    seed: int = 0  # of the scenes
+    split: Literal["train", "validation", "held_out"] = "train"  # which of them
 
 
 @dataclass(kw_only=True)
 class Gallery:
     """What a configuration of the gallery may say."""
 
-    seed: int = 0
-    prompts: list[str]
+    seed: int = 0  # that of the first picture
+    prompts: list[str]  # a picture each
     cfg: list[float]  # a column each
     solvers: list[str]  # a row each
     steps: list[int]  # a column each

@@ -31,18 +31,18 @@ PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
 class Schema:
     """What a configuration says of an evaluation."""
 
-    seed: int = 1
+    seed: int = 1  # of the first picture
     data: Part
     training: Part | None = None  # what the model learned from, for the nearest
     training_seed: int = 0  # that of its run
     features: Part
     clip: Part | None = None
     samples: int  # pictures that are made and compared; as many are read
-    nearest: int = 0
+    nearest: int = 0  # pictures that are shown beside the nearest of `training`
     prompts: int = 0  # of each kind, where the data are scenes
-    cfg: list[float] = (1.0,)  # type: ignore[assignment]
-    solvers: list[str] = ()  # type: ignore[assignment]
-    steps: list[int] = ()  # type: ignore[assignment]
+    cfg: list[float] = (1.0,)  # type: ignore[assignment]  # scales of guidance at which prompts are asked for
+    solvers: list[str] = ()  # type: ignore[assignment]  # that are compared with one another
+    steps: list[int] = ()  # type: ignore[assignment]  # that each of them takes, in turn
     bound: int = 0  # pictures whose bits per dimension are bounded
 
 

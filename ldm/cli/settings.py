@@ -17,7 +17,7 @@ HEAD = """# Settings
 Written by `ldm reference --out docs/reference.md`, from the code that reads them. The first tables say which keys a
 configuration has. A key that has a section is a node, `{type: NAME, ...}`, of one of that section's parts, or without
 `type` where it has none; a node among a part's own keys is of the same section. What no table lists is refused."""
-COMMENT = re.compile(r"^\s+(\w+): [^#\n]*  # (.+)$", re.MULTILINE)  # beside an argument
+COMMENT = re.compile(r"^\s+(\w+): [^#\n]*(?:  # type: ignore\S*)?  # (?!type: )(.+)$", re.MULTILINE)
 
 
 def everything() -> Iterator[str]:
@@ -103,7 +103,7 @@ def settings(axis: str, target: Any) -> Iterator[str]:
 
 
 def comments(target: Any) -> dict[str, str]:
-    """What stands beside the arguments in the source."""
+    """What stands beside the arguments in the source, one a line."""
     of: Any = target.func if isinstance(target, partial) else target
     fields = [each for each in reversed(getattr(of, "__mro__", ())) if "__dataclass_fields__" in vars(each)]
     made: list[Any] = fields or [getattr(of, "__init__", of) if isinstance(of, type) else of]

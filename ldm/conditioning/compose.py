@@ -18,7 +18,12 @@ class Compose(Conditioner):
     Each part keeps its own nothing, so a sample may lack one and have the other.
     """
 
-    def __init__(self, *, parts: list[Conditioner], by: Literal["tokens", "channels"] = "tokens"):
+    def __init__(
+        self,
+        *,
+        parts: list[Conditioner],  # conditioners
+        by: Literal["tokens", "channels"] = "tokens",  # along their length, or along their width as in SDXL
+    ):
         if by not in ("tokens", "channels"):
             raise ValueError(f"by: unknown; got {by}; expected tokens or channels; try tokens")
         if not parts:

@@ -24,7 +24,12 @@ class Label(Conditioner):
     reads = ("label",)
 
     def __init__(
-        self, *, classes: int = 1001, null: int | None = 1000, width: int | None = None, drop: float | None = None
+        self,
+        *,
+        classes: int = 1001,  # rows of the table, that of no class among them
+        null: int | None = 1000,  # the row of no class; null has none
+        width: int | None = None,  # of a label's token; null leaves the table to the backbone
+        drop: float | None = None,  # share of samples that lose their label; null is 0.1, or 0 without such a row
     ):
         super().__init__("label", (0.1 if null is not None else 0.0) if drop is None else drop)
         check_positive(classes=classes)

@@ -30,7 +30,14 @@ class Layout(Conditioner):
 
     reads = ("boxes", "box_labels")
 
-    def __init__(self, *, classes: int, width: int = 256, boxes: int = 16, drop: float = 0.1):
+    def __init__(
+        self,
+        *,
+        classes: int,  # that a box may have
+        width: int = 256,  # of a box's token
+        boxes: int = 16,  # in a picture at most
+        drop: float = 0.1,  # share of samples that lose their boxes
+    ):
         super().__init__("boxes", drop)
         check_positive(classes=classes, width=width, boxes=boxes)
         self.rows, self.boxes, self.context = classes, boxes, width

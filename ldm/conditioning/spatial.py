@@ -34,7 +34,13 @@ class Segmentation(Spatial):
 
     reads = ("segmentation",)
 
-    def __init__(self, *, factor: int, classes: int, drop: float = 0.1):
+    def __init__(
+        self,
+        *,
+        factor: int,
+        classes: int,  # of the map
+        drop: float = 0.1,  # share of samples that lose it
+    ):
         check_positive(classes=classes)
         super().__init__("segmentation", classes, drop)
         self.factor = factor
@@ -57,7 +63,13 @@ class MaskedImage(Spatial):
 
     reads = ("image", "mask")
 
-    def __init__(self, *, encode: Encode, latent_channels: int, drop: float = 0.0):
+    def __init__(
+        self,
+        *,
+        encode: Encode,
+        latent_channels: int,
+        drop: float = 0.0,  # share of samples that lose it
+    ):
         super().__init__("masked_image", 1 + latent_channels, drop)
         self.encode = encode
 
@@ -76,7 +88,13 @@ class Edit(Spatial):
 
     reads = ("source",)
 
-    def __init__(self, *, posterior: Posterior, latent_channels: int, drop: float = 0.05):
+    def __init__(
+        self,
+        *,
+        posterior: Posterior,
+        latent_channels: int,
+        drop: float = 0.05,  # share of samples that lose it
+    ):
         super().__init__("edit", latent_channels, drop)
         self.posterior = posterior
 
@@ -95,7 +113,13 @@ class LowResolution(Spatial):
     abar: Tensor
 
     def __init__(
-        self, *, channels: int = 3, levels: int = 1000, start: float = 1e-4, end: float = 0.02, drop: float = 0.0
+        self,
+        *,
+        channels: int = 3,  # of the small image
+        levels: int = 1000,  # of its noise
+        start: float = 1e-4,  # the first beta
+        end: float = 0.02,  # the last
+        drop: float = 0.0,  # share of samples that lose it
     ):
         check_positive(channels=channels, levels=levels)
         if not 0 < start <= end < 1:

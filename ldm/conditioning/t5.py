@@ -36,16 +36,16 @@ class T5Tower(nn.Module):
 
 def t5(
     *,
-    width: int = 4096,
-    layers: int = 24,
-    heads: int = 64,
-    head_width: int = 64,
-    hidden: int = 10240,
-    gated: bool = True,
-    vocabulary: int = 32128,
-    length: int = 120,
-    drop: float = 0.1,
-    weights: str | None = None,
+    width: int = 4096,  # of its states
+    layers: int = 24,  # blocks of attention
+    heads: int = 64,  # of attention
+    head_width: int = 64,  # of each of them
+    hidden: int = 10240,  # of the blocks' two-layer networks
+    gated: bool = True,  # those of v1.1
+    vocabulary: int = 32128,  # tokens that it knows
+    length: int = 120,  # tokens that are read of a text
+    drop: float = 0.1,  # share of samples that lose their text
+    weights: str | None = None,  # a folder, a hub's id or random; without it, those of the checkpoint
 ) -> Text:
     """Captions through a frozen T5 encoder, masked after the end; the defaults are T5 v1.1 XXL's, `gated` v1.1's kind.
 

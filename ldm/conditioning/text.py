@@ -163,15 +163,15 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: in
 
 def clip(
     *,
-    width: int = 768,
-    layers: int = 12,
-    heads: int = 12,
-    length: int = 77,
-    vocabulary: int = 49408,
-    projection: int | None = None,
-    chunks: int = 1,
-    drop: float = 0.1,
-    weights: str | None = None,
+    width: int = 768,  # of its states
+    layers: int = 12,  # blocks of attention
+    heads: int = 12,  # of attention
+    length: int = 77,  # tokens of a chunk, its begin and end among them
+    vocabulary: int = 49408,  # tokens that it knows
+    projection: int | None = None,  # width of a pooled vector beside the tokens; null has none
+    chunks: int = 1,  # that are read of a text, one after the other
+    drop: float = 0.1,  # share of samples that lose their text
+    weights: str | None = None,  # a folder, a file, a hub's id or random; without it, those of the checkpoint
 ) -> Text:
     """CLIP's text encoder as Stable Diffusion 1 reads it: the last layer's states, unmasked, filled up with ends.
 
@@ -191,14 +191,14 @@ def clip(
 
 def open_clip(
     *,
-    width: int = 1024,
-    layers: int = 24,
-    heads: int = 16,
-    length: int = 77,
-    vocabulary: int = 49408,
-    chunks: int = 1,
-    drop: float = 0.1,
-    weights: str | None = None,
+    width: int = 1024,  # of its states
+    layers: int = 24,  # blocks of attention
+    heads: int = 16,  # of attention
+    length: int = 77,  # tokens of a chunk, its begin and end among them
+    vocabulary: int = 49408,  # tokens that it knows
+    chunks: int = 1,  # that are read of a text, one after the other
+    drop: float = 0.1,  # share of samples that lose their text
+    weights: str | None = None,  # a folder, a file, a hub's id or random; without it, those of the checkpoint
 ) -> Text:
     """OpenCLIP's text encoder as Stable Diffusion 2 reads it: the last layer but one, normalised; filled up with 0.
 
@@ -226,17 +226,17 @@ def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool
 
 def joint_text(
     *,
-    width: int = 256,
-    layers: int = 6,
-    heads: int = 4,
-    head_width: int | None = None,
-    length: int = 77,
-    vocabulary: int = 2048,
-    projection: int | None = None,
-    masked: bool = True,
-    drop: float = 0.1,
-    tokenizer: str | None = None,
-    weights: str | None = None,
+    width: int = 256,  # of its states
+    layers: int = 6,  # blocks of attention
+    heads: int = 4,  # of attention
+    head_width: int | None = None,  # of each head; null divides the width among them
+    length: int = 77,  # tokens that are read of a text, its begin and end among them
+    vocabulary: int = 2048,  # tokens that are learned at most
+    projection: int | None = None,  # width of a pooled vector beside the tokens; null has none
+    masked: bool = True,  # what fills a text up is not seen
+    drop: float = 0.1,  # share of samples that lose their text
+    tokenizer: str | None = None,  # folder of another's; null learns one from the captions
+    weights: str | None = None,  # to begin with: a folder, a file, a hub's id or random
 ) -> Text:
     """LDM's text encoder, trained along with the backbone: not causal, its queries, keys and values without bias.
 

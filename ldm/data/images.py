@@ -37,20 +37,20 @@ class Images:
     def __init__(
         self,
         *,
-        root: str,
-        resolution: int,
-        batch_size: int,
-        workers: int = 4,
-        crop: Literal["center", "random"] = "center",
-        flip: bool = False,
-        aspect: float = 1.0,
-        multiple: int = 64,
-        min_side: int = 0,
-        captions: Literal["required", "optional"] = "required",
-        caption: str | None = None,
-        image: str | None = None,
-        bad: float = 0.01,
-        manifest: str | None = None,
+        root: str,  # folder, tar files or tables, also by a pattern
+        resolution: int,  # side of the square that pictures are scaled and cropped to
+        batch_size: int,  # of a step, on all processes together
+        workers: int = 4,  # processes that read, for each that trains
+        crop: Literal["center", "random"] = "center",  # where the longer side is cut
+        flip: bool = False,  # half of the samples are mirrored
+        aspect: float = 1.0,  # above 1, buckets of shapes: the longest side over the shortest
+        multiple: int = 64,  # of which a bucket's sides are multiples
+        min_side: int = 0,  # pictures with a shorter one are left out
+        captions: Literal["required", "optional"] = "required",  # whether each picture must have one
+        caption: str | None = None,  # column or key of the captions; null finds it
+        image: str | None = None,  # column or key of the pictures; null finds it
+        bad: float = 0.01,  # share of unusable pictures that is put up with
+        manifest: str | None = None,  # folder of what a first reading found; null is a cache folder of yours
     ):
         for name, value in {"resolution": resolution, "batch_size": batch_size, "multiple": multiple}.items():
             if value < 1:

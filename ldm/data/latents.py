@@ -48,7 +48,13 @@ class Latents:
 
     groups = None
 
-    def __init__(self, *, root: str, batch_size: int, workers: int = 0):
+    def __init__(
+        self,
+        *,
+        root: str,  # folder that `ldm cache` wrote
+        batch_size: int,  # of a step, on all processes together
+        workers: int = 0,  # processes that read, for each that trains
+    ):
         check_positive(batch_size=batch_size)
         if workers < 0:
             raise ValueError(f"workers: negative; got {workers}; expected 0 or more; try 0")

@@ -24,10 +24,10 @@ class Guidance:
     def __init__(
         self,
         *,
-        cfg: float = 1.0,
-        rescale: float = 0.0,
-        interval: tuple[float, float] | None = None,
-        batched: bool = True,
+        cfg: float = 1.0,  # 1 is none
+        rescale: float = 0.0,  # 0 to 1: how far the output's deviation is pulled back
+        interval: tuple[float, float] | None = None,  # of sigma / alpha; null is everywhere
+        batched: bool = True,  # both evaluations in one batch, for speed; or in two, for memory
     ):
         if not math.isfinite(cfg):
             raise ValueError(f"cfg: must be finite, got {cfg}")

@@ -110,7 +110,12 @@ class Path:
 class Table(Path):
     """Variance preserving by a table of betas (DDPM eq. 4): step k has abar = prod(1 - beta), and t = (k + 1) / T."""
 
-    def __init__(self, *, betas: list[float], zero_terminal_snr: bool = False):
+    def __init__(
+        self,
+        *,
+        betas: list[float],  # of the first step and so on
+        zero_terminal_snr: bool = False,  # stretched to end in pure noise (Lin et al. 2023)
+    ):
         beta = torch.as_tensor(betas, dtype=torch.float64)
         if beta.numel() < 2 or not ((beta > 0) & (beta < 1)).all():
             raise ValueError("betas: must be at least two numbers between 0 and 1")
@@ -173,20 +178,35 @@ def _vp_alpha(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(2 * log_snr).sqrt()
 
 
-def linear(*, start: float = 1e-4, end: float = 0.02, steps: int = 1000, zero_terminal_snr: bool = False) -> Table:
+def linear(
+    *,
+    start: float = 1e-4,  # the first beta
+    end: float = 0.02,  # the last
+    steps: int = 1000,  # of the table
+    zero_terminal_snr: bool = False,  # stretched to end in pure noise (Lin et al. 2023)
+) -> Table:
     """DDPM's betas, equally spaced."""
     return Table(betas=_spaced(start, end, steps).tolist(), zero_terminal_snr=zero_terminal_snr)
 
 
 def scaled_linear(
-    *, start: float = 0.00085, end: float = 0.012, steps: int = 1000, zero_terminal_snr: bool = False
+    *,
+    start: float = 0.00085,  # the first beta
+    end: float = 0.012,  # the last
+    steps: int = 1000,  # of the table
+    zero_terminal_snr: bool = False,  # stretched to end in pure noise (Lin et al. 2023)
 ) -> Table:
     """Latent diffusion's betas, equally spaced in their square roots."""
     betas = _spaced(start, end, steps, power=0.5)
     return Table(betas=betas.tolist(), zero_terminal_snr=zero_terminal_snr)
 
 
-def cosine(*, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Table:
+def cosine(
+    *,
+    steps: int = 1000,  # of the table
+    offset: float = 0.008,  # keeps the first betas from being too small
+    max_beta: float = 0.999,  # no beta is larger
+) -> Table:
     """Improved DDPM eq. 17: abar = cos^2, betas capped near the end."""
     if steps < 2:
         raise ValueError(f"steps: must be at least 2, got {steps}")
@@ -214,7 +234,12 @@ class VPSDE(Path):
     clock_scale = 999.0  # what the published continuous networks were told
     t_min = 1e-3
 
-    def __init__(self, *, beta_min: float = 0.1, beta_max: float = 20.0):
+    def __init__(
+        self,
+        *,
+        beta_min: float = 0.1,  # at the data
+        beta_max: float = 20.0,  # at the noise
+    ):
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"beta_min: must be above 0 and at most beta_max, got {beta_min} and {beta_max}")
         self.linear, self.quadratic = beta_min / 2, (beta_max - beta_min) / 4
@@ -238,7 +263,13 @@ class VPSDE(Path):
 class VE(Path):
     """Variance exploding: alpha = 1, sigma geometric in t; the network's input and clock are EDM's (table 1)."""
 
-    def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+    def __init__(
+        self,
+        *,
+        sigma_min: float = 0.002,  # the least noise
+        sigma_max: float = 80.0,  # the most
+        sigma_data: float = 0.5,  # deviation of the data, by which the input is scaled
+    ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min: must lie between 0 and sigma_max, got {sigma_min} and {sigma_max}")
         if sigma_data <= 0:
@@ -269,7 +300,11 @@ class VE(Path):
 class Flow(Path):
     """Rectified flow: a straight line from data to noise, alpha = 1 - t and sigma = t; the network is told 1000 t."""
 
-    def __init__(self, *, last: float = 1.0):
+    def __init__(
+        self,
+        *,
+        last: float = 1.0,  # sigma at t = 1; below 1, an eps-prediction can be inverted there
+    ):
         if not 1e-3 < last <= 1:
             raise ValueError(f"last: must lie between 0.001 and 1, got {last}")
         self.last = last  # sigma at t = 1; below 1, an eps-prediction can be inverted there

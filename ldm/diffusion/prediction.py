@@ -111,7 +111,12 @@ class LearnedRange(Target):
 
     channels = 2
 
-    def __init__(self, *, of: Target, bound_weight: float = 1e-3):
+    def __init__(
+        self,
+        *,
+        of: Target,  # the prediction whose variance is learned too
+        bound_weight: float = 1e-3,  # the bound's beside the plain loss's 1
+    ):
         if of.channels != 1:
             raise ValueError("of: has a learned variance already; expected eps, x0, v or flow")
         if bound_weight < 0:

@@ -75,7 +75,13 @@ def _shift(shift: Tensor, variance, eta: float) -> Tensor:
 
 
 def ddim(
-    denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, eta: float = 0.0, noise_var: NoiseVar = "small"
+    denoise: Denoise,
+    x: Tensor,
+    grid: Level,
+    noise: Noise = None,
+    *,
+    eta: float = 0.0,  # how much of each step is fresh noise: none (0) to all (1)
+    noise_var: NoiseVar = "small",  # the noise's: the posterior's, beta, or one that the network learned
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021); on rectified flow with eta = 0, Euler's method."""
     check(eta=eta, noise_var=noise_var, noise=noise)
@@ -91,7 +97,12 @@ euler_ancestral = partial(ddim, eta=1.0)
 
 
 def ddpm(
-    denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, noise_var: NoiseVar = "large"
+    denoise: Denoise,
+    x: Tensor,
+    grid: Level,
+    noise: Noise = None,
+    *,
+    noise_var: NoiseVar = "large",  # the noise's: the posterior's, beta, or one that the network learned
 ) -> Iterator[Step]:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2), with the small, the large or a learned variance."""
     return ddim(denoise, x, grid, noise, eta=1.0, noise_var=noise_var)
@@ -160,7 +171,13 @@ def _phi(h: float) -> float:
 
 
 def multistep(
-    denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int, eta: float = 0.0
+    denoise: Denoise,
+    x: Tensor,
+    grid: Level,
+    noise: Noise = None,
+    *,
+    order: int,  # of the polynomial through the last predictions
+    eta: float = 0.0,  # how much of each step is fresh noise: none (0) to all (1)
 ) -> Iterator[Step]:
     """DPM-Solver++ 2M and 3M (Lu et al. 2022): x0 extrapolated from the last steps; eta = 1 is the SDE's solver."""
     check(order=order, eta=eta, noise=noise)
@@ -200,7 +217,14 @@ def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float) -> Tensor:
     return mix(1 + newer, m0, -newer - elder, m1).add_(m2, alpha=elder)
 
 
-def unipc(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int = 2) -> Iterator[Step]:
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    grid: Level,
+    noise: Noise = None,
+    *,
+    order: int = 2,  # of the predictor; the corrector has one more
+) -> Iterator[Step]:
     """UniPC with B2 (Zhao et al. 2023): each prediction first corrects the step that led to it, at no evaluation."""
     check(order=order)
     x, rows = at_least_float32(x), grid.rows()

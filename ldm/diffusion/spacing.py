@@ -18,7 +18,12 @@ End = Literal["zero", "table"]
 class Spacing:
     """The common part: N levels from the rule, then the end: sigma = 0, or the least noisy level trained (`table`)."""
 
-    def __init__(self, *, steps: int, end: End = "zero"):
+    def __init__(
+        self,
+        *,
+        steps: int,  # levels at which the network is asked
+        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
+    ):
         if end not in ("zero", "table"):
             raise ValueError(f"end: must be zero or table, got {end}")
         self.steps, self.end = at_least("steps", steps, 1), end
@@ -43,7 +48,13 @@ class Spacing:
 class Trailing(Spacing):
     """Equal steps of t that begin at pure noise (Lin et al. 2023); `shift` moves them towards it for large images."""
 
-    def __init__(self, *, steps: int, shift: float = 1.0, end: End = "zero"):
+    def __init__(
+        self,
+        *,
+        steps: int,  # levels at which the network is asked
+        shift: float = 1.0,  # above 1, towards the noise, as large images want it
+        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
+    ):
         super().__init__(steps=steps, end=end)
         self.shift = positive("shift", shift)
 
@@ -56,7 +67,13 @@ class Trailing(Spacing):
 class Linspace(Spacing):
     """Equal steps of t from the noisiest to the least noisy level trained; `spare` more than N, and then left out."""
 
-    def __init__(self, *, steps: int, spare: int = 0, end: End = "zero"):
+    def __init__(
+        self,
+        *,
+        steps: int,  # levels at which the network is asked
+        spare: int = 0,  # levels more that are counted and left out
+        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
+    ):
         super().__init__(steps=steps, end=end)
         self.spare = at_least("spare", spare, 0)
 
@@ -72,7 +89,14 @@ class Leading(Spacing):
     diffusers' multistep solvers have one to `spare`: every (T // (N + 1))-th step, but for the last.
     """
 
-    def __init__(self, *, steps: int, offset: int = 1, spare: int = 0, end: End = "zero"):
+    def __init__(
+        self,
+        *,
+        steps: int,  # levels at which the network is asked
+        offset: int = 1,  # the first step that is counted from
+        spare: int = 0,  # levels more that are counted and left out
+        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
+    ):
         super().__init__(steps=steps, end=end)
         self.offset, self.spare = at_least("offset", offset, 0), at_least("spare", spare, 0)
 
@@ -99,7 +123,13 @@ class LogSNR(Spacing):
 class Karras(Spacing):
     """EDM eq. 5: equal steps of (sigma / alpha)^(1 / rho), dense near the data."""
 
-    def __init__(self, *, steps: int, rho: float = 7.0, end: End = "zero"):
+    def __init__(
+        self,
+        *,
+        steps: int,  # levels at which the network is asked
+        rho: float = 7.0,  # how dense they are near the data
+        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
+    ):
         super().__init__(steps=steps, end=end)
         self.rho = positive("rho", rho)
 
@@ -113,7 +143,12 @@ class Karras(Spacing):
 class Explicit(Spacing):
     """The times listed, as the network is told them: steps k of a table, 1000 t of a flow."""
 
-    def __init__(self, *, times: list[float], end: End = "zero"):
+    def __init__(
+        self,
+        *,
+        times: list[float],  # falling
+        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
+    ):
         if not times or any(later >= earlier for earlier, later in pairwise(times)):
             raise ValueError(f"times: must be numbers that fall, got {times}")
         super().__init__(steps=len(times), end=end)

@@ -15,7 +15,11 @@ TINY = 2.0**-32  # keeps the normal quantile of a uniform number finite
 class Uniform:
     """Every time alike: continuous on a continuous path, every step alike on a table."""
 
-    def __init__(self, *, shift: float = 1.0):
+    def __init__(
+        self,
+        *,
+        shift: float = 1.0,  # above 1, towards the noise, as large images want it
+    ):
         self.shift = positive("shift", shift)
 
     def __call__(self, path: Path, u: Tensor) -> Level:
@@ -26,7 +30,13 @@ class Uniform:
 class LogitNormal:
     """The middle times more often: t = sigmoid(mean + std * n) (Esser et al. 2024, eq. 19)."""
 
-    def __init__(self, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0):
+    def __init__(
+        self,
+        *,
+        mean: float = 0.0,  # above 0, towards the noise
+        std: float = 1.0,  # how widely they are spread
+        shift: float = 1.0,  # above 1, towards the noise, as large images want it
+    ):
         self.mean, self.std, self.shift = mean, positive("std", std), positive("shift", shift)
 
     def __call__(self, path: Path, u: Tensor) -> Level:
@@ -38,7 +48,12 @@ class LogitNormal:
 class LogNormal:
     """EDM's: log(sigma / alpha) = mean + std * n (table 1)."""
 
-    def __init__(self, *, mean: float = -1.2, std: float = 1.2):
+    def __init__(
+        self,
+        *,
+        mean: float = -1.2,  # of log(sigma / alpha)
+        std: float = 1.2,  # and its deviation
+    ):
         self.mean, self.std = mean, positive("std", std)
 
     def __call__(self, path: Path, u: Tensor) -> Level:

@@ -35,7 +35,11 @@ class SNR:
 class MinSNR:
     """min(SNR, gamma) on x0 (Hang et al. 2023)."""
 
-    def __init__(self, *, gamma: float = 5.0):
+    def __init__(
+        self,
+        *,
+        gamma: float = 5.0,  # where the signal-to-noise ratio is cut off
+    ):
         self.gamma = positive("gamma", gamma)
 
     def __call__(self, prediction: Target, level: Level) -> Tensor:

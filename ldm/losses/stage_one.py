@@ -38,19 +38,19 @@ class Loss(nn.Module):
     def __init__(
         self,
         *,
-        penalty_weight: float,
-        l1: float = 1.0,
-        l2: float = 0.0,
-        gradient: float = 0.0,
-        perceptual: Literal["lpips", "judge"] = "lpips",
-        perceptual_weight: float = 1.0,
-        vgg: str | None = None,
-        adversarial: Literal["hinge", "vanilla"] = "hinge",
-        adversarial_weight: float = 0.5,
-        adaptive: bool = True,
-        adaptive_limit: float = 1e4,
-        start: int = 50_001,
-        warmup: int = 0,
+        penalty_weight: float,  # the bottleneck's: the KL divergence, or the codebook's distance
+        l1: float = 1.0,  # weight of absolute differences of pixels
+        l2: float = 0.0,  # and of squared ones
+        gradient: float = 0.0,  # and of what neighbouring pixels differ by
+        perceptual: Literal["lpips", "judge"] = "lpips",  # distance of VGG16's features or the shipped judge's
+        perceptual_weight: float = 1.0,  # 0 is none
+        vgg: str | None = None,  # file of LPIPS's VGG16; null is where `ldm fetch` puts it
+        adversarial: Literal["hinge", "vanilla"] = "hinge",  # loss of the discriminator
+        adversarial_weight: float = 0.5,  # 0 is none
+        adaptive: bool = True,  # times the ratio of both losses' gradients at the last layer
+        adaptive_limit: float = 1e4,  # the largest such ratio
+        start: int = 50_001,  # the step from which the generator feels the discriminator
+        warmup: int = 0,  # steps before that in which the discriminator learns alone
     ):
         super().__init__()
         check_weights(penalty_weight=penalty_weight, l1=l1, l2=l2, gradient=gradient)

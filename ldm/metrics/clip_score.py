@@ -18,7 +18,12 @@ from ldm.errors import CheckpointError, InputError
 class CLIPScore:
     """open_clip's own model of this name with weights from a file, and its own way of reading a picture."""
 
-    def __init__(self, *, model: str, weights: str):
+    def __init__(
+        self,
+        *,
+        model: str,  # a name of open_clip's
+        weights: str,  # file of it
+    ):
         import open_clip
 
         file = Path(weights).expanduser()

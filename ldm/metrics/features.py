@@ -57,7 +57,12 @@ class JudgeFeatures:
 class InceptionFeatures:
     """Those of FID, sFID, KID and the Inception score; `resize` is TensorFlow's, as published, or antialiased."""
 
-    def __init__(self, *, weights: str | None = None, resize: Resize = "tensorflow"):
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,  # file; null is where `ldm fetch` puts it
+        resize: Resize = "tensorflow",  # the kernel
+    ):
         file = Path(weights).expanduser() if weights else place(KNOWN["inception"])
         if not file.is_file():
             hint = f"`ldm fetch inception`, or features.weights=FILE with {KNOWN['inception'].file}"
@@ -78,7 +83,12 @@ class InceptionFeatures:
 class DINOv2Features:
     """The class token of a DINOv2 from a folder of transformers' (Stein et al. 2023)."""
 
-    def __init__(self, *, weights: str, side: int = 224):
+    def __init__(
+        self,
+        *,
+        weights: str,  # folder of transformers'
+        side: int = 224,  # that pictures are scaled to
+    ):
         folder = Path(weights).expanduser()
         if not (folder / "config.json").is_file():
             expected = "a folder with config.json and model.safetensors"

@@ -239,15 +239,15 @@ def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
 
 def kl(
     *,
-    latent: int = 4,
-    channels: int = 128,
-    multipliers: Sequence[int] = (1, 2, 4, 4),
-    blocks: int = 2,
-    attend: Sequence[int] = (),
-    mid_attention: bool = True,
-    stem: Literal[1, 2] = 1,
-    per_channel: bool = False,
-    checkpointing: bool = False,
+    latent: int = 4,  # channels of the latents
+    channels: int = 128,  # of the first level, a multiple of 32
+    multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
+    blocks: int = 2,  # residual blocks on each level of the encoder; the decoder has one more
+    attend: Sequence[int] = (),  # factors of downsampling at which blocks attend
+    mid_attention: bool = True,  # at the lowest level
+    stem: Literal[1, 2] = 1,  # 2 folds 2x2 pixels into channels before the first convolution
+    per_channel: bool = False,  # a shift and a scale of each channel of the latents; else one pair for all
+    checkpointing: bool = False,  # activations are computed twice, to save memory
 ) -> Autoencoder:
     """An autoencoder with a Gaussian posterior of so many latent channels; the defaults are Stable Diffusion's."""
     return Autoencoder(
@@ -265,15 +265,15 @@ def kl(
 
 def vq(
     *,
-    latent: int = 4,
-    codes: int = 8192,
-    channels: int = 128,
-    multipliers: Sequence[int] = (1, 2, 4, 4),
-    blocks: int = 2,
-    attend: Sequence[int] = (),
-    mid_attention: bool = True,
-    stem: Literal[1, 2] = 1,
-    checkpointing: bool = False,
+    latent: int = 4,  # channels of the latents
+    codes: int = 8192,  # vectors of the codebook
+    channels: int = 128,  # of the first level, a multiple of 32
+    multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
+    blocks: int = 2,  # residual blocks on each level of the encoder; the decoder has one more
+    attend: Sequence[int] = (),  # factors of downsampling at which blocks attend
+    mid_attention: bool = True,  # at the lowest level
+    stem: Literal[1, 2] = 1,  # 2 folds 2x2 pixels into channels before the first convolution
+    checkpointing: bool = False,  # activations are computed twice, to save memory
 ) -> Autoencoder:
     """An autoencoder with a codebook of so many vectors of so many channels."""
     return Autoencoder(

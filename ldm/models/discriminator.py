@@ -20,9 +20,9 @@ class PatchDiscriminator(nn.Module):
         self,
         *,
         in_channels: int = 3,
-        channels: int = 64,
-        layers: int = 3,
-        norm: Literal["group", "batch"] = "group",
+        channels: int = 64,  # of the first layer
+        layers: int = 3,  # with strides; 3 make a patch 70 pixels wide
+        norm: Literal["group", "batch"] = "group",  # of groups of channels, or of the batch as CompVis has it
     ):
         super().__init__()
         if norm not in ("group", "batch"):

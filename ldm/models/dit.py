@@ -67,14 +67,14 @@ class DiT(nn.Module):
         in_channels: int = 4,
         extra_channels: int = 0,
         learned_sigma: bool = True,
-        width: int = 1152,
-        depth: int = 28,
-        heads: int = 16,
-        patch: int = 2,
+        width: int = 1152,  # of its tokens
+        depth: int = 28,  # blocks
+        heads: int = 16,  # of attention
+        patch: int = 2,  # side of the square of latents that is one token
         classes: int | None = None,
         pooled: int | None = None,
         context: int | None = None,
-        checkpointing: bool = False,
+        checkpointing: bool = False,  # activations are computed twice, to save memory
     ):
         super().__init__()
         check_positive(in_channels=in_channels, depth=depth, patch=patch, heads=heads)

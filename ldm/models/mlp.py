@@ -10,7 +10,14 @@ from ldm.models.layers import check_multiple, check_positive, timestep_embedding
 class MLP(nn.Module):
     """x (B, C), t (B,) -> (B, C), or (B, 2C) with `learned_sigma`, by residual blocks that are told the time."""
 
-    def __init__(self, *, in_channels: int, learned_sigma: bool = False, width: int = 128, layers: int = 3):
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        learned_sigma: bool = False,
+        width: int = 128,  # of its layers
+        layers: int = 3,  # between the first and the last
+    ):
         super().__init__()
         check_multiple("width", width, 2, "needs a cosine for each sine")
         check_positive(layers=layers)

@@ -101,23 +101,23 @@ class UNet(nn.Module):
         in_channels: int = 4,
         extra_channels: int = 0,
         learned_sigma: bool = False,
-        channels: int = 320,
-        multipliers: Sequence[int] = (1, 2, 4, 4),
-        blocks: int = 2,
-        attend: Sequence[int] = (1, 2, 4),
-        heads: int | None = None,
-        head_width: int | None = None,
+        channels: int = 320,  # of the first level, a multiple of 32
+        multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
+        blocks: int = 2,  # residual blocks on each level on the way down; one more on the way up
+        attend: Sequence[int] = (1, 2, 4),  # factors of downsampling at which blocks attend
+        heads: int | None = None,  # of attention at every level; null goes by head_width
+        head_width: int | None = None,  # of each head; null is one head at every level
         context: int | None = None,
-        depth: int | Sequence[int] = 1,
-        linear: bool = False,
-        scale_shift: bool = False,
-        resample: Literal["conv", "residual"] = "conv",
+        depth: int | Sequence[int] = 1,  # transformer blocks in each attention, or one number for each level
+        linear: bool = False,  # attention begins and ends in linear layers, as in Stable Diffusion 2
+        scale_shift: bool = False,  # the time scales and shifts each block's second norm, as in ADM
+        resample: Literal["conv", "residual"] = "conv",  # by convolutions, or in residual blocks as in ADM
         classes: int | None = None,
         pooled: int | None = None,
-        dropout: float = 0.0,
-        logits: int | None = None,
-        size: int | None = None,
-        checkpointing: bool = False,
+        dropout: float = 0.0,  # in residual blocks
+        logits: int | None = None,  # classes of a classifier of noisy images; null is a denoiser
+        size: int | None = None,  # of a classifier's images
+        checkpointing: bool = False,  # activations are computed twice, to save memory
     ):
         super().__init__()
         depth = [depth] * len(multipliers) if isinstance(depth, int) else list(depth)

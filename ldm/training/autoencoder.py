@@ -194,7 +194,7 @@ class AutoencoderStage(Stage):
         lpips = self.criterion.perceptual if isinstance(self.criterion.perceptual, LPIPS) else None
         with self.averaged():
             file = samples / f"{self.step:08d}.png"
-            return self.reconstructions.measure(self.reconstruct, lpips, file, self.spread)
+            return self.reconstructions.measure(self.reconstruct, lpips, file, self.rank)
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) of a validation batch as images in [-1, 1], and what becomes of them."""
@@ -209,7 +209,7 @@ class AutoencoderStage(Stage):
         with self.averaged():
             if not self.decoder_only:
                 count = share(self.plan.save_every * self.data.batch_size, len(self.data))
-                statistics = measured(self.encode, self.data, self.seed, count, self.autoencoder.shift, self.spread)
+                statistics = measured(self.encode, self.data, self.seed, count, self.autoencoder.shift, self.rank)
                 self.autoencoder.set_statistics(*statistics)
             state = self.whole(prefixed("autoencoder", self.autoencoder.state_dict(), "."))
         if not state:

@@ -10,9 +10,10 @@ import torch
 from ldm.data.sampler import grouped, spread
 from ldm.diffusion.times import Uniform
 from ldm.draws import draw, stream
+from ldm.training.ranks import shared
 from ldm.training.reconstructions import averages
 from ldm.training.sampling import SHOWN
-from ldm.training.statistics import BATCH, Spread, shared
+from ldm.training.statistics import BATCH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +37,13 @@ class ByLevel:
     def measure(self, stage: LatentDiffusionStage) -> dict[str, float]:
         """Averages over the samples, which the ranks share: over training's levels, and in each part of time."""
         sums: dict[str, Any] = {}
-        ranks: Spread = stage.spread
-        for k, counts in shared(len(self.batches), ranks):
+        for k, counts in shared(len(self.batches), stage.rank):
             for name, values in self.losses(stage, stage.fetched(self.data, self.batches[k])).items():
                 sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
-        return averages(sums, self.count, ranks)
+        return averages(sums, self.count, stage.rank)
 
     def losses(self, stage: LatentDiffusionStage, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Each sample's, (B,): weighted and not at a level of training, and not weighted in its part of time."""
+        """Of each sample (B,): its loss at a level of training, weighted and plain, and plain in its part of time."""
         x0 = stage.latents(batch)  # (B, C, h, w)
         condition = stage.condition(batch, x0, {})
         numbers = batch["number"]
@@ -54,7 +54,7 @@ class ByLevel:
         _, even = stage.losses(x0, Uniform()(stage.denoiser.path, time), noise, condition)
         found = {"loss": weighted, "unweighted": plain}
         for k in range(min(BINS, self.count)):
-            share = len(range(k, self.count, BINS)) / self.count
+            share = len(range(k, self.count, BINS)) / self.count  # so that a mean over all samples is that of the part
             inside = stage.moved(part == k)
             found[f"level_{k}"] = torch.where(inside, even / share, 0)
         return found

@@ -36,12 +36,12 @@ class Run(Callback):
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         """Put everything back to the newest whole checkpoint, if there is one, before the data are asked for."""
         assert isinstance(stage, Stage)
-        found = checkpointing.agreed(self.folder, self.begun, stage.spread)
+        found = checkpointing.agreed(self.folder, self.begun, stage.rank)
         if found:
             checkpointing.restore(*found, stage)
         utilisation = Utilisation.of(stage)
         with self.explained():
-            by_first(partial(self.begin, stage, utilisation), stage.spread)
+            by_first(partial(self.begin, stage, utilisation), stage.rank)
         if stage.step >= stage.plan.steps:
             trainer.should_stop = True
 
@@ -101,7 +101,7 @@ class Run(Callback):
         if self.logs:
             self.logs.progress(stage)
         if due(stage, ended):
-            by_first(partial(self.add_row, stage), stage.spread)
+            by_first(partial(self.add_row, stage), stage.rank)
         if asked or ended or (planned and stage.step % stage.plan.save_every == 0):
             with self.aside():
                 checkpointing.write(self.folder, stage)

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
 from ldm.errors import CheckpointError, DivergedError
-from ldm.training.ranks import among_others, by_first, gathered, together
+from ldm.training.ranks import Rank, among_others, by_first, gathered, summed, together
 from ldm.training.stage import Stage
-from ldm.training.statistics import Spread
 
 STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
 Found = tuple[Path, dict[str, Any]]  # a whole checkpoint and its manifest
@@ -39,7 +38,7 @@ def write(run: Path, stage: Stage) -> None:
     collect(stage)
     state = stage.whole(tensors_of(stage))
     try:
-        by_first(partial(write_files, run, stage, state, config, model), stage.spread)
+        by_first(partial(write_files, run, stage, state, config, model), stage.rank)
     except (CheckpointError, OSError) as error:
         raise incomplete(error, run) from error
 
@@ -102,16 +101,16 @@ def readable(run: Path, known: Found | None = None) -> Found | None:
     return None
 
 
-def agreed(run: Path, known: Found | None, spread: Spread) -> Found | None:
+def agreed(run: Path, known: Found | None, rank: Rank) -> Found | None:
     """The newest whole checkpoint, where every rank finds the same one; every rank calls, and all fail together."""
-    found = together(partial(readable, run, known), spread)
+    found = together(partial(readable, run, known), rank)
     here = f"step {found[1]['step']} with sha256 {found[1]['sha256'][STATE]:.10}" if found else "none"
-    everyone = gathered(here, spread)
-    for rank, there in enumerate(everyone):
+    everyone = gathered(here, rank)
+    for number, there in enumerate(everyone):
         if there != everyone[0]:
             what, expected = "--run: processes find different checkpoints", f"{everyone[0]}, as process 0 finds"
             hint = "a --run folder that all processes share"
-            raise CheckpointError(what, str(run), f"{there} by process {rank}", expected, hint)
+            raise CheckpointError(what, str(run), f"{there} by process {number}", expected, hint)
     return found
 
 
@@ -165,11 +164,10 @@ def check_threads(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> No
 @torch.no_grad()
 def collect(stage: Stage) -> None:
     """What ranks count apart, with the first one, so that it is saved and still adds up."""
-    if stage.trainer.world_size > 1:
-        for x in (getattr(stage, name) for name in stage.counted):
-            distributed.all_reduce(x)
-            if stage.global_rank:
-                x.zero_()
+    for x in (getattr(stage, name) for name in stage.counted):
+        summed(x, stage.rank)
+        if stage.global_rank:
+            x.zero_()
 
 
 def tensors_of(stage: Stage) -> dict[str, Tensor]:

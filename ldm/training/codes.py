@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 
 from ldm.draws import keyed, stream
 from ldm.models.quantize import perplexity
+from ldm.training.ranks import Rank, summed
 
 if TYPE_CHECKING:
     from ldm.training.autoencoder import AutoencoderStage
@@ -29,10 +30,8 @@ def revive(stage: AutoencoderStage, x: Tensor) -> None:
     """
     bottleneck = stage.codebook
     assert bottleneck is not None
-    rows = gathered(stage.autoencoder.moments(x).float().permute(0, 2, 3, 1).flatten(0, 2))  # (N, C)
-    counts = stage.usage.clone()  # (K,)
-    if stage.trainer.world_size > 1:
-        distributed.all_reduce(counts)
+    rows = of_all(stage.autoencoder.moments(x).float().permute(0, 2, 3, 1).flatten(0, 2), stage.rank)  # (N, C)
+    counts = summed(stage.usage.clone(), stage.rank)  # (K,)
     generator = keyed(torch.Generator(), stream(stage.seed, "codes"), stage.step)
     chosen = torch.randperm(len(rows), generator=generator)[: len(counts)]
     changed = bottleneck.revive(counts, rows[chosen.to(rows.device)])[:, None]  # (K, 1)
@@ -44,10 +43,10 @@ def revive(stage: AutoencoderStage, x: Tensor) -> None:
     stage.usage.zero_()
 
 
-def gathered(rows: Tensor) -> Tensor:
+def of_all(rows: Tensor, rank: Rank) -> Tensor:
     """The rows of all ranks, in the order of ranks."""
-    if not distributed.is_initialized():
+    if rank.of == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    parts = [torch.empty_like(rows) for _ in range(rank.of)]
     distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)

@@ -15,7 +15,12 @@ class EMA:
     Early on the decay is (1 + step) / (10 + step), as in LDM, so that the first weights are soon forgotten.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, decay: float = 0.9999):
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        *,
+        decay: float = 0.9999,  # share of the average that a step keeps
+    ):
         if not 0 <= decay < 1:
             raise ValueError(f"decay: out of range; got {decay}; expected 0 <= decay < 1; try 0.9999")
         self.decay = decay

@@ -24,10 +24,10 @@ class Muon(torch.optim.Optimizer):
         self,
         parameters: Iterable[Tensor],
         *,
-        lr: float,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.01,
+        lr: float,  # the learning rate, which the schedule multiplies
+        momentum: float = 0.95,  # how long the average of matrices lasts
+        betas: tuple[float, float] = (0.9, 0.99),  # how long both averages of all else last
+        weight_decay: float = 0.01,  # a step takes lr times this share of a weight
     ):
         check_rate(lr, weight_decay)
         if not 0 <= momentum < 1:

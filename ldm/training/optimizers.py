@@ -12,10 +12,10 @@ from torch import Tensor
 def adamw(
     parameters: Iterable[Tensor],
     *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    lr: float,  # the learning rate, which the schedule multiplies
+    betas: tuple[float, float] = (0.9, 0.999),  # how long both averages last
+    eps: float = 1e-8,  # keeps small gradients from large steps
+    weight_decay: float = 0.01,  # a step takes lr times this share of a weight
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019); with weight_decay 0 it is Adam."""
     check_rate(lr, weight_decay)
@@ -26,7 +26,11 @@ def adamw(
 
 
 def sgd(
-    parameters: Iterable[Tensor], *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+    parameters: Iterable[Tensor],
+    *,
+    lr: float,  # the learning rate, which the schedule multiplies
+    momentum: float = 0.0,  # how long the average lasts
+    weight_decay: float = 0.0,  # added to the gradient, in units of the weight
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent."""
     check_rate(lr, weight_decay)
@@ -35,13 +39,24 @@ def sgd(
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def constant(step: int, steps: int, *, warmup: int = 0) -> float:
+def constant(
+    step: int,
+    steps: int,
+    *,
+    warmup: int = 0,  # steps
+) -> float:
     """What the learning rate is multiplied by at a step, counted from 0: a line up to 1, then 1."""
     check_warmup(warmup)
     return min(1.0, (step + 1) / (warmup + 1))
 
 
-def cosine(step: int, steps: int, *, warmup: int = 0, final: float = 0.0) -> float:
+def cosine(
+    step: int,
+    steps: int,
+    *,
+    warmup: int = 0,  # steps
+    final: float = 0.0,  # share of the learning rate that is left at the last step
+) -> float:
     """A line up to 1, then half a cosine down to `final` at the last step (Loshchilov and Hutter 2017, eq. 5)."""
     check_warmup(warmup)
     if not 0 <= final <= 1:

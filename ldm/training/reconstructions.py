@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from ldm import pictures
 from ldm.checkpoint.pretrained import judge
-from ldm.data.sampler import grouped
-from ldm.data.sampler import spread as places
+from ldm.data.sampler import grouped, spread
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
-from ldm.training.ranks import by_first, gathered
-from ldm.training.statistics import BATCH, Spread, shared
+from ldm.training.ranks import Rank, by_first, gathered, shared
+from ldm.training.statistics import BATCH
 
 if TYPE_CHECKING:
     from ldm.data.loader import Data
@@ -32,11 +31,9 @@ class Reconstructions:
 
     def __init__(self, data: Data, count: int, seed: int):
         self.data, self.count, self.seed = data, min(count, len(data)), seed
-        self.places = places(len(data), count)
+        self.places = spread(len(data), count)
 
-    def measure(
-        self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, spread: Spread
-    ) -> dict[str, float]:
+    def measure(self, reconstruct: Reconstruct, lpips: nn.Module | None, file: Path, rank: Rank) -> dict[str, float]:
         """The average of each measure over the images, which the ranks share; the first draws the grid.
 
         The Frechet distance is that of the shipped judge's features: no download, and small numbers.
@@ -44,7 +41,7 @@ class Reconstructions:
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
         batches = list(grouped(self.places, BATCH, self.data.buckets))
-        for turn, (k, counts) in enumerate(shared(len(batches), spread)):
+        for turn, (k, counts) in enumerate(shared(len(batches), rank)):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
             for name, values in found.items():
@@ -52,8 +49,8 @@ class Reconstructions:
             if counts:
                 moments.append((features(x), features(y)))
             if turn == 0:
-                by_first(partial(draw, x[:SHOWN], y[:SHOWN], file), spread)
-        return averages(sums, self.count, spread) | {"val/frechet": distance(moments, spread)}
+                by_first(partial(draw, x[:SHOWN], y[:SHOWN], file), rank)
+        return averages(sums, self.count, rank) | {"val/frechet": distance(moments, rank)}
 
 
 def features(x: Tensor) -> Moments:
@@ -61,19 +58,19 @@ def features(x: Tensor) -> Moments:
     return Moments.of(judge().pooled(x.float().clamp(-1, 1).cpu()))
 
 
-def distance(moments: list[tuple[Moments, Moments]], spread: Spread) -> float:
+def distance(moments: list[tuple[Moments, Moments]], rank: Rank) -> float:
     """Between all ranks' images and their reconstructions, always added up in the same order."""
-    if spread.ranks > 1:
-        parts = gathered(moments, spread)
+    if rank.of > 1:
+        parts = gathered(moments, rank)
         moments = [pair for k in range(len(parts[0])) for part in parts for pair in part[k : k + 1]]
     true, made = (reduce(add, side) for side in zip(*moments))
     return frechet_distance(true, made)
 
 
-def averages(sums: dict[str, Any], count: int, spread: Spread) -> dict[str, float]:
+def averages(sums: dict[str, Any], count: int, rank: Rank) -> dict[str, float]:
     """Sums over all ranks' images, divided by how many there are."""
-    if spread.ranks > 1:
-        parts = gathered({name: float(value) for name, value in sums.items()}, spread)
+    if rank.of > 1:
+        parts = gathered({name: float(value) for name, value in sums.items()}, rank)
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
     return {f"val/{name}": float(value) / count for name, value in sums.items()}
 

@@ -36,7 +36,7 @@ class Samples:
         made = self.latents(stage, batch, x0)
         pairs = torch.stack((stage.decode(x0), stage.decode(made)), 1).flatten(0, 1)  # (2B, 3, H, W)
         texts = {"captions": "\n".join(batch["caption"])} if "caption" in batch else {}
-        by_first(lambda: pictures.write(pictures.grid(pictures.to_pil(pairs), columns=4), file, texts), stage.spread)
+        by_first(lambda: pictures.write(pictures.grid(pictures.to_pil(pairs), columns=4), file, texts), stage.rank)
 
     def latents(self, stage: LatentDiffusionStage, batch: dict[str, Any], x0: Tensor) -> Tensor:
         """As many as x0, with the conditions of a batch."""

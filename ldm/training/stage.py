@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.condition import moved
 from ldm.draws import mix32, stream
 from ldm.errors import DivergedError
 from ldm.training.ema import EMA
-from ldm.training.statistics import Spread
+from ldm.training.ranks import Rank, summed
 from ldm.training.trainer import Plan
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Stage(pl.LightningModule):
         self.step = self.images_seen = self.skipped = self.skipped_in_row = 0
         self.scale, self.scaled = SCALE if plan.precision == "16-mixed" else 1.0, 0  # the loss's, since so many steps
         self.advanced = False  # whether the last batch ended in an applied step
+        self.failed = self.overflowed = False  # or in a skipped one, and that because the loss was scaled too much
         self.report: dict[str, float] = {}  # of the step that the last batch ended, if it did
         self.stop = dict.fromkeys(("sigterm", "sigint"), 0.0)  # set by signal handlers
         self.asked: list[str] = []  # those of them that all ranks know of
@@ -81,8 +82,14 @@ class Stage(pl.LightningModule):
         raise NotImplementedError
 
     def phases(self) -> dict[str, int]:
-        """In their order, the steps from which on a step is another one, by what is trained then."""
+        """The first step of each phase of training, in their order, by what is trained then."""
         return {"training": 0}
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(name, first step, number of steps) of each phase that the plan comes to."""
+        begins, steps = list(self.phases().items()), self.plan.steps
+        ends = [min(first, steps) for _, first in begins[1:]] + [steps]
+        return [(name, first, end - first) for (name, first), end in zip(begins, ends) if end > first]
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
         """The loss of a micro-batch whose backward pass gives the turn's groups their gradients, and what to log."""
@@ -130,7 +137,7 @@ class Stage(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], index: int) -> None:
         """One micro-batch; the last of a global batch ends in a step of each turn's groups, or in a skipped one."""
         last = self._micro + 1 == self.plan.accumulate
-        self.report, self.advanced, self.failed = {}, False, False
+        self.report, self.advanced, self.failed, self.overflowed = {}, False, False, False
         for turn in self.turns():
             torch.manual_seed(self._dropout_seed())
             with nullcontext() if last else self._unsynchronised():
@@ -173,11 +180,12 @@ class Stage(pl.LightningModule):
         super().manual_backward(loss * self.scale, *args, **kwargs)
 
     def _rescale(self, finite: bool) -> None:
-        """Half the scale where gradients overflow, which is no fault, and twice after long without."""
+        """Halve the scale where gradients overflow, which is no fault; double it after many steps without."""
         self.report["scale"] = self.scale
         self.scaled = self.scaled + 1 if finite else 0
-        if not finite and self.scale > 1:
-            self.scale, self.skipped_in_row = self.scale / 2, -1
+        self.overflowed = not finite and self.scale > 1
+        if self.overflowed:
+            self.scale /= 2
         elif self.scaled == SCALE_AGAIN:
             self.scale, self.scaled = self.scale * 2, 0
 
@@ -185,7 +193,7 @@ class Stage(pl.LightningModule):
         """Move the counters behind a global batch; too many skipped in a row end the training."""
         self.images_seen += self.data.batch_size
         self.step += self.advanced  # now, so that all turns of a batch have the same one
-        self.skipped_in_row = self.skipped_in_row + 1 if self.failed else 0
+        self.skipped_in_row = self.skipped_in_row + 1 if self.failed and not self.overflowed else 0
         self.skipped += self.failed
         self.report |= {"step": self.step, "images_seen": self.images_seen, "skipped": self.skipped}
         if self.skipped_in_row >= PATIENCE:
@@ -233,7 +241,7 @@ class Stage(pl.LightningModule):
             module.set_requires_gradient_sync(True)
 
     def _dropout_seed(self) -> int:
-        """Of what cannot be keyed by sample."""
+        """The seed of dropout, which cannot be keyed by sample."""
         return mix32(stream(self.seed, f"dropout {self.global_rank} {self._micro}"), self.images_seen)
 
     # ------------------------------------------------------------------------------------------------- the ranks
@@ -249,9 +257,9 @@ class Stage(pl.LightningModule):
         return dict(zip(self.groups(), optimizers if isinstance(optimizers, list) else [optimizers]))
 
     @property
-    def spread(self) -> Spread:
+    def rank(self) -> Rank:
         """Which of how many processes this is."""
-        return Spread(self.global_rank, self.trainer.world_size)
+        return Rank(self.global_rank, self.trainer.world_size)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -273,11 +281,8 @@ class Stage(pl.LightningModule):
         return state
 
     def mean(self, x: Tensor) -> Tensor:
-        """The average over ranks, in place; a rank alone has it already."""
-        if self.trainer.world_size > 1:
-            distributed.all_reduce(x)
-            x /= self.trainer.world_size
-        return x
+        """The average over ranks, in place."""
+        return summed(x, self.rank).div_(self.rank.of)
 
     # -------------------------------------------------------------------------------------- what Lightning calls
 

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 class Plan:
     """The same numbers on one process and on many: `steps` and every interval count optimiser steps."""
 
-    steps: int
+    steps: int  # of the optimiser, in all
     accumulate: int = 1  # micro-batches that a rank's part of the global batch is split into
     clip: float | None = None  # largest norm of a gradient
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"  # mixed: float32 weights
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto is a GPU where there is one
     devices: int | Literal["auto"] = "auto"  # on each node; auto is every GPU, or one process on the CPU
-    nodes: int = 1
+    nodes: int = 1  # machines
     strategy: Literal["ddp", "fsdp2"] = "ddp"  # where there is more than one device
     compile: bool = False  # block by block
-    channels_last: bool = False
-    log_every: int = 50
-    validate_every: int = 1000
-    validate_images: int = 64
-    save_every: int = 1000
+    channels_last: bool = False  # the order of memory that GPUs convolve fastest in
+    log_every: int = 50  # steps
+    validate_every: int = 1000  # steps
+    validate_images: int = 64  # samples that are measured
+    save_every: int = 1000  # steps
     keep: int = 2  # checkpoints, the newest ones
 
     def __post_init__(self) -> None:

@@ -102,13 +102,6 @@ def follow(stage: Stage, course: Callable[[Stage], Course[T]], batches: Any = No
     return between.result
 
 
-def spans(stage: Stage) -> list[tuple[str, int, int]]:
-    """(name, first step, number of steps) of each phase that the plan comes to."""
-    begins, steps = list(stage.phases().items()), stage.plan.steps
-    ends = [min(first, steps) for _, first in begins[1:]] + [steps]
-    return [(name, first, end - first) for (name, first), end in zip(begins, ends) if end > first]
-
-
 # ------------------------------------------------------------------------------------------------------ the courses
 
 
@@ -117,7 +110,7 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
 
     The stage is one of the plan's processes, and alone here.
     """
-    kinds = spans(stage)
+    kinds = stage.spans()
     stage.step = kinds[-1][1]  # of the phases the one that needs most
     needs, memory = needs_of(stage, plan.ranks), machine_memory(stage.device)
     check_memory(needs, plan, memory)

@@ -9,7 +9,6 @@ import torch
 from ldm.training.needs import flops_of
 from ldm.training.stage import Stage
 from ldm.training.trainer import Plan
-from ldm.training.trial import spans
 
 
 class Peak(NamedTuple):
@@ -64,7 +63,7 @@ def counted(stage: Stage) -> dict[int, int]:
     """By the first step of each phase that is not over, its operations for an image; none where memory is short."""
     here, found = stage.step, {}
     try:
-        for _, first, steps in spans(stage):
+        for _, first, steps in stage.spans():
             if first + steps > here:
                 stage.step = first
                 found[first] = flops_of(stage)

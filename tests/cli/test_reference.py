@@ -50,10 +50,18 @@ def test_a_part_alone(capsys):
     assert main(["reference", "unet"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("### backbone.unet\n\nU-Net that predicts")
-    assert "\n| `multipliers` | a list, each an integer | `[1, 2, 4, 4]` |\n" in said
+    assert "\n| `multipliers` | a list, each an integer | `[1, 2, 4, 4]` | channels of each level, " in said
     assert "| `context` |" not in said
     assert "Given, and no setting: " in said
     assert "`context` by the conditioner" in said
+
+
+def test_every_setting_says_what_it_means():
+    """But for nodes, which have a section of their own."""
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    rows = [re.split(r" (?<!\\)\| ?", line) for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 150
+    assert [row for row in rows if len(row) != 5 or not row[3]] == []
 
 
 def test_a_comment_is_what_a_setting_means(capsys):

@@ -21,7 +21,8 @@ from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
 from ldm.training import codes, utilisation
 from ldm.training.autoencoder import build
-from ldm.training.statistics import Spread, measured
+from ldm.training.ranks import Rank
+from ldm.training.statistics import measured
 from tests.training import toy
 from tests.training.killing import command, manifest, rows, start, toy_data, wait
 
@@ -187,7 +188,7 @@ def test_statistics_are_those_of_the_latents(tmp_path):
 
     for like in (torch.zeros(()), torch.zeros(4, 1, 1)):
         latents.clear()
-        shift, scale = measured(encode, stage.data, 0, 32, like, Spread())
+        shift, scale = measured(encode, stage.data, 0, 32, like, Rank())
         z = torch.cat(latents)
         dims = (0, 2, 3) if like.ndim else None
         torch.testing.assert_close(shift, z.mean(dims).view(-1))

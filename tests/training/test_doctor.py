@@ -22,7 +22,7 @@ from ldm.training import checkpointing, doctor, needs
 from ldm.training import trial as trials
 from ldm.training.autoencoder import AutoencoderStage, build
 from ldm.training.trainer import Plan
-from ldm.training.trial import Phase, Trial, follow, spans
+from ldm.training.trial import Phase, Trial, follow
 from tests.training import toy
 from tests.training.killing import alone, toy_data
 
@@ -232,9 +232,9 @@ def test_operations_are_three_forward_passes_less_the_gradient_of_the_images(con
 )
 def test_phases_cover_the_plan(overrides, expected, config_of):
     stage = build(config_of(*overrides))
-    assert [(first, steps) for _, first, steps in spans(stage)] == expected
+    assert [(first, steps) for _, first, steps in stage.spans()] == expected
     turns = []
-    for _, first, steps in spans(stage):
+    for _, first, steps in stage.spans():
         for stage.step in range(first, first + steps):
             turns.append(
                 (stage.turns(), stage.criterion.discriminator_counts(stage.step) and bool(stage.discriminator))

@@ -17,8 +17,8 @@ from ldm.data.completion import completed, rectangles
 from ldm.draws import draw, stream
 from ldm.training import latent_diffusion as stage_module
 from ldm.training.by_level import BINS, ByLevel
+from ldm.training.ranks import Rank
 from ldm.training.stage import SCALE, Stage
-from ldm.training.statistics import Spread
 from tests.training.killing import rows
 from tests.training.second_stage import command, stage_of
 
@@ -30,7 +30,7 @@ TABLE = ["path={type: scaled_linear}", "draw={type: uniform}", "spacing={type: l
 @pytest.fixture
 def alone(monkeypatch):
     """No trainer, one process."""
-    monkeypatch.setattr(Stage, "spread", Spread())
+    monkeypatch.setattr(Stage, "rank", Rank())
 
 
 def theirs(stage, batch, kind: str):
@@ -254,13 +254,15 @@ def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, 
 def test_the_scale_halves_where_gradients_overflow_and_grows_again(tmp_path, monkeypatch):
     stage = stage_of(tmp_path, "trainer.precision=16-mixed")
     assert stage.scale == SCALE
+    stage.failed = True
     for _ in range(15):
         stage._rescale(finite=False)
-        assert stage.skipped_in_row == -1  # no fault of the training's
+        stage._count({})
+        assert stage.skipped_in_row == 0  # no fault of the training's
     assert stage.scale == 1
-    stage.skipped_in_row = 3
     stage._rescale(finite=False)
-    assert (stage.scale, stage.skipped_in_row) == (1, 3)
+    stage._count({})
+    assert (stage.scale, stage.skipped_in_row, stage.skipped) == (1, 1, 16)
     monkeypatch.setattr("ldm.training.stage.SCALE_AGAIN", 2)
     stage._rescale(finite=True)
     stage._rescale(finite=True)

@@ -9,8 +9,8 @@ from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import psnr
 from ldm.metrics.reading import blurred
 from ldm.pictures import to_float
+from ldm.training.ranks import Rank
 from ldm.training.reconstructions import Reconstructions
-from ldm.training.statistics import Spread
 
 SCENES = Scenes(resolution=64, batch_size=8, size=80, split="validation")
 
@@ -21,7 +21,7 @@ def softened(image):
 
 
 def test_batches_add_up_to_the_whole(tmp_path):
-    found = Reconstructions(SCENES, 72, 0).measure(softened, None, tmp_path / "grid.png", Spread())
+    found = Reconstructions(SCENES, 72, 0).measure(softened, None, tmp_path / "grid.png", Rank())
     spread = [80 * i // 72 for i in range(72)]
     x, y = softened(SCENES.batch([(i, i, 0) for i in spread], 0)["image"])
     true, made = (Moments.of(judge().pooled(each)) for each in (x, y))
@@ -33,7 +33,7 @@ def test_batches_add_up_to_the_whole(tmp_path):
 
 def test_perfect_reconstructions_are_at_no_distance(tmp_path):
     same = Reconstructions(SCENES, 40, 0).measure(
-        lambda image: (to_float(image),) * 2, None, tmp_path / "g.png", Spread()
+        lambda image: (to_float(image),) * 2, None, tmp_path / "g.png", Rank()
     )
     assert same["val/frechet"] < 1e-9
     assert same["val/energy"] == 1

@@ -31,15 +31,15 @@ class Scenes:
     def __init__(
         self,
         *,
-        resolution: int,
-        batch_size: int,
-        size: int = 1_000_000,
-        split: Literal["train", "validation", "held_out"] = "train",
-        adds: Sequence[Addition] = (),
-        objects: int = OBJECTS,
-        bare: float = 0.0,
-        complete: float = 0.0,
-        workers: int = 2,
+        resolution: int,  # sides of the pictures
+        batch_size: int,  # of a step, on all processes together
+        size: int = 1_000_000,  # scenes of an epoch
+        split: Literal["train", "validation", "held_out"] = "train",  # held_out: what train never shows
+        adds: Sequence[Addition] = (),  # what is made beside the picture
+        objects: int = OBJECTS,  # that a table has at most
+        bare: float = 0.0,  # share of floors with nothing on them
+        complete: float = 0.0,  # share of captions that name every attribute
+        workers: int = 2,  # processes that draw, for each that trains
     ):
         for name, value in {"resolution": resolution, "batch_size": batch_size, "size": size}.items():
             if value < 1:
