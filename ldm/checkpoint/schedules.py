@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.path import Table, cosine
 from ldm.errors import CheckpointError
 
 Node = dict[str, Any]
@@ -24,17 +25,40 @@ SOLVERS = {  # their classes that are a solver of ours, and the spacing that eac
 }
 SPACINGS = ("leading", "linspace", "trailing")
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # whose steps are of N + 1, but for the last
+KARRAS = (*MULTISTEP, "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # what else ignores `use_karras_sigmas`
+DPM_SOLVERS = {  # (algorithm_type, solver_order) -> our solver
+    ("dpmsolver++", 1): {"type": "ddim"},
+    ("dpmsolver++", 2): {"type": "dpmpp_2m"},
+    ("dpmsolver++", 3): {"type": "dpmpp_3m"},
+    ("sde-dpmsolver++", 2): {"type": "dpmpp_2m_sde"},
+}
+WRITTEN: dict[str, Node] = {ours: {"_class_name": theirs} for theirs, (ours, _) in SOLVERS.items()} | {
+    node["type"]: {"_class_name": MULTISTEP[0], "algorithm_type": algorithm, "solver_order": order}
+    for (algorithm, order), node in DPM_SOLVERS.items()
+    if order > 1
+}
+UNHEARD = {  # options of theirs that are nothing here, and what they are where they do nothing
+    "clip_sample": False,
+    "thresholding": False,
+    "predict_x0": True,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "euler_at_final": False,
+}
+ROUNDED = {torch.float16: (3, 2e-3), torch.bfloat16: (2, 2e-2)}  # significant digits that survive, and the error
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
 
 
 def path_of_betas(betas: Tensor) -> Node:
     """The path of a table of betas: a named one where it is that."""
+    digits, rtol = ROUNDED.get(betas.dtype, (6, 1e-4))  # 6: as before they were stored in float32
     betas = betas.double()
-    start, end = (float(f"{betas[place].item():.6g}") for place in (0, -1))  # as before it was stored in float32
+    start, end = (float(f"{betas[place].item():.{digits}g}") for place in (0, -1))
     roots = torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64)
     known = {"linear": torch.linspace(start, end, len(betas), dtype=torch.float64), "scaled_linear": roots.square()}
     for kind, table in known.items():
-        if torch.allclose(table, betas, rtol=1e-4, atol=1e-7):
+        if torch.allclose(table, betas, rtol=rtol, atol=1e-7):
             return {"type": kind, "start": start, "end": end} | ({} if len(betas) == 1000 else {"steps": len(betas)})
     return {"type": "table", "betas": betas.tolist()}
 
@@ -42,9 +66,14 @@ def path_of_betas(betas: Tensor) -> Node:
 def read_scheduler(scheduler: Mapping[str, Any], notes: list[str]) -> dict[str, Node]:
     """Path, prediction, spacing and solver that a scheduler's configuration stands for."""
     kind = scheduler.get("_class_name", "DDIMScheduler")
+    if kind not in SOLVERS and "beta_schedule" not in scheduler:
+        expected = ", ".join(SOLVERS)
+        raise CheckpointError("a scheduler of another kind of noise", "scheduler_config.json", kind, expected)
     if kind not in SOLVERS:
         notes.append(f"{kind} is not here: DPM-Solver++ 2M takes its place")
-    solver, spacing = SOLVERS.get(kind, ("dpmpp_2m", "leading"))
+    said = {name: scheduler[name] for name, idle in UNHEARD.items() if scheduler.get(name, idle) != idle}
+    notes += [f"the scheduler's {name}={value} does nothing here" for name, value in said.items()]
+    _, spacing = SOLVERS.get(kind, ("", "leading"))
     prediction: Node = {"type": known("prediction_type", scheduler.get("prediction_type", "epsilon"), PREDICTIONS)}
     variance = VARIANCES.get(scheduler.get("variance_type") or "", "small")
     if variance == "learned":
@@ -53,8 +82,23 @@ def read_scheduler(scheduler: Mapping[str, Any], notes: list[str]) -> dict[str, 
         "path": read_path(scheduler),
         "prediction": prediction,
         "spacing": read_spacing(scheduler, spacing),
-        "solver": {"type": solver} | ({"noise_var": variance} if solver == "ddpm" else {}),
+        "solver": read_solver(scheduler, kind, variance, notes),
     }
+
+
+def read_solver(scheduler: Mapping[str, Any], kind: str, variance: str, notes: list[str]) -> Node:
+    """The solver of a scheduler, whose order and kind of process are options of theirs."""
+    solver, _ = SOLVERS.get(kind, ("dpmpp_2m", ""))
+    if solver == "ddpm":
+        return {"type": solver, "noise_var": variance}
+    if kind == "UniPCMultistepScheduler" and scheduler.get("solver_order", 2) != 2:
+        return {"type": solver, "order": scheduler["solver_order"]}
+    if kind == "DPMSolverMultistepScheduler":
+        which = scheduler.get("algorithm_type", "dpmsolver++"), scheduler.get("solver_order", 2)
+        if which not in DPM_SOLVERS:
+            notes.append(f"{which[0]} of order {which[1]} is not here: DPM-Solver++ 2M takes its place")
+        return dict(DPM_SOLVERS.get(which, {"type": solver}))
+    return {"type": solver}
 
 
 def known(name: str, value: Any, table: Mapping[str, str]) -> str:
@@ -66,24 +110,31 @@ def known(name: str, value: Any, table: Mapping[str, str]) -> str:
 
 def read_path(scheduler: Mapping[str, Any]) -> Node:
     """The path of a scheduler's betas."""
+    steps, zero = scheduler.get("num_train_timesteps", 1000), bool(scheduler.get("rescale_betas_zero_snr"))
+    stretched = {"zero_terminal_snr": True} if zero else {}
     if scheduler.get("trained_betas") is not None:
-        return path_of_betas(torch.tensor(scheduler["trained_betas"], dtype=torch.float64))
+        return path_of_betas(torch.tensor(scheduler["trained_betas"], dtype=torch.float64)) | stretched
     node: Node = {"type": known("beta_schedule", scheduler.get("beta_schedule", "linear"), BETA_SCHEDULES)}
+    if node["type"] == "cosine" and zero:
+        return {"type": "table", "betas": betas_of(cosine(steps=steps))} | stretched
     if node["type"] != "cosine":
-        node |= {"start": scheduler.get("beta_start", 1e-4), "end": scheduler.get("beta_end", 0.02)}
-        node |= {"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") else {}
-    steps = scheduler.get("num_train_timesteps", 1000)
+        node |= {"start": scheduler.get("beta_start", 1e-4), "end": scheduler.get("beta_end", 0.02)} | stretched
     return node | ({} if steps == 1000 else {"steps": steps})
+
+
+def betas_of(path: Table) -> list[float]:
+    """The betas of a table: 1 - beta is what each step leaves of alpha squared."""
+    return (1 - (path.alpha[1:] / path.alpha[:-1]) ** 2).tolist()
 
 
 def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     """The spacing of a scheduler; their pipelines take 50 steps unless told otherwise."""
-    if scheduler.get("use_karras_sigmas"):
+    kind = scheduler.get("_class_name", "DDIMScheduler")
+    if scheduler.get("use_karras_sigmas") and kind in KARRAS:
         return {"type": "karras", "steps": 50}
     node: Node = {"type": scheduler.get("timestep_spacing", default), "steps": 50}
     if node["type"] == "leading" and scheduler.get("steps_offset", 0) != 1:  # ours is Stable Diffusion's
         node["offset"] = scheduler.get("steps_offset", 0)
-    kind = scheduler.get("_class_name", "DDIMScheduler")
     if kind in MULTISTEP and node["type"] != "trailing":
         node["spare"] = 1
     # only DDIM reads the first key, though `from_config` hands it on to every other class
@@ -93,18 +144,25 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
     return node
 
 
-def written_as(solver: str, spacing: Node, notes: list[str]) -> str:
-    """The class that a solver and its spacing become, with notes of what it does otherwise."""
-    classes = {ours: theirs for theirs, (ours, _) in SOLVERS.items()}
-    kind = classes.get(solver, "DDIMScheduler")
-    if solver not in classes:
-        notes.append(f"no scheduler of diffusers is solver {solver}: DDIM takes its place")
-    if spacing["type"] not in (*SPACINGS, "karras"):
-        notes.append(f"no scheduler of diffusers has spacing {spacing['type']}: leading takes its place")
+def written_as(solver: Node, spacing: Node, notes: list[str]) -> Node:
+    """The class that a solver and its spacing become and its options, with notes of what it does otherwise."""
+    name, eta = solver["type"], solver.get("eta", 0.0)
+    if name == "dpmpp_2m" and eta == 1:
+        name, eta = "dpmpp_2m_sde", 0.0
+    written = dict(WRITTEN.get(name, WRITTEN["ddim"]))
+    kind = written["_class_name"]
+    if name not in WRITTEN:
+        notes.append(f"no scheduler of diffusers is solver {name}: DDIM takes its place")
+    if name == "unipc":
+        written["solver_order"] = solver.get("order", 2)
+    if eta:
+        notes.append(f"diffusers' {kind} has no eta, which is {eta} here")
+    if spacing["type"] not in (*SPACINGS, *(["karras"] if kind in KARRAS else [])):
+        notes.append(f"diffusers' {kind} has no spacing {spacing['type']}: leading takes its place")
     elif spacing["type"] in ("leading", "linspace") and spacing.get("spare", 0) != (kind in MULTISTEP):
         spare = int(kind in MULTISTEP)
         notes.append(f"diffusers' {kind} steps at the times of spacing.spare={spare}, which are not this file's")
-    return kind
+    return written
 
 
 def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
@@ -121,18 +179,20 @@ def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
             "no scheduler of diffusers for this", "path, prediction", got, ", ".join(paths), "our format"
         )
     defaults = {"scaled_linear": (0.00085, 0.012)}.get(path["type"], (1e-4, 0.02))
-    node = {
-        "_class_name": written_as(solver["type"], spacing, notes),
-        "num_train_timesteps": len(path["betas"]) if "betas" in path else path.get("steps", 1000),
+    unlike = path["type"] == "cosine" and {"offset", "max_beta"} & path.keys()  # squaredcos_cap_v2 has no options
+    betas = betas_of(cosine(**{key: x for key, x in path.items() if key != "type"})) if unlike else path.get("betas")
+    node = written_as(solver, spacing, notes)
+    node |= {
+        "num_train_timesteps": len(betas) if betas else path.get("steps", 1000),
         "beta_schedule": paths[path["type"]],
         "beta_start": path.get("start", defaults[0]),
         "beta_end": path.get("end", defaults[1]),
-        "trained_betas": path.get("betas"),
+        "trained_betas": betas,
         "prediction_type": kinds[kind],
         "timestep_spacing": spacing["type"] if spacing["type"] in SPACINGS else "leading",
         "steps_offset": spacing.get("offset", 1),
         "rescale_betas_zero_snr": path.get("zero_terminal_snr", False),
-        "use_karras_sigmas": spacing["type"] == "karras",
+        "use_karras_sigmas": spacing["type"] == "karras" and node["_class_name"] in KARRAS,
     }
     ends = spacing.get("end") == "table"
     node |= {"final_sigmas_type": "sigma_min" if ends else "zero"} if node["_class_name"] in MULTISTEP else {}
