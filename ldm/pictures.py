@@ -29,7 +29,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
     """A picture as (1, 3, H, W) in [-1, 1], resized to (height, width)."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = upright(image).convert("RGB")
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])  # (1, 3, H, W)
@@ -37,16 +37,25 @@ def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor
 
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """A picture as (1, 1, H, W): 1 where it is brighter than half, which is what is to be repainted."""
-    gray = image.convert("L").resize(size[::-1], Image.Resampling.NEAREST)
+    gray = upright(image).convert("L").resize(size[::-1], Image.Resampling.NEAREST)
     return (torch.from_numpy(np.array(gray))[None, None] >= 128).float()  # (1, 1, H, W)
 
 
 def to_classes(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """A picture whose palette or gray value is a class, as a map (1, H, W) with 255 for unlabelled."""
+    image = ImageOps.exif_transpose(image)
     classes = image if image.mode in ("P", "L") else image.convert("L")
     classes = classes.resize(size[::-1], Image.Resampling.NEAREST)
     labels = torch.from_numpy(np.array(classes)).long()[None]  # (1, H, W)
     return torch.where(labels == 255, -1, labels)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as it is looked at, of 8 bits: of 16, PIL's own conversion would leave white alone."""
+    image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def read(file: str | Path) -> Image.Image:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -36,7 +37,13 @@ BLANK = "0" * 64
 class Tensors(Mapping[str, Tensor]):
     """The tensors of one file by name, each mapped into memory when it is asked for; shapes cost nothing."""
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], get: Callable[[str], Tensor], **metadata: str):
+    def __init__(
+        self,
+        path: Path,
+        shapes: dict[str, tuple[int, ...]],
+        get: Callable[[str], Tensor],
+        metadata: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.path, self.shapes, self.get_tensor, self.metadata = path, shapes, get, metadata
 
     def __getitem__(self, name: str) -> Tensor:
@@ -63,7 +70,7 @@ def open_file(path: str | Path) -> Tensors:
     except SafetensorError as error:  # what else there may be
         raise CheckpointError("the header is damaged", str(path), str(error), FORMAT, AGAIN) from error
     metadata = header.pop("__metadata__", {})
-    return Tensors(path, {name: tuple(entry["shape"]) for name, entry in header.items()}, get, **metadata)
+    return Tensors(path, {name: tuple(entry["shape"]) for name, entry in header.items()}, get, metadata)
 
 
 @contextmanager

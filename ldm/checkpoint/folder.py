@@ -40,7 +40,11 @@ ONLY = {  # what else would need another network than ours
     "encoder_hid_dim": (None,),
     "norm_type": ("ada_norm_zero", "group"),
     "hidden_act": ("quick_gelu", "gelu"),
+    "layer_norm_eps": (1e-5,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
 }
+UNETS = {"norm_eps": (1e-5,)}  # a Transformer2DModel's is not that of its blocks
 
 
 def read_folder(folder: Path) -> Opened:
@@ -61,20 +65,23 @@ def read_folder(folder: Path) -> Opened:
 def read_pipeline(folder: Path, backbone: str, parts: list[str], notes: list[str]) -> Opened:
     """A whole pipeline: each part from its own folder."""
     settings, weights = read_part(folder / backbone)
-    heads = dit_heads(settings) if backbone == "transformer" else unet_heads(settings)
+    heads = {"heads": settings["num_attention_heads"]} if backbone == "transformer" else unet_heads(settings)
     weights = {name: x for name, x in weights.items() if name != FIXED_POSITIONS}
     node, given, state = open_backbone(weights, "diffusers", heads)
     family, conditioner, condition = open_condition(folder, parts, given)
     kind = extra_kind(given, str(folder))
     conditioner, condition = compose(conditioner, condition, kind)
     autoencoder, stage = open_stage(folder, parts, notes)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json") if "scheduler" in parts else {}
+    if "scheduler" not in parts:
+        raise CheckpointError("a pipeline without its scheduler, which knows its noise", str(folder), ", ".join(parts))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     config: Node = {"format": 1, **read_scheduler(scheduler, notes), "backbone": node, "conditioner": conditioner}
     if given["learned_sigma"] and config["prediction"]["type"] != "learned_range":
         config["prediction"] = {"type": "learned_range", "of": config["prediction"]}
     config |= {"guidance": {"cfg": CFG[family]}, "autoencoder": autoencoder}
     side = settings.get("sample_size") or 64
-    config["size"] = (side if isinstance(side, int) else side[0]) * factor_of(autoencoder)
+    pixels = autoencoder is None and backbone == "unet"  # a DiT's folder may come without its first stage
+    config["size"] = (side if isinstance(side, int) else side[0]) * (1 if pixels else factor_of(autoencoder))
     tokenizer = str(folder / "tokenizer") if "tokenizer" in parts else None
     name = ", ".join(word for word in (family, kind, "diffusers folder") if word)
     return Opened(config, state | condition | stage, name, sorted(folder.glob("*/*.safetensors")), tokenizer, notes)
@@ -156,15 +163,11 @@ def unet_heads(settings: Mapping[str, Any]) -> dict[str, int]:
     return {"head_width": widths.pop()}
 
 
-def dit_heads(settings: Mapping[str, Any]) -> dict[str, int]:
-    """A DiT's heads."""
-    return {"heads": settings["num_attention_heads"]}
-
-
 def read_part(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """A part's settings, none of which may ask for what our networks cannot do, and its weights."""
     settings = read_json(folder / "config.json")
-    for name, legal in ONLY.items():
+    only = ONLY | (UNETS if settings.get("_class_name", "").startswith("UNet") else {})
+    for name, legal in only.items():
         if settings.get(name, legal[0]) not in legal:
             expected = " or ".join(map(str, legal))
             raise CheckpointError(f"{name}: not known here", str(folder), str(settings[name]), expected)
@@ -172,17 +175,18 @@ def read_part(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
 
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
-    """A part's weights: one file, the shards that an index lists, or the one variant (fp16) that there is."""
+    """A part's weights: one file, the shards that an index lists, or either of the one variant (fp16) that there is."""
     for stem in STEMS:
-        shards = folder / f"{stem}.safetensors.index.json"
-        if (folder / f"{stem}.safetensors").is_file():
-            return open_file(folder / f"{stem}.safetensors")
-        if shards.is_file():
-            names = sorted(set(read_json(shards)["weight_map"].values()))
-            return ChainMap(*(dict(open_file(folder / Path(name).name)) for name in names))
-        variants = sorted(folder.glob(f"{stem}.*.safetensors"))
-        if variants:
-            return open_file(variants[0])
+        for ending in ("safetensors", "safetensors.index.json", "safetensors.index.*.json", "*.safetensors"):
+            found = sorted(folder.glob(f"{stem}.{ending}"))
+            if len(found) > 1:
+                got = ", ".join(path.name for path in found)
+                raise CheckpointError("several variants of the weights", str(folder), got, "one", "without the others")
+            if found and ending.endswith(".json"):
+                names = sorted(set(read_json(found[0])["weight_map"].values()))
+                return ChainMap(*(dict(open_file(folder / Path(name).name)) for name in names))
+            if found:
+                return open_file(found[0])
     pickles = ", ".join(path.name for path in sorted(folder.glob("*.bin"))) or "none"
     hint = "diffusers' save_pretrained(..., safe_serialization=True)"
     raise CheckpointError("no weights in safetensors", str(folder), pickles, f"{STEMS[0]}.safetensors", hint)

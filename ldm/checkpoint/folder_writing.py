@@ -53,7 +53,7 @@ def write_diffusers(
     notes: list[str] = []
     with new_folder(Path(folder)) as target:
         if not config.get("backbone"):
-            write_stage(target, config["autoencoder"], state, notes, dtype)
+            write_stage(target, config["autoencoder"], None, state, notes, dtype)
         else:
             write_pipeline(target, config, state, tokenizer, notes, dtype)
     return notes
@@ -76,7 +76,7 @@ def write_pipeline(
     name = "transformer" if isinstance(backbone, DiT) else "unet"
     index[name] = write_part(target / name, settings, write_backbone(weights, backbone, "diffusers"), dtype)
     if stage:
-        index[stage_name] = write_stage(target / stage_name, stage, state, notes, dtype)
+        index[stage_name] = write_stage(target / stage_name, stage, conditioner, state, notes, dtype)
     else:
         raise CheckpointError("no first stage to write", hint="--vae")
     if node and conditioner and kind[0] != "label":
@@ -164,10 +164,10 @@ def dit_settings(dit: DiT, size: int) -> Node:
 
 
 def write_stage(
-    target: Path, node: Node, state: Mapping[str, Tensor], notes: list[str], dtype: torch.dtype | None
+    target: Path, node: Node, conditioner: Node | None, state: Mapping[str, Tensor], notes: list[str], dtype: Any
 ) -> list[str]:
-    """A first stage and its configuration."""
-    node, weights, scale = stage_of(node, state, notes)
+    """A first stage and its configuration; who else reads its latents may forbid a change."""
+    node, weights, scale = stage_of(node, state, notes, conditioner)
     network = build_autoencoder(node)
     settings = stage_settings(network, node) | {"scaling_factor": float(f"{scale.item():.8g}")}
     return write_part(target, settings, write_autoencoder(weights, network, "diffusers"), dtype)

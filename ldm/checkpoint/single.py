@@ -18,10 +18,8 @@ from ldm.errors import CheckpointError
 from ldm.models.dit import sincos_positions
 
 DIT, POSITIONS = "x_embedder.proj.weight", "pos_embed"
-CONFIG, SCALE = (
-    "config",
-    "scale_factor",
-)  # the metadata's key of our configuration; CompVis's name of the latents' scale
+CONFIG = "config"  # the metadata's key of our configuration
+SCALE = "scale_factor"  # CompVis's name of the latents' scale
 SD_SCALE = 0.18215
 
 
@@ -64,7 +62,8 @@ def read_model(tensors: Tensors) -> Opened:
     text = under(tensors, family.prefix)
     conditioner, condition = open_conditioner(family, text, kind, stored.get("conditioner"))
     autoencoder, first_stage = open_stage(tensors, FIRST_STAGE, stored.get("autoencoder"), notes)
-    v = stored["prediction"]["type"] == "v" if stored else not kind and family.tells_v and says_v(tensors, state, notes)
+    guessed = family.tells_v and not kind
+    v = stored["prediction"]["type"] == "v" if stored else says_v(tensors, state, notes, guessed)
     config = stored or {
         "format": 1,
         "path": path_of_betas(tensors["betas"]) if "betas" in tensors else dict(family.path),
@@ -75,7 +74,7 @@ def read_model(tensors: Tensors) -> Opened:
         "spacing": {"type": "leading", "steps": 50},
         "solver": {"type": "dpmpp_2m"},
         "autoencoder": autoencoder,
-        "size": 768 if v else family.size,
+        "size": 768 if v and family.tells_v else family.size,
     }
     name = ", ".join(word for word in (family.name, kind, "v-prediction" if v else "") if word)
     return Opened(config, state | condition | first_stage, name, [tensors.path], notes=notes)
@@ -100,10 +99,10 @@ def averaged(tensors: Tensors, notes: list[str]) -> State:
     return {name.removeprefix(UNET): tensors[average] for name, average in flat.items()}
 
 
-def says_v(tensors: Tensors, state: State, notes: list[str]) -> bool:
-    """Whether a Stable Diffusion 2 predicts v: by its metadata, else by how far a norm's bias is spread."""
+def says_v(tensors: Tensors, state: State, notes: list[str], guessed: bool) -> bool:
+    """Whether a model predicts v: by its metadata, else, of a Stable Diffusion 2, by the spread of a norm's bias."""
     said = tensors.metadata.get("modelspec.prediction_type")
-    if said in ("v", "epsilon"):
+    if said in ("v", "epsilon") or not guessed:
         return said == "v"
     biases = [name for name in state if name.startswith("backbone.decoder.") and name.endswith(".blocks.0.norm1.bias")]
     last = max(biases, key=lambda name: int(name.split(".")[2]))

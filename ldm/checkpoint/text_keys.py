@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.checkpoint.rename import refuse, rename, swap
 from ldm.errors import CheckpointError
-from ldm.models.transformer import TextTransformer
+from ldm.models.transformer import ACTIVATIONS, TextTransformer
 
 Layout = Literal["clip", "open_clip", "ldm"]
 Pairs = list[tuple[str, str]]
@@ -137,6 +137,8 @@ def prefixed(name: str) -> str:
 def drop_unread(state: Mapping[str, Tensor], transformer: TextTransformer) -> dict[str, Tensor]:
     """A tower without what comes after the states that are read: SD 2 stops before the last block, and never pools."""
     unread = [f"transformer.resblocks.{len(transformer.blocks)}."]
+    if transformer.blocks[0].activation is ACTIVATIONS["gelu"]:  # the same tower by transformers' names
+        unread += [f"{prefix}encoder.layers.{len(transformer.blocks)}." for prefix in ("", "text_model.")]
     if not isinstance(transformer.projection, torch.nn.Linear):
         unread.append("text_projection")
     return {k: x for k, x in state.items() if not k.startswith(tuple(unread)) and not k.endswith(UNREAD)}

@@ -1,4 +1,4 @@
-"""Writing what other programs read: CompVis's and DiT's single files; `write_folder` does diffusers' folders."""
+"""Writing what other programs read: CompVis's and DiT's single files; folder_writing.py does diffusers' folders."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from ldm.errors import CheckpointError
 from ldm.models.dit import DiT, sincos_positions
 from ldm.models.unet import UNet
 
+KNOWN = ("eps", "v", "learned_range"), ("linear", "scaled_linear")  # predictions and noise that families have
+
 
 def write_compvis(
     path: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
@@ -41,13 +43,15 @@ def write_compvis(
         if config.get("conditioner") and isinstance(backbone, UNet):
             file |= above(write_conditioner(config["conditioner"], state), CONDITION)
     if config.get("autoencoder"):
-        config["autoencoder"], stage, scale = stage_of(config["autoencoder"], state, notes)
+        config["autoencoder"], stage, scale = stage_of(config["autoencoder"], state, notes, config.get("conditioner"))
         theirs = write_autoencoder(stage, build_autoencoder(config["autoencoder"]), "compvis")
         file |= above(theirs, FIRST_STAGE if config.get("backbone") else "") | {SCALE: scale}
     metadata = {CONFIG: json.dumps(config)}
     kind = config.get("prediction", {}).get("type")
     if kind in ("eps", "v"):
         metadata["modelspec.prediction_type"] = {"eps": "epsilon", "v": "v"}[kind]
+    if config.get("backbone") and (kind not in KNOWN[0] or config["path"]["type"] not in KNOWN[1]):
+        notes.append(f"other readers cannot be told of path {config['path']['type']} with prediction {kind}")
     write_file(path, file, metadata, dtype)
     return notes
 
@@ -65,13 +69,17 @@ def backbone_of(node: Node, state: Mapping[str, Tensor]) -> tuple[UNet | DiT, St
     return network, weights
 
 
-def stage_of(node: Node, state: Mapping[str, Tensor], notes: list[str]) -> tuple[Node, State, Tensor]:
+def stage_of(
+    node: Node, state: Mapping[str, Tensor], notes: list[str], conditioner: Node | None = None
+) -> tuple[Node, State, Tensor]:
     """A first stage as others can express it: configuration, weights, and the one number that scales latents."""
     weights = under(state, "autoencoder.")
     fit(weights, build_autoencoder(node), "first stage")
     if weights["scale"].ndim or weights["shift"].count_nonzero():
         if node["type"] != "kl":
             raise CheckpointError("others have no shift of codes", "autoencoder.shift", hint="our own format")
+        if kind_of(conditioner) == "edit":  # which reads latents as they are before shift and scale
+            raise CheckpointError("others have no shift of latents", "autoencoder.shift", hint="our own format")
         weights = fold_statistics(weights)
         weights |= {"shift": torch.zeros(()), "scale": torch.ones(())}
         notes.append("the latents' shift and scale are now inside the first stage's convolutions")

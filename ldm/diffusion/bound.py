@@ -38,8 +38,9 @@ def term(
     _, weight = mean_weights(now, next, small_variance(now, next))
     distance = expand(weight, x0) * (x0 - prediction.x0)  # between the two means
     kl = gaussian_kl(distance, expand(small.log(), x0), log_var)
-    nll = decoder_nll(x0, prediction.x0, log_var, bins)
-    return torch.where(expand(first, x0).bool(), nll, kl).flatten(1).mean(1) / math.log(2)
+    here = expand(first, x0).bool()
+    nll = decoder_nll(x0, torch.where(here, prediction.x0, x0), log_var, bins)  # far from x0 its gradient overflows
+    return torch.where(here, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def gaussian_kl(distance: Tensor, log_var: Tensor, log_var_model: Tensor) -> Tensor:

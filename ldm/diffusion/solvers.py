@@ -186,7 +186,7 @@ def multistep(
     for now, next in pairwise(grid.rows()):
         prediction = denoise(x, now)
         past = [(now.log_snr, prediction.x0), *past][:order]
-        x0 = None if _at_edge(now, next) else _extrapolate(past, next.log_snr)
+        x0 = None if _at_edge(now, next) else _extrapolate(past, next.log_snr, eta)
         step = ddim_step(x, prediction, now, next, eta, noise, x0=x0)
         if now.alpha == 0:
             past = []
@@ -199,8 +199,11 @@ dpmpp_2m_sde = partial(multistep, order=2, eta=1.0)
 dpmpp_3m = partial(multistep, order=3)
 
 
-def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float) -> Tensor:
-    """The x0 whose first-order step is the step of order len(past); the third as published."""
+def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float, eta: float = 0.0) -> Tensor:
+    """The x0 whose first-order step is the step of order len(past); the third as published.
+
+    With noise, x is forgotten sooner than the log-SNR rises: by exp(-k), k = h for eta = 0 and 2h for eta = 1.
+    """
     (now, m0), *older = past
     h = log_snr - now
     if not older:
@@ -210,8 +213,9 @@ def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float) -> Tensor:
         return mix(1 + 0.5 / r0, m0, -0.5 / r0, older[0][1])
     (_, m1), (_, m2) = older
     r1 = (older[0][0] - older[1][0]) / h
-    slope = _phi(h)
-    curve = ((math.expm1(-h) + h) / h**2 - 0.5) / math.expm1(-h)
+    k = h - 0.5 * math.log(1 - eta**2 + eta**2 * math.exp(-2 * h))
+    slope = _phi(k)
+    curve = ((math.expm1(-k) + k) / k**2 - 0.5) / math.expm1(-k)
     curve = (slope * r0 + curve) / (r0 + r1)
     newer, elder = (slope + curve) / r0, curve / r1
     return mix(1 + newer, m0, -newer - elder, m1).add_(m2, alpha=elder)

@@ -157,9 +157,10 @@ class Explicit(Spacing):
     def levels(self, path: Path) -> Level:
         """The levels at these times."""
         t = path.time(torch.tensor(self.times, dtype=torch.float64))
-        if not ((t > 0) & (t < 1 + 1e-6)).all():
+        levels = path.level(t.clamp(0, 1))
+        if not ((levels.sigma > 0) & ((t - t.clamp(0, 1)).abs() < 1e-6)).all():
             raise ValueError(f"times: must lie between the data and t = 1 of the path, got {self.times}")
-        return path.level(t)
+        return levels
 
 
 def at_least(name: str, number: int, least: int) -> int:

@@ -292,11 +292,55 @@ def test_what_a_scheduler_cannot_say_is_told(changed, expected, tmp_path):
     assert checkpoint.write_diffusers(tmp_path / "x", {**config, **changed}, state, TOKENIZER) == expected
 
 
+def test_pixels_have_no_factor(tmp_path):
+    """As diffusers' own training scripts leave a pipeline of pictures."""
+    unet = diffusers.UNet2DModel(
+        sample_size=32,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pixels")
+    opened = checkpoint.open(tmp_path / "pixels")
+    assert opened.config["size"] == 32
+    assert "the scheduler's clip_sample=True does nothing here" in opened.notes
+
+
+def test_shards_of_a_variant_and_several_variants(tmp_path):
+    unet = write(tmp_path, "sd1") / "unet"
+    plain = unet / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(plain)
+    plain.unlink()
+    shard = "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+    save_file(tensors, unet / shard)
+    index = {"weight_map": dict.fromkeys(tensors, shard)}
+    (unet / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    assert same(checkpoint.open(unet.parent).state, make("sd1")[1])
+    (unet / "diffusion_pytorch_model.safetensors.index.fp16.json").unlink()
+    (unet / shard).unlink()
+    for variant in ("ema", "fp16"):
+        save_file(tensors, unet / f"diffusion_pytorch_model.{variant}.safetensors")
+    assert refusal(partial(checkpoint.open, unet.parent)) == (
+        f"several variants of the weights ({unet}); got diffusion_pytorch_model.ema.safetensors, "
+        "diffusion_pytorch_model.fp16.safetensors; expected one; try without the others"
+    )
+
+
 def test_folders_that_are_refused(tmp_path):
     folder = write(tmp_path, "sd1", unet={"act_fn": "mish"})
     opening = partial(checkpoint.open, folder)
     assert refusal(opening) == f"act_fn: not known here ({folder}/unet); got mish; expected silu or gelu-approximate"
     for part, settings, message in (
+        (
+            "unet",
+            {"norm_eps": 0.01},
+            "norm_eps: not known here ({}/unet); got 0.01; expected 1e-05",
+        ),
+        (
+            "index",
+            {"scheduler": [None, None]},
+            "a pipeline without its scheduler, which knows its noise ({}); got unet, vae, text_encoder, tokenizer",
+        ),
         (
             "text_encoder",
             {"act_fn": "silu", "intermediate_size": 37},
@@ -309,11 +353,10 @@ def test_folders_that_are_refused(tmp_path):
             "expected Stable Diffusion 1 or 2, LDM or DiT",
         ),
     ):
-        target = tmp_path / part
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
         target.mkdir()
         folder = write(target, "sd1", **{part: settings})
         assert refusal(partial(checkpoint.open, folder)) == message.format(folder)
-    folder = tmp_path / "index" / "sd1"
     (folder / "model_index.json").unlink()
     assert refusal(partial(checkpoint.open, folder)) == (
         f"a folder without model_index.json ({folder}); got neither that nor config.json; "

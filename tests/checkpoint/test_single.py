@@ -151,6 +151,27 @@ def test_metadata_says_which_prediction_before_the_guess_does(tmp_path):
     assert checkpoint.open(path).notes[0].startswith(note)
 
 
+def test_metadata_speak_for_every_family(tmp_path):
+    save_file(load_file(write(tmp_path, "sd1")), tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
+    opened = checkpoint.open(tmp_path / "v.safetensors")
+    assert (opened.config["prediction"], opened.config["size"]) == ({"type": "v"}, 512)
+
+
+def test_what_other_readers_take_for_eps_is_told(tmp_path):
+    config, state = make("sd1")
+    config = config | {"path": {"type": "flow"}, "prediction": {"type": "flow"}}
+    notes = checkpoint.write_compvis(tmp_path / "x.safetensors", config, state)
+    assert notes == ["other readers cannot be told of path flow with prediction flow"]
+
+
+@pytest.mark.parametrize("write", [checkpoint.write_compvis, checkpoint.write_diffusers])
+def test_latents_that_are_read_before_their_shift_keep_it(write, tmp_path):
+    config, state = make("sd1_edit")
+    state = state | {"autoencoder.shift": torch.tensor(0.3)}
+    with pytest.raises(CheckpointError, match=r"others have no shift of latents \(autoencoder.shift\)"):
+        write(tmp_path / "x.safetensors", config, state)
+
+
 def test_another_first_stage_takes_the_place_of_ones_own(tmp_path):
     config, state = make("dit")
     write(tmp_path, "dit")

@@ -75,6 +75,15 @@ def test_a_tower_that_stops_before_the_last_block_reads_a_whole_one():
     shorter = TextTransformer(**{**SMALL, "layers": 1})
     with pytest.raises(CheckpointError, match=r"tensors without a place; got 12: transformer\.resblocks\.2\."):
         read_text(state, shorter, "open_clip")
+    for prefix in ("text_model.", ""):  # and by transformers' names, which hubs hold beside open_clip's
+        theirs = {
+            name.replace("text_model.", prefix): x for name, x in write_text(whole.state_dict(), whole, "clip").items()
+        }
+        short.load_state_dict(read_text(theirs, short, "clip"))
+        assert torch.equal(short(IDS)[0], whole(IDS)[0])
+    clip = TextTransformer(**{**SMALL, "layers": 2, "activation": "quick_gelu"})
+    with pytest.raises(CheckpointError, match=r"tensors without a place; got 1[67]: "):  # which reads its last block
+        read_text(theirs, clip, "clip")
 
 
 @torch.no_grad()

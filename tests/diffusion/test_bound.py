@@ -172,6 +172,15 @@ def test_the_bound_trains_the_variance_alone():
     assert both[1].abs() > 0
 
 
+def test_the_variance_learns_in_float32_at_the_noisiest_step_of_an_untrained_network():
+    """There x0 is guessed 5e4 away, where the decoder, which is not asked, has no gradient."""
+    where, model = path.cosine(), TwoChannels().float()
+    level = where.level(torch.ones(2, dtype=torch.float64))
+    loss = Denoiser(model, where, LEARNED).loss(torch.rand(2, 3, 8, 8) * 2 - 1, level, torch.randn(2, 3, 8, 8))
+    loss.sum().backward()
+    assert model.variance.grad.isfinite()
+
+
 def test_the_first_step_of_the_hybrid_loss_is_the_decoder():
     where, model = path.cosine(steps=50), TwoChannels()
     denoiser = Denoiser(model, where, LEARNED)

@@ -180,6 +180,8 @@ def test_spacings_by_hand():
     karras = [(high ** (1 / rho) + i / 4 * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(5)]
     found = spacing.Karras(steps=5).grid(PATHS["ve"]).sigma
     torch.testing.assert_close(found, float64(*karras, 0))
+    clocks = [math.log(sigma) / 4 for sigma in karras]  # as its network is told them, down to sigma_min
+    torch.testing.assert_close(spacing.Explicit(times=clocks).grid(PATHS["ve"]).sigma, float64(*karras, 0))
     even = spacing.LogSNR(steps=6).grid(PATHS["vp_sde"]).log_snr[:-1].diff()
     torch.testing.assert_close(even, even[:1].expand(5))
 

@@ -1,5 +1,6 @@
 """Solvers against closed forms: equivariance, orders, ends, covariance, gradients."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -29,6 +30,18 @@ EQUIVARIANT = {
     "unipc 3": partial(solvers.unipc, order=3),
 }
 ALL = {name: parts.load(target) for name, target in parts.TABLES["solver"].items()}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_line_is_extrapolated_as_its_integral(eta):
+    """Where x0 is a line in the log-SNR, 3M takes the mean of the process's own step."""
+    h, slope, now = 0.6, 1.7, 0.4
+    forgotten = h - 0.5 * math.log(1 - eta**2 * (1 - math.exp(-2 * h)))  # alpha_t x_s / (alpha_s x_t) = exp(-that)
+    tau = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    weight = torch.exp(-forgotten * (1 - tau))
+    expected = torch.trapezoid(weight * slope * h * tau, tau) / torch.trapezoid(weight, tau)
+    past = [(now - back, torch.tensor([-slope * back], dtype=torch.float64)) for back in (0.0, 0.3, 0.7)]
+    torch.testing.assert_close(solvers._extrapolate(past, now + h, eta), expected[None], rtol=1e-6, atol=0)
 
 
 def start(rows: int = 5) -> torch.Tensor:
