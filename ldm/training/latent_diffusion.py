@@ -22,7 +22,7 @@ from ldm.config import Config
 from ldm.data.completion import MADE, completed
 from ldm.data.latents import Latents
 from ldm.data.sampler import grouped, spread
-from ldm.diffusion.path import Level
+from ldm.diffusion.path import Level, Table
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
 from ldm.errors import InputError
@@ -315,7 +315,18 @@ def notices(stage: LatentDiffusionStage) -> Iterable[str]:
     if (size, size) not in sizes:
         height, width = sizes[0]
         yield f"size: sample.py will make {size}x{size} pixels; the data have {height}x{width}; try size={height}"
+    yield from out_of_scale(stage)
     text = text_in(stage.conditioner)
     captions = captions_of(stage.data, stage.seed, JUDGED) if text and hasattr(stage.data, "captions") else []
     if text and (longer := sum(map(text.too_long, captions))):
         yield f"captions: {longer / len(captions):.0%} are longer than the {text.room} tokens that are read of each"
+
+
+def out_of_scale(stage: LatentDiffusionStage) -> Iterable[str]:
+    """What the noise and its weight would do to these data in silence."""
+    path, prediction = stage.denoiser.path, stage.denoiser.prediction
+    if stage.autoencoder is not None and path.sigma_data != 1:
+        yield f"path.sigma_data: latents have a deviation of 1, not of {path.sigma_data:g}; try path.sigma_data=1"
+    noisiest = path.level(torch.ones(1, dtype=torch.float64))
+    if isinstance(path, Table) and not stage.weight(prediction, noisiest).any():
+        yield "weight: the loss at pure noise, where sampling begins, counts nothing; try weight.type=constant"

@@ -134,6 +134,25 @@ def test_another_size_than_the_data_s_is_said(tmp_path, capsys):
     assert "size: sample.py will make 32x32 pixels; the data have 16x16; try size=16" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["path.type=ve", "prediction.type=edm"], "path.sigma_data: latents have a deviation of 1, not of 0.5"),
+        (["path.type=ve", "prediction.type=edm", "path.sigma_data=1"], ""),
+        (
+            ["path={type: linear, zero_terminal_snr: true}", "prediction.type=v", "weight.type=min_snr"],
+            "weight: the loss at pure noise, where sampling begins, counts nothing",
+        ),
+        (["path.type=linear", "prediction.type=v", "weight.type=min_snr"], ""),
+    ],
+)
+def test_noise_that_does_not_suit_is_said(overrides, said, tmp_path, capsys):
+    assert main([*command(tmp_path / "run", *overrides)[:-1], "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert said or not ("sigma_data" in out or "weight: " in out)
+
+
 def test_a_denoiser_of_pictures_is_none_of_latents(tmp_path, capsys):
     argv = command(tmp_path / "run", "trainer.steps=1")[:-1]
     assert main(argv) == 0
