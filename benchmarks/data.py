@@ -34,7 +34,8 @@ from benchmarks.start_up import measure
 from ldm.checkpoint.files import DIGEST, open_file, write_file
 from ldm.data.images import Images
 from ldm.data.latents import FORMAT, MANIFEST, Latents
-from ldm.data.loader import Data, loader, once
+from ldm.data.loader import Data, Loader, loader
+from ldm.data.sampler import grouped
 from ldm.data.scenes import Scenes
 from ldm.pictures import to_float
 from tests.data.photographs import encoded, photograph
@@ -135,7 +136,8 @@ def compare_pictures(
         data = Images(
             root=str(root), resolution=SIDE, batch_size=BATCH, workers=options.workers, manifest=f"{name}/index"
         )
-        mine, other = once(data, 0), theirs(root, options.workers)
+        mine = Loader(data, 0, list(grouped(range(len(data)), BATCH, data.buckets)))
+        other = theirs(root, options.workers)
         difference = max(float((a - b).abs().mean()) for a, b in zip(floats(mine), other, strict=True)) * 127.5
         if difference >= 2:
             raise SystemExit(f"{what}: pictures differ by {difference:.2f} of 255 on average")

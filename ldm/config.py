@@ -39,8 +39,7 @@ class Config:
 
     def amended(self, overrides: Sequence[str]) -> Config:
         """The same with overrides in the place of what it says."""
-        values = {name: value for name, value in self.values.items() if name != "format"}
-        return Config(configfile.amend(configfile.Source(values, self.source.origin), overrides), self.schema)
+        return Config(configfile.amend(configfile.Source(self.values, self.source.origin), overrides), self.schema)
 
     @contextmanager
     def blame(self, key: str) -> Iterator[None]:
@@ -118,7 +117,7 @@ class Config:
             hint = f"{{type: {node}}}" if isinstance(node, str) and node in choices else ""
             raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=describe(Part), hint=hint)
         if isinstance(choices, str):
-            return self._fields(node, parts.find(table, node.get("type", "")), key, table)
+            return self._fields(node, parts.find(table), key, table)
         if "type" not in node:
             raise self.source.error(f"{key}.type: missing", f"{key}.type", got=shown(node), **_one_of(choices))
         name = node["type"]
@@ -126,11 +125,11 @@ class Config:
             words = {"got": shown(name), **_one_of(choices, name)}
             raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **words)
         arguments = {k: v for k, v in node.items() if k != "type"}
-        return {"type": name, **self._fields(arguments, parts.find(table, node.get("type", "")), key, table)}
+        return {"type": name, **self._fields(arguments, parts.find(table, name), key, table)}
 
 
 def stored(values: dict[str, Any], origin: str, overrides: Sequence[str], schema: type) -> Config:
-    """The same of values that a checkpoint carries."""
+    """A checked configuration of the values in a checkpoint."""
     return Config(configfile.amend(configfile.Source(values, {"": origin}), overrides), schema)
 
 

@@ -11,7 +11,6 @@ from ldm.errors import InputError, shown
 
 COMMAND_LINE = "command line"
 NAME = re.compile(r"[\w-]+")  # of a key: no dots, which join keys
-BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # where YAML ends a line
 DEPTH = 16  # levels of nesting; a configuration has about 4
 RESOLVER = re.compile(r"\$\{(?!\w+(\.\w+)*\})")  # ${...} around anything but a key
 HINTS = {"\t": "spaces, not tabs", "${": 'quotes: "${KEY}"'}  # frequent reasons of broken YAML

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.sampler import Ask, Once, Order, Stream
+from ldm.data.sampler import Ask, Order, Stream
 from ldm.errors import LdmError
 
 
@@ -62,7 +62,7 @@ class Loader(DataLoader):
             batch_size=None,
             sampler=sampler,
             num_workers=data.workers,
-            collate_fn=whole,
+            collate_fn=unchanged,
             pin_memory=torch.cuda.is_available(),
             **workers,
         )
@@ -106,7 +106,7 @@ def follow() -> None:
         os._exit(0)
 
 
-def whole(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -114,8 +114,3 @@ def loader(data: Data, seed: int, *, position: int = 0, rank: int = 0, ranks: in
     """This rank's micro-batches from `position` (samples seen) on, for ever; `loader.sampler.position` may be set."""
     order = Order(len(data), data.batch_size, seed, data.buckets, data.groups)
     return Loader(data, seed, Stream(order, position=position, rank=rank, ranks=ranks, accumulate=accumulate))
-
-
-def once(data: Data, seed: int, *, rank: int = 0, ranks: int = 1) -> Loader:
-    """Each sample once, in the order of the source: for validation and for what is written to a cache."""
-    return Loader(data, seed, Once(len(data), data.batch_size, data.buckets, rank, ranks))

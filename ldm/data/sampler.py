@@ -151,22 +151,3 @@ class Stream:
         for position in count(self.position, self.order.batch_size):
             asks = self.order.batch(position)
             yield from (asks[begin : begin + self.share] for begin in self.begins)
-
-
-class Once:
-    """Each sample once and in the order of the source, bucket by bucket: one rank's part of every batch."""
-
-    def __init__(self, length: int, batch_size: int, buckets: NDArray | None = None, rank: int = 0, ranks: int = 1):
-        self.parts: list[tuple[int, NDArray]] = []
-        for bucket, members in enumerate(members_of(buckets, length)):
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                part = batch[rank * len(batch) // ranks : (rank + 1) * len(batch) // ranks]
-                self.parts += [(bucket, part)] if len(part) else []
-
-    def __iter__(self) -> Iterator[list[Ask]]:
-        for bucket, part in self.parts:
-            yield [Ask(index, index, bucket) for index in part.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.parts)

@@ -20,6 +20,7 @@ from ldm.config import Config
 from ldm.data.loader import loader
 from ldm.errors import CheckpointError, DataError, InputError, LdmError
 from ldm.pictures import to_float
+from ldm.training.run import existing
 from ldm.training.stage import Stage
 from ldm.training.told import Told
 from ldm.training.trainer import Plan
@@ -231,7 +232,7 @@ def look_at_disk(report: Report, found: Trial, run: Path) -> None:
     """Room for the checkpoints that are kept, the next one, and the model beside its successor."""
     count = report.plan.keep + 1
     report.disk = count * found.checkpoint_bytes + 2 * found.model_bytes
-    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    place = existing(run)
     report.free = shutil.disk_usage(place).free
     need, free = f"{report.disk / 1e9:.2f} GB for {count} checkpoints", f"{report.free / 1e9:.2f} GB free"
     if report.free < report.disk:

@@ -9,13 +9,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm import configfile
 from ldm.checkpoint.files import replacing
+from ldm.data.latents import flat
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
 from ldm.training.building import LOCAL
@@ -39,7 +40,7 @@ MEMORIES = 3  # of a trained weight, beside itself: its average and two moments
 def train(stage: Stage, config: dict[str, Any], folder: Path, begun: Found | None) -> int:
     """Train from where the folder stands until the plan is done or a signal comes; returns the exit status."""
     main = is_main()
-    with claimed(folder) if main else unclaimed():
+    with claimed(folder) if main else nullcontext():
         if main:
             checkpointing.clear(folder)
         callback = Run(folder, main, stage.stop, begun, partial(remember, config, folder))
@@ -79,12 +80,6 @@ def existing(folder: Path) -> Path:
 def is_main() -> bool:
     """Whether this is the process that writes, however processes were started."""
     return all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
-
-
-@contextmanager
-def unclaimed() -> Iterator[None]:
-    """What the other processes do."""
-    yield
 
 
 @contextmanager
@@ -143,13 +138,6 @@ def check_data(stage: Stage, checkpoint: Path, manifest: dict[str, Any]) -> None
         if None not in (before, now[name]) and before != now[name]:
             got, expected = words.format(now[name]), f"{words.format(before)}, as before"
             raise InputError("--run: begun with other data", str(checkpoint), got, expected, "another --run")
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {key: x for name, node in values.items() for key, x in flat(node, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def check_space(folder: Path, stage: Stage) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.loader import Data, loader, once
+from ldm.data.loader import Data, loader
 from ldm.data.sampler import Order
 from ldm.errors import DataError, InputError
 from tests.data.numbered import Numbered
@@ -87,14 +87,6 @@ def test_the_position_is_set_before_each_iteration():
     assert [batch["number"][0].item() for batch in islice(loading, 2)] == [16, 24]  # nothing left of what was ahead
     with pytest.raises(TypeError):
         len(loading)  # endless
-
-
-def test_once_is_all_of_it_in_order():
-    data = Numbered(length=21, batch_size=8)
-    assert [batch["index"].tolist() for batch in once(data, 0)] == [[*range(8)], [*range(8, 16)], [*range(16, 21)]]
-    both = [torch.cat([batch["index"] for batch in once(data, 0, rank=rank, ranks=2)]) for rank in (0, 1)]
-    assert torch.cat(both).sort().values.tolist() == list(range(21))
-    assert len(once(Numbered(length=3, batch_size=8), 0)) == 1  # a small set can be measured
 
 
 # ------------------------------------------------------------------------------------------------ workers

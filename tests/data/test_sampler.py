@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ldm.data.sampler import WINDOW, Ask, Once, Order, Stream, grouped, hashed, permutation
+from ldm.data.sampler import WINDOW, Ask, Order, Stream, grouped, hashed, permutation
 from ldm.draws import mix32
 from ldm.errors import InputError
 
@@ -250,16 +250,3 @@ def test_samples_are_grouped_by_bucket_and_keep_their_order():
         (2, [8]),
     ]
     assert all(ask.number == ask.index and ask.bucket == group[0].bucket for group in groups for ask in group)
-
-
-@given(some_buckets, st.integers(1, 9), st.integers(1, 5), st.booleans())
-def test_once_is_each_sample_once_in_order(buckets, batch_size, ranks, bucketed):
-    given_buckets = buckets if bucketed else None
-    parts = [list(Once(len(buckets), batch_size, given_buckets, rank, ranks)) for rank in range(ranks)]
-    asks = sorted(ask for mine in parts for part in mine for ask in part)
-    assert asks == [Ask(i, i, int(bucket) if bucketed else 0) for i, bucket in enumerate(buckets)]
-    assert all(len({ask.bucket for ask in part}) == 1 and len(part) <= batch_size for mine in parts for part in mine)
-    alone = list(Once(len(buckets), batch_size, given_buckets))
-    assert len(Once(len(buckets), batch_size, given_buckets)) == len(alone)
-    if not bucketed:
-        assert joined(map(indices, alone)) == list(range(len(buckets)))
