@@ -4,7 +4,9 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # what fails will fail again, however slow the machine
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None
+)  # what fails will fail again, however slow the machine
 hypothesis.settings.load_profile("same")
 
 
