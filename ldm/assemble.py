@@ -16,8 +16,8 @@ from ldm import config as configuration
 from ldm.checkpoint import Opened, load_weights
 from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner
-from ldm.conditioning.text import Text
-from ldm.conditioning.tokenizer import from_folder, from_json
+from ldm.conditioning.text import carriers
+from ldm.conditioning.tokenizer import carried
 from ldm.config import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
@@ -179,17 +179,15 @@ def fill(model: Model, opened: Opened) -> None:
 
 
 def fill_part(module: nn.Module, opened: Opened, prefix: str) -> None:
-    """The same of one network, with the tokenizer if it reads text; it has read by name what the file leaves out."""
+    """Give a network its weights, and its tokenizer if it reads text; it has read by name what the file leaves out."""
     load_weights(module, left_out.whole(opened, module).state if prefix == "conditioner" else opened.state, prefix)
     for encoder in left_out.encoders(module):
         encoder.text.unfilled = False
         if encoder.key not in opened.config.get("left_out", ()):
             encoder.text.weights = None  # they are the file's now
-    texts = [part for part in module.modules() if isinstance(part, Text)]
-    carried = opened.tokenizer  # JSON in a file of ours, a folder beside a diffusers model
-    for text in [text for text in texts if not text.published] or texts[:1]:
-        if carried is not None:
-            text.use(from_json(carried) if carried.startswith("{") else from_folder(carried))
+    for text in carriers(module):
+        if opened.tokenizer is not None:
+            text.use(carried(opened.tokenizer))
 
 
 def whole(opened: Opened, overrides: Sequence[str]) -> Opened:

@@ -19,7 +19,7 @@ from ldm.condition import Condition
 from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.left_out import whole
-from ldm.conditioning.text import Text
+from ldm.conditioning.text import Text, text_in
 from ldm.conditioning.weights import on_hub
 from ldm.config import Config
 from ldm.devices import place, placement
@@ -291,11 +291,11 @@ class Pipeline:
             raise InputError("to_diffusers: needs a pipeline that was loaded from a file", hint="ldm.load(PATH)")
         from diffusers import DiffusionPipeline
 
-        texts = [part for part in self.conditioner.modules() if isinstance(part, Text)] if self.conditioner else []
         opened = whole(self.opened, self.conditioner) if self.conditioner else self.opened
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
-            tokenizer = texts[0].known() if texts else None
+            text = text_in(self.conditioner)
+            tokenizer = text.known() if text else None
             checkpoint.write_diffusers(target, self.config.values, opened.state, tokenizer)
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 

@@ -53,7 +53,7 @@ SABOTAGES = [
     Sabotage("v: alpha and sigma swapped", D + "prediction.py", "return -level.sigma, level.alpha", "return -level.alpha, level.sigma", T),
     Sabotage("hybrid loss: the bound trains the mean too", D + "prediction.py", "prediction.x0.detach()", "prediction.x0", T),
     Sabotage("hybrid loss: nats for bits", D + "bound.py", ".flatten(1).mean(1) / math.log(2)\n\n\ndef gaussian_kl", ".flatten(1).mean(1)\n\n\ndef gaussian_kl", T),
-    Sabotage("bound: the last step's decoder left out", D + "bound.py", "torch.where(expand(first, x0).bool(), nll, kl)", "kl", T),
+    Sabotage("bound: the last step's decoder left out", D + "bound.py", "torch.where(here, nll, kl)", "kl", T),
     Sabotage("decoder: the outermost cells are closed", D + "bound.py", "torch.where(x0 < -1 + half, upper, inside)", "inside", T),
     Sabotage("table: steps counted from one", D + "path.py", "torch.where(exact, nearest, position) - 1\n", "torch.where(exact, nearest, position)\n", T),
     Sabotage("zero-terminal-SNR: not rescaled to the first step", D + "path.py", "* alpha[0] / (alpha[0] - alpha[-1])", "", T),

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ldm.data.latents_writing import Cache
 
 NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # of the data's node: where and how it is read
-CUT = "the end of a text is cut off"  # one warning of this kind for each caption would be many
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -49,14 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     out = writable(Path(arguments.out))
-    cut: list[str] = []
-    warnings.showwarning = lambda text, *_: cut.append("") if str(text).startswith(CUT) else show_warning(text)
+    from ldm.conditioning.text import CutOff
     from ldm.data import latents_writing
+
+    cut: list[Warning | str] = []  # a line for each caption would be many
+    warnings.showwarning = lambda text, kind, *_: cut.append(text) if kind is CutOff else show_warning(text)
 
     cache = prepare(config, opened, out, arguments)
     missing = latents_writing.write(cache, rank, ranks)
     if cut:
-        show_warning(f"{CUT} in {len(cut)} captions, as the text encoder reads no more")
+        show_warning(f"the end of a text is cut off in {len(cut)} captions, as the text encoder reads no more")
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
     there = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
     print(f"{out}: {there}; {'the others are still to come' if missing else f'{len(cache.source)} samples, complete'}")

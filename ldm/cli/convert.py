@@ -97,11 +97,10 @@ def write(opened: Opened, target: Path, layout: str, dtype: Any) -> list[str]:
 
 def tokenizer_of(opened: Opened) -> Any:
     """The tokenizer that came along, or CLIP's, where the model's vocabulary is that; None where there is none."""
-    from ldm.conditioning.tokenizer import clip_tokenizer, from_folder, from_json
+    from ldm.conditioning.tokenizer import carried, clip_tokenizer
 
     if opened.tokenizer is not None:
-        folder = Path(opened.tokenizer) if len(opened.tokenizer) < 1000 else None
-        return from_folder(folder) if folder and folder.is_dir() else from_json(opened.tokenizer)
+        return carried(opened.tokenizer)
     conditioner = opened.config.get("conditioner") or {}
     node = conditioner.get("parts", [conditioner])[0]
     if node.get("type") in ("clip", "open_clip") and node["vocabulary"] == 49408:

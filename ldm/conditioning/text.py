@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ldm.conditioning.t5 import T5Tower
 
 
+class CutOff(UserWarning):
+    """The end of a text is not read."""
+
+
 class Text(Conditioner):
     """Captions through a tokenizer and a text encoder, in one or more chunks of the encoder's length.
 
@@ -136,9 +140,20 @@ def room(tokenizer: Tokenizer, length: int) -> int:
     return length - 1 - (tokenizer.start is not None)
 
 
+def texts_in(module: nn.Module | None) -> list[Text]:
+    """The text encoders in a module."""
+    return [] if module is None else [m for m in module.modules() if isinstance(m, Text)]
+
+
 def text_in(module: nn.Module | None) -> Text | None:
     """The text encoder in a module, the first one if there are several."""
-    return None if module is None else next((m for m in module.modules() if isinstance(m, Text)), None)
+    return next(iter(texts_in(module)), None)
+
+
+def carriers(module: nn.Module | None) -> list[Text]:
+    """The text encoders whose tokenizer a checkpoint carries; of published kinds only where there is no other."""
+    texts = texts_in(module)
+    return [text for text in texts if not text.published] or texts[:1]
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:
@@ -152,7 +167,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: in
         if len(ids) > own * chunks:
             lost = tokenizer.decode(ids[own * chunks :])
             limit = f"{own * chunks} tokens are read of {len(ids)}"
-            warnings.warn(f"the end of a text is cut off: {limit}; lost: {lost!r}", stacklevel=2)
+            warnings.warn(f"the end of a text is cut off: {limit}; lost: {lost!r}", CutOff, stacklevel=2)
         row = []
         for number in range(chunks):
             chunk = [*start, *ids[number * own : (number + 1) * own], tokenizer.end]

@@ -244,8 +244,13 @@ class Foreign:
         return json.dumps({"type": "foreign", "tokenizer": self.backend.to_str()})
 
 
+def carried(said: str) -> Tokenizer:
+    """The tokenizer that comes with a checkpoint: its JSON in a file of ours, its folder beside a diffusers model."""
+    return from_json(said) if said.startswith("{") else from_folder(said)
+
+
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer that a checkpoint carries."""
+    """The tokenizer that a file of ours carries."""
     node = json.loads(text)
     if node["type"] == "clip":
         return clip_tokenizer(node["pad"])

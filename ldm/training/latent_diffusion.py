@@ -17,7 +17,7 @@ from ldm.condition import Condition, moved
 from ldm.conditioning import left_out
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
-from ldm.conditioning.text import Text, text_in
+from ldm.conditioning.text import CutOff, carriers, text_in, texts_in
 from ldm.config import Config
 from ldm.data.completion import MADE, completed
 from ldm.data.latents import Latents
@@ -73,7 +73,7 @@ class LatentDiffusionStage(Stage):
         encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
         self.frozen = ("autoencoder", *encoders)
         self.left_out = tuple(x.place for x in left_out.encoders(self.conditioner) if x.key in config["left_out"])
-        warnings.filterwarnings("ignore", "the end of a text is cut off")  # `notices` says it once
+        warnings.simplefilter("ignore", CutOff)  # `notices` says it once
         self.tokenizer = next(iter(tokenizers(self.conditioner)), None)
 
     # --------------------------------------------------------------------------------------------------- the loss
@@ -237,18 +237,15 @@ def build(
 
 def teach(conditioner: Conditioner | None, data: Data, seed: int) -> None:
     """Learn a tokenizer from captions, wherever a text encoder has none."""
-    texts = [] if conditioner is None else [m for m in conditioner.modules() if isinstance(m, Text)]
-    untaught = [text for text in texts if text.tokenizer is None]
+    untaught = [text for text in texts_in(conditioner) if text.tokenizer is None]
     captions = captions_of(data, seed) if untaught else []
     for text in untaught:
         text.learn(captions)
 
 
 def tokenizers(conditioner: Conditioner | None) -> list[str]:
-    """The different tokenizers that a checkpoint has to carry; a published kind's only where there is no other."""
-    texts = [] if conditioner is None else [m for m in conditioner.modules() if isinstance(m, Text)]
-    own = [text for text in texts if not text.published] or texts[:1]
-    return list(dict.fromkeys(text.known().to_json() for text in own))
+    """The different tokenizers that a checkpoint has to carry."""
+    return list(dict.fromkeys(text.known().to_json() for text in carriers(conditioner)))
 
 
 def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
@@ -297,7 +294,7 @@ def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any]
     else:
         pixels = batch["image"]
         x0 = torch.zeros(len(pixels), 1, pixels.shape[2] // factor, pixels.shape[3] // factor)
-    with warnings.catch_warnings(action="ignore"):  # `notices` says that texts are cut off
+    with warnings.catch_warnings(action="ignore", category=CutOff):  # `notices` says that texts are cut off
         conditioner(completed(batch, conditioner.reads, x0, 0))
     for label in (leaf for _, leaf in conditioner.leaves() if isinstance(leaf, Label)):
         label.check_taught(torch.as_tensor(getattr(data, "labels", batch["label"])))
