@@ -373,6 +373,19 @@ def test_half_precision_is_near(sd1_folder, sd1):
     assert distance(pasted(image), image) == 0  # also where a byte has more bits than bfloat16
 
 
+def test_what_overflows_is_decoded_again(sd1_folder, monkeypatch):
+    half = pipeline.load(sd1_folder, device="cpu", precision="bf16")
+    decode, halved = half.autoencoder.decode, []
+
+    def overflowing(z):
+        halved.append(torch.is_autocast_enabled("cpu"))
+        return decode(z) * (float("inf") if halved[-1] else 1)
+
+    monkeypatch.setattr(half.autoencoder, "decode", overflowing)
+    assert half.decode(torch.ones(1, 4, 8, 8)).isfinite().all()
+    assert halved == [True, False]
+
+
 def test_a_low_resolution_condition(tmp_path):
     """Its noise belongs to the picture's seed, and another small picture makes another large one."""
     config = {
@@ -395,6 +408,12 @@ def test_a_low_resolution_condition(tmp_path):
     assert np.array_equal(one, again)
     other = pipe(seed=4, condition=picture().rotate(180), **SIZE)[0]
     assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() > 3
+    recipe, noises = pipe.recipe(condition=picture(), **SIZE), []
+    for seeds in ([4, 5], [5]):
+        requests = [pipeline.Request(seed=seed) for seed in seeds]
+        noises.append(pipe.batch(requests, recipe, [""] * len(seeds))["low_resolution_noise"])
+    assert torch.equal(noises[0][1], noises[1][0])
+    assert not torch.equal(*noises[0])
     with pytest.raises(InputError, match="low_resolution: this model needs one"):
         pipe(seed=4, **SIZE)
 

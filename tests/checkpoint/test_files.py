@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import stat
 import sys
 import types
 from pathlib import Path
@@ -291,3 +292,11 @@ def test_metadata_that_is_not_ours_is_not_believed(tmp_path):
     said = dict.fromkeys(("path", "shapes", "get", "self"), "words of another program")
     save_file(load_file(tmp_path / "x.safetensors"), tmp_path / "z.safetensors", said)
     assert checkpoint.open(tmp_path / "z.safetensors").config == make("kl")[0]
+
+
+def test_a_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch):
+    folders, fsync = [], os.fsync
+    is_folder = lambda handle: stat.S_ISDIR(os.fstat(handle).st_mode)  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: folders.append(is_folder(handle)) or fsync(handle))
+    files.write_file(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert folders == [False, True]

@@ -106,6 +106,17 @@ def test_muon_s_rate_is_one_for_all():
     assert all((weight == 1).all() for weight in weights)
 
 
+def test_sgd_is_torch_s_with_its_momentum_and_decay():
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -3.0])) for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    optimizers = {ours: sgd([ours], **settings), theirs: torch.optim.SGD([theirs], **settings)}
+    for k in range(4):
+        for weight, optimizer in optimizers.items():
+            weight.grad = torch.tensor([1.0, k - 2.0])
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
