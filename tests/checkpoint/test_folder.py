@@ -262,36 +262,6 @@ def test_schedulers(scheduler, expected, tmp_path):
     assert (note in opened.notes) is (settings["_class_name"] == "PNDMScheduler")
 
 
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({"solver": {"type": "euler"}}, []),
-        ({"spacing": {"type": "leading", "steps": 20, "spare": 1}}, []),
-        ({"spacing": {"type": "karras", "steps": 20}}, []),
-        (
-            {},
-            ["diffusers' DPMSolverMultistepScheduler steps at the times of spacing.spare=1, which are not this file's"],
-        ),
-        (
-            {"spacing": {"type": "log_snr", "steps": 20}},
-            ["diffusers' DPMSolverMultistepScheduler has no spacing log_snr: leading takes its place"],
-        ),
-        ({"solver": {"type": "dpmpp_2s"}}, ["no scheduler of diffusers is solver dpmpp_2s: DDIM takes its place"]),
-        ({"solver": {"type": "euler"}, "spacing": {"type": "karras", "steps": 20}}, []),
-        (
-            {"solver": {"type": "ddim", "eta": 0.5}, "spacing": {"type": "karras", "steps": 20}},
-            [
-                "diffusers' DDIMScheduler has no eta, which is 0.5 here",
-                "diffusers' DDIMScheduler has no spacing karras: leading takes its place",
-            ],
-        ),
-    ],
-)
-def test_what_a_scheduler_cannot_say_is_told(changed, expected, tmp_path):
-    config, state = make("sd1")
-    assert checkpoint.write_diffusers(tmp_path / "x", {**config, **changed}, state, TOKENIZER) == expected
-
-
 def test_pixels_have_no_factor(tmp_path):
     """As diffusers' own training scripts leave a pipeline of pictures."""
     unet = diffusers.UNet2DModel(

@@ -47,6 +47,37 @@ def test_a_scheduler_says_what_it_was_written_from(changed):
     assert notes == []
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"solver": {"type": "euler"}}, []),
+        ({"spacing": {"type": "leading", "steps": 20, "spare": 1}}, []),
+        ({"spacing": {"type": "karras", "steps": 20}}, []),
+        (
+            {},
+            ["diffusers' DPMSolverMultistepScheduler steps at the times of spacing.spare=1, which are not this file's"],
+        ),
+        (
+            {"spacing": {"type": "log_snr", "steps": 20}},
+            ["diffusers' DPMSolverMultistepScheduler has no spacing log_snr: leading takes its place"],
+        ),
+        ({"solver": {"type": "dpmpp_2s"}}, ["no scheduler of diffusers is solver dpmpp_2s: DDIM takes its place"]),
+        ({"solver": {"type": "euler"}, "spacing": {"type": "karras", "steps": 20}}, []),
+        (
+            {"solver": {"type": "ddim", "eta": 0.5}, "spacing": {"type": "karras", "steps": 20}},
+            [
+                "diffusers' DDIMScheduler has no eta, which is 0.5 here",
+                "diffusers' DDIMScheduler has no spacing karras: leading takes its place",
+            ],
+        ),
+    ],
+)
+def test_what_a_scheduler_cannot_say_is_told(changed, expected):
+    notes: list[str] = []
+    write_scheduler({**STABLE, **changed}, notes)
+    assert notes == expected
+
+
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_the_noise_is_that_of_the_scheduler(schedule, zero):
