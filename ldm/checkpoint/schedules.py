@@ -25,7 +25,7 @@ SOLVERS = {  # their classes that are a solver of ours, and the spacing that eac
 }
 SPACINGS = ("leading", "linspace", "trailing")
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # whose steps are of N + 1, but for the last
-KARRAS = (*MULTISTEP, "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # what else ignores `use_karras_sigmas`
+KARRAS = (*MULTISTEP, "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # who heed `use_karras_sigmas`
 DPM_SOLVERS = {  # (algorithm_type, solver_order) -> our solver
     ("dpmsolver++", 1): {"type": "ddim"},
     ("dpmsolver++", 2): {"type": "dpmpp_2m"},
