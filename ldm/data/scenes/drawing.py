@@ -67,12 +67,14 @@ class Wanted(NamedTuple):
         return Wanted(self.triple[rows], self.stack[rows])
 
 
-def draw(seed: int, indices: Sequence[int] | Integers, split: str = "train", most: int = OBJECTS) -> Table:
-    """The scenes of these indices, `most` objects on each at most; a split has a stream of its own."""
+def draw(
+    seed: int, indices: Sequence[int] | Integers, split: str = "train", most: int = OBJECTS, full: float = 0.0
+) -> Table:
+    """The scenes of these indices, of at most `most` objects, a share `full` of so many; a split has its own stream."""
     if split not in SPLITS:
         raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
     key, numbers = stream(seed, f"scenes {split}"), np.asarray(indices, dtype=np.int64)
-    table, wanted = _attributes(uniforms(key, numbers, 0, SLOTS), split == "held_out", most)
+    table, wanted = _attributes(uniforms(key, numbers, 0, SLOTS), split == "held_out", most, full)
     waiting, tried = np.arange(len(table)), 0
     while len(waiting):
         u = uniforms(key, numbers[waiting], SLOTS + tried * 2 * OBJECTS, TRIES * 2 * OBJECTS)
@@ -93,10 +95,11 @@ def scene(seed: int, index: int, split: str = "train") -> Scene:
     return draw(seed, [index], split).scenes()[0]
 
 
-def _attributes(u: Floats, held_out: bool, most: int) -> tuple[Table, Wanted]:
+def _attributes(u: Floats, held_out: bool, most: int, full: float) -> tuple[Table, Wanted]:
     """Everything but the places, from SLOTS uniform numbers of each scene."""
     rows = len(u)
     count = np.minimum(1 + (u[:, 0, None] >= COUNTS).sum(1), most)
+    count[u[:, 18] < full] = most
     triple = np.full(rows, -1)
     if held_out:  # half have a rare colour, half a rare relation
         triple = np.where(u[:, 1] < 0.5, -1, (u[:, 2] * len(TRIPLES)).astype(np.int64))

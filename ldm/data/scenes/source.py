@@ -25,7 +25,7 @@ class Scenes:
 
     A share `bare` of them is a floor with nothing on it: a decoder that never saw one cannot paint it. A share
     `complete` of the captions names every attribute: what is seldom said is read sooner. `objects` is the most that
-    stand on a table.
+    stand on a table, and as many do on a share `full` of them.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Scenes:
         split: Literal["train", "validation", "held_out"] = "train",  # held_out: what train never shows
         adds: Sequence[Addition] = (),  # what is made beside the picture
         objects: int = OBJECTS,  # that a table has at most
+        full: float = 0.0,  # share of tables that have as many as that
         bare: float = 0.0,  # share of floors with nothing on them
         complete: float = 0.0,  # share of captions that name every attribute
         workers: int = 2,  # processes that draw, for each that trains
@@ -48,15 +49,18 @@ class Scenes:
             raise ValueError(f"workers: must not be negative; got {workers}")
         if split not in SPLITS:
             raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
-        for name, share in {"bare": bare, "complete": complete}.items():
-            if not 0 <= share <= 1 or (share and "source" in adds):
-                raise ValueError(f"{name}: out of range; got {share}; expected 0 to 1, and 0 where `source` is added")
+        for name, share in {"bare": bare, "complete": complete, "full": full}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: out of range; got {share}; expected 0 to 1")
+        if "source" in adds and (bare or complete):
+            got = f"bare={bare}, complete={complete}"
+            raise ValueError(f"adds: `source` has no bare floors, and instructions for captions; got {got}; expected 0")
         if not 1 <= objects <= OBJECTS or (objects < OBJECTS and split == "held_out"):
             expected = f"1 to {OBJECTS}, and {OBJECTS} where the split is held_out"
             raise ValueError(f"objects: out of range; got {objects}; expected {expected}")
         self.resolution, self.batch_size, self.size, self.workers = resolution, batch_size, size, workers
         self.split, self.adds, self.objects = split, tuple(adds), objects
-        self.bare, self.complete = bare, complete
+        self.bare, self.complete, self.full = bare, complete, full
         self.buckets, self.groups, self.sizes = None, None, [(resolution, resolution)]
 
     def __len__(self) -> int:
@@ -65,7 +69,7 @@ class Scenes:
     def batch(self, asks: Sequence[tuple[int, int, int]], seed: int) -> dict[str, Any]:
         """The samples asked for, each by its number in the stream, its index here, and its bucket."""
         numbers, indices, _ = zip(*asks)
-        table = draw(seed, indices, self.split, self.objects)
+        table = draw(seed, indices, self.split, self.objects, self.full)
         if "source" in self.adds:
             made = self._edited(table.scenes(), seed, indices)
         else:

@@ -88,6 +88,20 @@ def test_a_table_has_no_more_objects_than_asked_for():
     assert boxes[1]["caption"] == captions(draw(0, range(60), most=1), 0, range(60))
 
 
+def test_a_share_of_tables_is_full_and_the_others_are_as_they_were():
+    usual, some, whole = (draw(0, range(400), full=share) for share in (0, 0.25, 1))
+    counts = [table.there.sum(1) for table in (usual, some, whole)]
+    assert (counts[2] == 3).all()
+    changed = counts[0] != counts[1]
+    assert (counts[1][changed] == 3).all()
+    assert 0.7 * 0.25 * 400 - 25 < changed.sum() < 0.7 * 0.25 * 400 + 25  # three in ten are full already
+    same = [(a, b) for a, b, c in zip(usual.scenes(), some.scenes(), changed) if not c]
+    assert all(a == b for a, b in same)
+    asks = [(i, i, 0) for i in range(8)]
+    batch = Scenes(resolution=8, batch_size=4, objects=2, full=1, adds=["boxes"]).batch(asks, 0)
+    assert ((batch["box_labels"] >= 0).sum(1) == 2).all()
+
+
 def test_complete_captions_name_every_attribute_of_every_object():
     def attributes(words):
         return sorted(name for name in (*SIZES, *MATERIALS) for word in words if word in (name, *WORDS.get(name, ())))
@@ -111,12 +125,13 @@ def test_complete_captions_name_every_attribute_of_every_object():
         ({"batch_size": 0}, "batch_size: must be positive; got 0"),
         ({"size": -1}, "size: must be positive; got -1"),
         ({"workers": -1}, "workers: must not be negative; got -1"),
-        ({"bare": 1.5}, "bare: out of range; got 1.5; expected 0 to 1, and 0 where `source` is added"),
+        ({"bare": 1.5}, "bare: out of range; got 1.5; expected 0 to 1"),
         (
             {"bare": 0.1, "adds": ["source"]},
-            "bare: out of range; got 0.1; expected 0 to 1, and 0 where `source` is added",
+            "adds: `source` has no bare floors, and instructions for captions; got bare=0.1, complete=0.0; expected 0",
         ),
-        ({"complete": -0.1}, "complete: out of range; got -0.1; expected 0 to 1, and 0 where `source` is added"),
+        ({"complete": -0.1}, "complete: out of range; got -0.1; expected 0 to 1"),
+        ({"full": 1.1}, "full: out of range; got 1.1; expected 0 to 1"),
         ({"objects": 0}, "objects: out of range; got 0; expected 1 to 3, and 3 where the split is held_out"),
         (
             {"objects": 2, "split": "held_out"},
