@@ -29,6 +29,7 @@ from ldm.diffusion.path import Level
 from ldm.diffusion.solvers import Step
 from ldm.errors import CheckpointError, DivergedError, InputError
 from ldm.models.empty import empty
+from ldm.models.tiling import tiled_decode, tiled_encode
 
 Told = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
 OnStep = Callable[[int, Step], None]
@@ -69,6 +70,7 @@ class Recipe:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what a conditioner reads beside text, each (1, ...)
     image: Tensor | None = None  # (1, 3, H, W) in [-1, 1] to begin from, noised to the grid's first level
     mask: Tensor | None = None  # (1, 1, H, W), 1 where `image` is to be repainted
+    tile: int | None = None  # latents a side that the first stage codes at a time; None: all
 
 
 class Pipeline:
@@ -135,12 +137,13 @@ class Pipeline:
         strength: float = 0.8,
         mask: Image.Image | None = None,
         condition: Told | None = None,
+        tile: int | None = None,
     ) -> Recipe:
         """The model's own settings, with what is given here in their place."""
         config = self.settled(cfg=cfg, steps=steps, solver=solver, overrides=overrides)
         size = self.size(*(config["size"] if side is None else side for side in (height, width)))
         grid = assemble.grid(config, self.denoiser.path)
-        recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size)
+        recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size, tile=tile)
         if condition is not None:
             recipe = replace(recipe, inputs=self.inputs(condition, size))
         if mask is not None and image is None:
@@ -194,7 +197,7 @@ class Pipeline:
     @torch.inference_mode()
     def images(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> list[Image.Image]:
         """The pictures of one batch of requests."""
-        images = self.decode(self.latents(requests, recipe, on_step)).float()
+        images = self.decode(self.latents(requests, recipe, on_step), recipe.tile).float()
         if not images.isfinite().all():
             raise DivergedError("decoding left the finite numbers", hint="--precision fp32, or a smaller cfg")
         if recipe.image is not None and recipe.mask is not None:  # what was not to change does not
@@ -227,7 +230,7 @@ class Pipeline:
         denoiser: Any = self.denoiser if negative is None else recipe.guidance(self.denoiser, negative)
         x, kept = self.denoiser.path.prior(z), lambda x: x
         if recipe.image is not None and not told:
-            known, first = self.encode(recipe.image).to(z).expand_as(z), recipe.grid.rows()[0]
+            known, first = self.encode(recipe.image, recipe.tile).to(z).expand_as(z), recipe.grid.rows()[0]
             x = first.alpha * known + first.sigma * z
             if recipe.mask is not None:
                 mask = nn.functional.interpolate(recipe.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
@@ -299,17 +302,18 @@ class Pipeline:
             checkpoint.write_diffusers(target, self.config.values, opened.state, tokenizer)
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Pictures in [-1, 1] to what is sampled."""
-        return self.moved(images) if self.autoencoder is None else self.autoencoder.encode(self.moved(images))
+    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
+        """Pictures in [-1, 1] to what is sampled, at once or by tiles of so many latents a side."""
+        x = self.moved(images)
+        return x if self.autoencoder is None else tiled_encode(self.autoencoder, x, tile)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """What was sampled to pictures in [-1, 1]; in float32 where half precision overflows."""
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """What was sampled to pictures in [-1, 1], likewise; in float32 where half precision overflows."""
         if self.autoencoder is None:
             return latents
         with self.autocast():
-            images = self.autoencoder.decode(latents)
-        return images if images.isfinite().all() else self.autoencoder.decode(latents)
+            images = tiled_decode(self.autoencoder, latents, tile)
+        return images if images.isfinite().all() else tiled_decode(self.autoencoder, latents, tile)
 
     def moved(self, x: Tensor) -> Tensor:
         """On this pipeline's device."""

@@ -45,6 +45,7 @@ class Order:
     strength: float = 0.8
     mask: str | None = None
     condition: str | None = None
+    tile: int | None = None
     precision: str = "auto"
     overrides: list[str] = field(default_factory=list)
 
@@ -79,6 +80,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("where")
     run.add_argument("--out", default="outputs", help="the folder for the pictures (default outputs)")
     run.add_argument("--batch-size", type=int, default=4, help="pictures at a time (default 4)")
+    run.add_argument("--tile", type=int, metavar="N", help="code large pictures in tiles of N latents a side")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--offload", action="store_true", help="keep weights off the GPU until they are needed")
@@ -115,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for note in notes(pipe, order) if rank() == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    look = preview(pipe, out) if arguments.preview and rank() == 0 else None
+    look = preview(pipe, out, order.tile) if arguments.preview and rank() == 0 else None
     images = []
     for picture in make(pipe, order, arguments.batch_size, look, silent=arguments.json):
         file = picture.save(out)
@@ -183,6 +185,7 @@ def read_order(arguments: argparse.Namespace) -> Order:
         strength=arguments.strength,
         mask=arguments.mask,
         condition=arguments.condition,
+        tile=arguments.tile,
         precision=arguments.precision,
         overrides=overrides,
     )
@@ -197,6 +200,7 @@ def check_numbers(arguments: argparse.Namespace, prompts: int) -> None:
         "seed": (0 <= arguments.seed <= 2**32 - prompts * arguments.n, "at least 0, and below 2**32 for all pictures"),
         "height": (arguments.height is None or arguments.height >= 1, "at least 1"),
         "width": (arguments.width is None or arguments.width >= 1, "at least 1"),
+        "tile": (arguments.tile is None or arguments.tile >= 1, "at least 1"),
         "batch-size": (arguments.batch_size >= 1, "at least 1"),
         "strength": (0 < arguments.strength <= 1, "above 0 and at most 1"),
     }
@@ -299,8 +303,9 @@ def read_recipe(pipe: Pipeline, order: Order) -> Recipe:
 
     files = {"image": order.init_image, "mask": order.mask}
     images: dict[str, Any] = {name: pictures.read(file) for name, file in files.items() if file is not None}
-    wanted: dict[str, Any] = {"height": order.height, "width": order.width, "strength": order.strength}
-    return pipe.recipe(**wanted, condition=order.condition, **images)
+    names = ("height", "width", "strength", "condition", "tile")
+    wanted: dict[str, Any] = {name: getattr(order, name) for name in names}
+    return pipe.recipe(**wanted, **images)
 
 
 def record(pipe: Pipeline, order: Order, request: Request, recipe: Recipe) -> dict[str, Any]:
@@ -341,12 +346,12 @@ def a1111(record: dict[str, Any]) -> str:
     return "\n".join([*order["prompts"], *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
-def preview(pipe: Pipeline, out: Path) -> OnStep:
+def preview(pipe: Pipeline, out: Path, tile: int | None) -> OnStep:
     """Writes what the model believes the first picture to be, every fifth step, to preview.png."""
     from ldm import pictures
 
     def look(number: int, step: Step) -> None:
         if number % 5 == 4:
-            pictures.write(pictures.to_pil(pipe.decode(step.prediction.x0[:1]))[0], out / "preview.png")
+            pictures.write(pictures.to_pil(pipe.decode(step.prediction.x0[:1], tile))[0], out / "preview.png")
 
     return look

@@ -1,4 +1,4 @@
-"""Encoding and decoding large images in parts: batches sliced, pictures tiled and blended.
+"""Encoding and decoding large pictures in parts: one at a time, in tiles that are blended.
 
 Slicing changes nothing. Tiling does: GroupNorm and the middle attention see a tile instead of the whole picture, so
 tiles of one picture get answers of different level and contrast. Blending turns the step between them into a slope; it
@@ -20,20 +20,27 @@ def sliced(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 1) -> Te
     return torch.cat([function(part) for part in x.split(size)])  # (B, ...)
 
 
-def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """`autoencoder.encode(x)` by tiles of `tile` latents a side that share at least `overlap` with their neighbours."""
+def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int | None = 64, overlap: int | None = None) -> Tensor:
+    """`autoencoder.encode(x)` by tiles of so many latents a side, of which they share `overlap` or more."""
     check_map("x", x, autoencoder.in_channels, autoencoder.factor)
     return tiled(autoencoder.encode, x, tile, overlap, unit=autoencoder.factor, unit_out=1)  # (B, Z, h, w)
 
 
-def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """`autoencoder.decode(z)` by tiles of `tile` latents a side that share at least `overlap` with their neighbours."""
+def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int | None = 64, overlap: int | None = None) -> Tensor:
+    """`autoencoder.decode(z)` by tiles of so many latents a side, of which they share `overlap` or more."""
     check_map("z", z, autoencoder.latent_channels, 1)
     return tiled(autoencoder.decode, z, tile, overlap, unit=1, unit_out=autoencoder.factor)  # (B, C, H, W)
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, unit: int, unit_out: int) -> Tensor:
+def tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, overlap: int | None, unit: int, unit_out: int
+) -> Tensor:
     """function(x) blended from tiles, where `unit` pixels of x along an axis become `unit_out` of the result."""
+    if tile is None:
+        return function(x)
+    if tile < 1:
+        raise ValueError(f"tile: must be positive; got {tile}")
+    overlap = tile // 4 if overlap is None else overlap
     if not 0 <= overlap < tile:
         expected = f"0 to {tile - 1}"
         raise ValueError(f"overlap: must be less than a tile; got {overlap}; expected {expected}; try {tile // 4}")
@@ -41,7 +48,7 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: i
     result = None
     for top, down in parts(height, tile, overlap, unit_out):
         for left, across in parts(width, tile, overlap, unit_out):
-            y = function(x[:, :, span(top, tile, unit), span(left, tile, unit)])  # (B, C, tile_h, tile_w)
+            y = sliced(function, x[:, :, span(top, tile, unit), span(left, tile, unit)])  # (B, C, tile_h, tile_w)
             window = down[:, None] * across  # (tile_h, tile_w)
             if result is None:
                 dtype = torch.promote_types(y.dtype, window.dtype)

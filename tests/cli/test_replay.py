@@ -30,6 +30,7 @@ def replay(tmp_path, monkeypatch, capsys):
 SETTINGS = [
     (),
     ("--n", "3", "--seed", "8", "--batch-size", "2"),
+    ("--tile", "4"),
     ("--prompt", "a blue ball", "--negative", "red", "--cfg", "5", "--steps", "3", "--sampler", "Euler a"),
     ("--height", "8", "--width", "24", "guidance.rescale=0.5"),
     ("--init-image", "init.png", "--strength", "0.6"),

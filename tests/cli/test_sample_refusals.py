@@ -40,6 +40,7 @@ BEFORE_TORCH = [  # options, and what the answer says
     (("--n", "0"), ("--n", "got 0", "at least 1")),
     (("--n=-3",), ("--n", "got -3")),
     (("--batch-size", "0"), ("--batch-size", "got 0")),
+    (("--tile", "0"), ("--tile", "got 0")),
     (("--height", "0"), ("--height", "got 0")),
     (("--width=-8",), ("--width", "got -8")),
     (("--sampler", "eular"), ("--sampler", "got eular", "dpmpp_2m", "try euler")),
