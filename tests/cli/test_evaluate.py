@@ -22,6 +22,7 @@ from ldm.metrics.evaluation import KINDS
 from ldm.metrics.images import psnr
 from ldm.pictures import to_float, to_pil
 from ldm.pipeline import SHIPPED
+from tests.cli.test_sample import LABEL, write_model
 
 ROOT = Path(__file__).parents[2]
 FEW = ["samples=12", "training.size=20", "nearest=2", "prompts=1", "cfg=[1, 2]", "solvers=[ddim]", "steps=[1]"]
@@ -200,6 +201,10 @@ def test_what_a_model_is_told_beside_texts_is_made_from_the_pictures(name, tmp_p
     [
         (["samples=1"], "error: samples: out of range (command line); got 1; expected at least 2"),
         (["data={type: images, root: .}"], "error: data.resolution: missing"),
+        (
+            ["data={type: images, root: ., resolution: 64, batch_size: 2}"],
+            "error: prompts: only scenes can be told right from wrong (",
+        ),
         (["solvers=[fast]"], "error: solvers: unknown (command line); got fast; expected ddim, "),
         (["steps=[0]"], "error: steps: out of range (command line); expected at least 1 each"),
         (["training=null"], "error: nearest: no `training` to look in"),
@@ -226,3 +231,12 @@ def test_what_would_measure_nothing_is_one_line(tmp_path, capsys, words, error):
     assert main(["evaluate", "--out", str(tmp_path / "report"), *words]) in (2, 4)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(error)
+
+
+def test_pictures_without_what_a_model_reads_are_refused(tmp_path, capsys):
+    file = str(write_model(tmp_path / "label.safetensors", LABEL))
+    words = ["--out", str(tmp_path / "report"), "--only", "samples", "samples=2", "nearest=0", "prompts=0"]
+    assert main(["evaluate", "--ckpt", file, *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: data: lack what this model reads (")
+    assert said.endswith("; got no label; expected data with it")

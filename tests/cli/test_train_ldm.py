@@ -29,6 +29,11 @@ def one_process(monkeypatch):
         (["autoencoder={type: kl}"], 2, "autoencoder: has no weights"),
         (["conditioner=CKPT"], 4, "conditioner: none inside"),
         (["path={type: scaled_linear, zero_terminal_snr: true}", "prediction.type=eps"], 2, "prediction.type: eps"),
+        (
+            ["prediction={type: learned_range, of: {type: eps}}", "path.type=cosine", "weight.type=min_snr"],
+            2,
+            "got min_snr; try constant",
+        ),
         (["conditioner={type: label}"], 2, "data: no label, which the conditioner reads"),
         (["data.resolution=18"], 2, "data.resolution: not divisible by the networks' factor"),
         (["trainer.accumulate=3"], 2, "a batch cannot be split evenly"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer, models
 from transformers import BertTokenizerFast, CLIPTokenizer
 
+from ldm.conditioning import tokenizer
 from ldm.conditioning.tokenizer import BPE, Foreign, clip_tokenizer, from_folder, from_json
 from ldm.errors import InputError
 from tests.conditioning.conditions import unigram
@@ -76,6 +78,15 @@ def test_special_tokens_in_a_prompt_are_text(special):
     assert not {49406, 49407} & set(ids)
     assert ids[:2] == [320, 2368]
     assert ids[-2:] == [320, 1929]
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)])
+def test_clip_s_words_without_open_clip(found, monkeypatch):
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: found)
+    with pytest.raises(
+        InputError, match=r"^CLIP's vocabulary is not here; got no open_clip; try pip install open_clip"
+    ):
+        tokenizer.clip_merges.__wrapped__()
 
 
 def test_ids_become_text_again():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm.data.scenes import Scenes
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, DataError
 from ldm.metrics import comparison
 from ldm.metrics.clip_score import CLIPScore
 from ldm.metrics.comparison import compared, true_features
@@ -28,6 +29,13 @@ def photographs(count: int, size: int) -> list[Image.Image]:
     """Noise."""
     numbers = np.random.default_rng(0)
     return [Image.fromarray(numbers.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_pictures_of_several_sizes_are_no_set():
+    data = SimpleNamespace(sizes=[(64, 64), (48, 80)], batch_size=2, buckets=None)
+    with pytest.raises(DataError, match=r"^pictures of several sizes cannot be compared") as error:
+        comparison.batches(data, [0, 1])
+    assert str(error.value).endswith("(data.aspect); got 2 sizes; expected one; try data.aspect=1")
 
 
 def test_dinov2_is_transformers_with_its_own_reading_of_pictures(tmp_path):
