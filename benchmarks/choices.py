@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,8 +45,8 @@ def ldm(*words: str) -> list[str]:
     return [sys.executable, "-m", "ldm", *words]
 
 
-def trained(overrides: list[str], folder: Path, seconds: float) -> int:
-    """Train for so long; returns the steps that were taken."""
+def trained(overrides: list[str], folder: Path, seconds: float) -> tuple[str, int]:
+    """Train for so long; returns how large the denoiser is, and the steps that were taken."""
     command = ldm("train-ldm", "--config", "scenes", "--run", str(folder), *ALIKE, *overrides)
     with open(f"{folder}.log", "wb") as log:
         process = subprocess.Popen(
@@ -57,14 +58,15 @@ def trained(overrides: list[str], folder: Path, seconds: float) -> int:
             process.send_signal(signal.SIGTERM)
         if process.wait() not in (0, 128 + signal.SIGTERM):
             raise SystemExit(Path(f"{folder}.log").read_text(errors="replace")[-2000:])
+    size = re.search(r"denoiser ([\d.]+ M)", Path(f"{folder}.log").read_text())
     newest = max((folder / "checkpoints").iterdir())
-    return int(newest.name)
+    return size[1] if size else "", int(newest.name)
 
 
 def measured(folder: Path, samples: int) -> dict:
     """What `ldm evaluate` says of its samples."""
     words = ["--ckpt", str(folder / "model.safetensors"), "--only", "samples", "--out", f"{folder}_report"]
-    command = ldm("evaluate", *words, f"samples={samples}", "nearest=0")
+    command = ldm("evaluate", *words, f"samples={samples}", "nearest=0", "--precision", "bf16")
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads(Path(f"{folder}_report", "evaluation.json").read_text())
 
@@ -82,17 +84,17 @@ def main() -> None:
     if arguments.out.exists() and not arguments.only:
         parser.error(f"{arguments.out} exists, and its runs would go on: --out another folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    print(f"| {arguments.minutes:g} minutes each | steps | Frechet distance | colours right | all right |")
-    print("| --- " * 5 + "|", flush=True)
+    print(f"| {arguments.minutes:g} minutes each | parameters | steps | Frechet distance | colours right | all right |")
+    print("| --- " * 6 + "|", flush=True)
     for name, overrides in variants(arguments.kl.resolve(), arguments.vq.resolve()).items():
         if arguments.only and name not in arguments.only:
             continue
         folder = (arguments.out / name.replace(", ", "_").replace(" ", "_")).resolve()
-        steps = trained(overrides, folder, 60 * arguments.minutes)
+        size, steps = trained(overrides, folder, 60 * arguments.minutes)
         found = measured(folder, arguments.samples)["samples"]
         shares = [found["alignment"][part] for part in ("colour", "whole")]
         right = " | ".join(f"{100 * a / b:.1f}%" for a, b in shares)
-        print(f"| {name} | {steps} | {found['frechet']:.2f} | {right} |", flush=True)
+        print(f"| {name} | {size} | {steps} | {found['frechet']:.2f} | {right} |", flush=True)
 
 
 if __name__ == "__main__":
