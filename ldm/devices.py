@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import InputError
 
@@ -22,17 +25,69 @@ def placement(device: str, precision: str) -> tuple[torch.device, torch.dtype | 
     except (RuntimeError, AssertionError) as error:
         raise InputError("device: cannot be used here", "", device, "auto, cpu, cuda or mps", "cpu") from error
     if precision == "auto":
-        precision = "bf16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        native = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
     if precision not in DTYPES:
         raise InputError("precision: unknown", "", precision, f"auto, {', '.join(DTYPES)}")
+    if where.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 is one, as a product is
     return where, DTYPES[precision]
 
 
-def place(module: nn.Module, device: torch.device, offload: bool) -> None:
-    """On the device for good, or only while it computes."""
-    if not offload:
-        module.to(device)
-        return
-    from accelerate import cpu_offload
+class Placed:
+    """Networks on a device, in a precision, for good; or, where weights are offloaded, for as long as they compute."""
 
-    cpu_offload(module, device)
+    def __init__(
+        self,
+        networks: Iterable[nn.Module | None],
+        device: torch.device,
+        dtype: torch.dtype | None,  # that autocast computes in
+        offload: bool,
+    ):
+        self.device, self.dtype, self.offload = device, dtype, offload
+        for network in filter(None, () if offload else networks):
+            network.to(device)
+
+    @contextmanager
+    def at_work(self, *networks: nn.Module | None) -> Iterator[None]:
+        """Where networks that are offloaded have their weights on the device."""
+        with ExitStack() as stack:
+            for network in filter(None, networks if self.offload else ()):
+                stack.enter_context(visiting(network, self.device))
+            yield
+
+    @property
+    def precision(self) -> str:
+        """What the networks compute in, by the name that `load` takes."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    def moved(self, x: Tensor) -> Tensor:
+        """On the device."""
+        return x.to(self.device)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that the networks compute in; the sampler's own state stays in float32."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+
+@contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Copies of its weights on a device for a while, in the place of those that stay where they are."""
+    tables: list[dict[str, Any]] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    home = [(table, name, x) for table in tables for name, x in table.items() if x is not None]
+    try:
+        with torch.inference_mode(False):
+            away = {id(x): x.detach().to(device) for _, _, x in home}
+        for table, name, x in home:
+            table[name] = nn.Parameter(away[id(x)], False) if isinstance(x, nn.Parameter) else away[id(x)]
+        yield
+    finally:
+        for table, name, x in home:
+            table[name] = x
+
+
+def rounded(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round once what autocast would round at every call: the weights of products and convolutions."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.to(dtype)

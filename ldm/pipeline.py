@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.left_out import whole
 from ldm.conditioning.text import Text, text_in
-from ldm.conditioning.weights import on_hub
+from ldm.conditioning.weights import local
 from ldm.config import Config
-from ldm.devices import place, placement
+from ldm.devices import Placed, placement, rounded
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
 from ldm.diffusion.path import Level
@@ -41,6 +40,7 @@ OPTIONS = {
     **dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE"),
     **dict.fromkeys(("boxes", "box_labels"), "--condition FILE.json"),
 }
+ENCODED = {"image", "mask", "source"}  # what a conditioner may give the first stage; it checks the others on the CPU
 NOISE_LEVEL = 20  # of 1000, in which a low-resolution condition is hidden
 
 
@@ -73,7 +73,7 @@ class Recipe:
     tile: int | None = None  # latents a side that the first stage codes at a time; None: all
 
 
-class Pipeline:
+class Pipeline(Placed):
     """A model and its first stage; calling it makes pictures. Gradients are off here, and nowhere below."""
 
     def __init__(
@@ -86,11 +86,14 @@ class Pipeline:
         offload: bool = False,
     ):
         self.denoiser, self.conditioner, self.autoencoder = model
-        self.config, self.device, self.dtype, self.opened = config, device, dtype, opened
+        self.config, self.opened = config, opened
         self.factor = 1 if self.autoencoder is None else self.autoencoder.factor
         self.channels = config["channels"] if self.autoencoder is None else self.autoencoder.latent_channels
         for module in filter(None, model):
-            place(module.eval().requires_grad_(False).float(), device, offload)
+            module.eval().requires_grad_(False).float()
+        if dtype is not None:
+            rounded(self.denoiser, dtype)
+        super().__init__(model, device, dtype, offload)
 
     def __call__(
         self,
@@ -210,10 +213,11 @@ class Pipeline:
         noise, finite = self.noise(requests, recipe), []
         with self.autocast():
             x, denoise, kept = self.begin(noise(), requests, recipe)
-            for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
-                finite.append(step.x.isfinite().all())
-                if on_step is not None:
-                    on_step(number, step)
+            with self.at_work(self.denoiser):
+                for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
+                    finite.append(step.x.isfinite().all())
+                    if on_step is not None:
+                        on_step(number, step)
         check_finite(torch.stack(finite), recipe.grid)
         return kept(step.x)
 
@@ -243,7 +247,9 @@ class Pipeline:
         self.check(requests)
         if self.conditioner is None:
             return None
-        return self.conditioner(self.batch(requests, recipe, [r.prompt for r in requests])).map(self.moved)
+        batch = self.batch(requests, recipe, [r.prompt for r in requests])
+        with self.at_work(self.conditioner, self.autoencoder):
+            return self.conditioner(batch).map(self.moved)
 
     def check(self, requests: Sequence[Request]) -> None:
         """Refuse what this model would not read."""
@@ -269,7 +275,8 @@ class Pipeline:
         texts = [name for name, leaf in self.conditioner.leaves() if isinstance(leaf, Text)]
         drop = {part: unsaid if part in texts else torch.ones_like(unsaid) for part in guided}
         batch = self.batch(requests, recipe, [request.negative or request.prompt for request in requests])
-        return self.conditioner(batch, drop).map(self.moved)
+        with self.at_work(self.conditioner, self.autoencoder):
+            return self.conditioner(batch, drop).map(self.moved)
 
     def batch(self, requests: Sequence[Request], recipe: Recipe, captions: list[str]) -> dict[str, Any]:
         """The requests as a conditioner reads them."""
@@ -286,6 +293,8 @@ class Pipeline:
         for name in () if self.conditioner is None else self.conditioner.reads:
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
+        for name in ENCODED & batch.keys():
+            batch[name] = self.moved(batch[name])
         return batch
 
     def to_diffusers(self):
@@ -305,23 +314,20 @@ class Pipeline:
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """Pictures in [-1, 1] to what is sampled, at once or by tiles of so many latents a side."""
         x = self.moved(images)
-        return x if self.autoencoder is None else tiled_encode(self.autoencoder, x, tile)
+        if self.autoencoder is None:
+            return x
+        with self.at_work(self.autoencoder):
+            return tiled_encode(self.autoencoder, x, tile)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """What was sampled to pictures in [-1, 1], likewise; in float32 where half precision overflows."""
         if self.autoencoder is None:
             return latents
-        with self.autocast():
-            images = tiled_decode(self.autoencoder, latents, tile)
-        return images if images.isfinite().all() else tiled_decode(self.autoencoder, latents, tile)
-
-    def moved(self, x: Tensor) -> Tensor:
-        """On this pipeline's device."""
-        return x.to(self.device)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision that the networks compute in; the sampler's own state stays in float32."""
-        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+        with self.at_work(self.autoencoder):
+            with self.autocast():
+                images = tiled_decode(self.autoencoder, latents, tile)
+            with torch.autocast(self.device.type, enabled=False):
+                return images if images.isfinite().all() else tiled_decode(self.autoencoder, latents.float(), tile)
 
 
 def check_finite(finite: Tensor, grid: Level) -> None:
@@ -375,17 +381,3 @@ def assembled(
         model = assemble.model(config)
     assemble.fill(model, opened)
     return Pipeline(model, config, device, dtype, opened, offload)
-
-
-def local(path: str | Path) -> Path:
-    """The file or folder itself; a hub is asked only for what looks like its id and is not here."""
-    if not on_hub(str(path)):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        expected = "a file, a folder or a hub's id"
-        raise CheckpointError("neither here nor to be had from a hub", str(path), expected=expected) from error

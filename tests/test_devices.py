@@ -1,13 +1,117 @@
-"""Where networks compute."""
+"""Where networks compute, and what a GPU would refuse: fake tensors have no values, but a device."""
 
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+
+import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ldm.devices import place
+from ldm import pictures, pipeline
+from ldm.devices import visiting
+from ldm.pipeline import Pipeline, Request
+from tests import small_models
+from tests.test_pipeline import PROMPT, SIZE, mask, picture
+
+GPU = torch.device("cuda", 0)
+INPAINTING, EDITING = "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"
+MODELS = {
+    "text": (small_models.stable_diffusion, {}),
+    "from a picture": (small_models.stable_diffusion, {"image": picture}),
+    "inpainting by any": (small_models.stable_diffusion, {"image": picture, "mask": mask}),
+    "inpainting": (lambda: small_models.stable_diffusion(INPAINTING, 9), {"image": picture, "mask": mask}),
+    "editing": (lambda: small_models.stable_diffusion(EDITING, 8), {"condition": picture}),
+    "classes": (small_models.dit, {}),
+}
 
 
-def test_what_is_offloaded_comes_back_for_its_turn():
-    network, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.ones(1, 3)
-    expected = network(x)
-    place(network, torch.device("cpu"), offload=True)
-    assert {p.device.type for p in network.parameters()} == {"meta"}
-    assert torch.equal(network(x), expected)
+class Pretended(TorchFunctionMode):
+    """What is asked for on a GPU has no values from there on; what stays on the CPU is real."""
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(map(on_gpu, tree_leaves((args, kwargs)))):
+            return function(*args, **kwargs)
+        args, kwargs = tree_map(self.faked, (args, kwargs))
+        with self.fake:
+            return function(*args, **kwargs)
+
+    def faked(self, value: object) -> object:
+        """A tensor without its values."""
+        real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return self.fake.from_tensor(value) if real else value
+
+
+def on_gpu(value: object) -> bool:
+    """Whether it is there, or says that something shall be."""
+    return isinstance(value, FakeTensor) or (isinstance(value, torch.device | str) and str(value).startswith("cuda"))
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A machine with a GPU, of whose values no question has an answer but yes."""
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda _: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(pipeline, "check_finite", lambda *_: None)
+    monkeypatch.setattr(pictures, "to_pil", lambda x: x)
+    with Pretended() as mode:
+        yield mode
+
+
+def networks(pipe: Pipeline) -> list[nn.Module]:
+    return [network for network in (pipe.denoiser, pipe.conditioner, pipe.autoencoder) if network is not None]
+
+
+def where(pipe: Pipeline) -> set[str]:
+    """The devices of all weights."""
+    return {x.device.type for network in networks(pipe) for x in network.parameters()}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_meets_tensors_of_another_device(name, offload, pretended, tmp_path):
+    model, given = MODELS[name]
+    model().save_pretrained(tmp_path / "model")
+    pipe = pipeline.load(tmp_path / "model", device="cpu", precision="fp32")
+    pipe.device, pipe.offload = GPU, offload
+    recipe = pipe.recipe(steps=3, **SIZE, **{key: make() for key, make in given.items()})
+    texts, label = ((PROMPT, "blue"), None) if name != "classes" else (("", ""), 1)
+    requests = [Request(*texts, label, 0), Request(texts[0], "", label, 1)]
+    with ExitStack() as there:
+        if not offload:
+            with pytest.raises(RuntimeError, match="same device"):  # it would be seen
+                pipe.images(requests, recipe)
+            for network in networks(pipe):
+                there.enter_context(visiting(network, GPU))
+        images = pipe.images(requests, recipe)
+        assert (images.device, tuple(images.shape)) == (GPU, (2, 3, *SIZE.values()))
+        assert where(pipe) == {"cpu" if offload else "cuda"}
+
+
+def test_what_visits_is_there_for_its_turn_and_comes_home_after_an_error():
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = [x.data_ptr() for x in (*network.parameters(), *network.buffers())]
+    with suppress(KeyboardInterrupt), visiting(network, torch.device("meta")):
+        assert {x.device.type for x in (*network.parameters(), *network.buffers())} == {"meta"}
+        raise KeyboardInterrupt
+    assert [x.data_ptr() for x in (*network.parameters(), *network.buffers())] == before
+
+
+def test_weights_are_rounded_as_autocast_rounds_them(tmp_path):
+    """Once instead of at every call, to the bit."""
+    small_models.stable_diffusion().save_pretrained(tmp_path / "model")
+    half, beside = (pipeline.load(tmp_path / "model", device="cpu", precision=name) for name in ("bf16", "fp32"))
+    beside.dtype = torch.bfloat16
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16, torch.float32}
+    assert {p.dtype for p in (*half.conditioner.parameters(), *half.autoencoder.parameters())} == {torch.float32}
+    requests = [Request(PROMPT, "blue", None, seed) for seed in range(2)]
+    a, b = (pipe.latents(requests, pipe.recipe(steps=3, **SIZE)) for pipe in (half, beside))
+    assert torch.equal(a, b)

@@ -386,23 +386,6 @@ def test_what_overflows_is_decoded_again(sd1_folder, monkeypatch):
     assert halved == [True, False]
 
 
-def test_large_pictures_are_coded_in_tiles(sd1, monkeypatch):
-    """The first stage sees one picture's tile at a time; a tile as large as the picture is the picture."""
-    sides = []
-    for name, unit in {"encode": 2, "decode": 1}.items():
-        whole = getattr(sd1.autoencoder, name)
-
-        def watched(x, whole=whole, unit=unit):
-            sides.append((len(x), x.shape[2] // unit, x.shape[3] // unit))
-            return whole(x)
-
-        monkeypatch.setattr(sd1.autoencoder, name, watched)
-    images = {tile: sd1(PROMPT, n=2, image=picture(), steps=4, **SIZE, tile=tile) for tile in (None, 12, 6)}
-    assert sides == [(1, 8, 12), (2, 8, 12), *[(1, 8, 12)] * 3, *[(1, 6, 6)] * 2 * 3 * 3]  # 8x12 latents
-    assert all(distance(a, b) <= 1 for a, b in zip(images[12], images[None]))
-    assert all(distance(a, b) > 3 for a, b in zip(images[6], images[None]))
-
-
 def test_a_low_resolution_condition(tmp_path):
     """Its noise belongs to the picture's seed, and another small picture makes another large one."""
     config = {

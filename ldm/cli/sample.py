@@ -314,6 +314,7 @@ def record(pipe: Pipeline, order: Order, request: Request, recipe: Recipe) -> di
 
     files = (order.init_image, order.mask, order.condition)
     one = replace(order, prompts=[request.prompt], seed=request.seed, n=1, height=recipe.height, width=recipe.width)
+    one = replace(one, precision=pipe.precision)  # that `auto` came to
     return {
         "order": asdict(one),
         "checkpoint": pipe.opened.hash if pipe.opened else "",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition
+from ldm.condition import Condition, moved
 from ldm.conditioning.conditioner import Conditioner, batch_size
 
 
@@ -107,11 +107,12 @@ class Compose(Conditioner):
             joint_mask = torch.cat(masks, 1)
         vectors = [condition.pooled for condition in conditions if condition.pooled is not None]
         images = [condition.concat for condition in conditions if condition.concat is not None]
+        where = max((x.device for x in images), key=lambda device: device.type != "cpu", default=None)
         return Condition(
             tokens=torch.cat(tokens, 1 if self.by == "tokens" else 2) if tokens else None,
             mask=joint_mask,
             pooled=(torch.cat(vectors, 1) if len(vectors) > 1 else vectors[0]) if vectors else None,
-            concat=torch.cat(images, 1) if images else None,
+            concat=torch.cat([moved(x, where) for x in images], 1) if where else None,
         )
 
 

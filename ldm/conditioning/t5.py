@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ class T5Tower(nn.Module):
         return self.encoder.embed_tokens  # type: ignore[return-value]
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        states = self.encoder(ids, attention_mask=mask).last_hidden_state  # (B, L, C)
+        kind = ids.device.type
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        overflows = mixed and torch.get_autocast_dtype(kind) == torch.float16  # v1.1's states are too large for it
+        with torch.autocast(kind, enabled=False) if overflows else nullcontext():
+            states = self.encoder(ids, attention_mask=mask).last_hidden_state  # (B, L, C)
         return states, states[:, 0]  # (B, L, C), (B, C): T5 has no pooled vector, and nobody asks for it
 
 

@@ -29,6 +29,20 @@ def on_hub(weights: str) -> bool:
     return HUB_ID.fullmatch(weights) is not None and not Path(weights).exists()
 
 
+def local(path: str | Path) -> Path:
+    """The file or folder itself; a hub is asked only for what looks like its id and is not here."""
+    if not on_hub(str(path)):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        expected = "a file, a folder or a hub's id"
+        raise CheckpointError("neither here nor to be had from a hub", str(path), expected=expected) from error
+
+
 def digest(encoder: nn.Module) -> str:
     """The sha256 of an encoder's tensors, in float32 whatever they are stored in."""
     total = hashlib.sha256()

@@ -27,6 +27,7 @@ from ldm.metrics.prdc import nearest
 from ldm.metrics.scenes import Verdict, tally
 from ldm.metrics.sharing import Rows, joined
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.tiling import sliced
 from ldm.pipeline import Pipeline, Recipe, Request
 
 SHOWN, PAIRS = 64, 8  # samples and reconstructions that a report shows
@@ -127,7 +128,7 @@ def first_stage(subject: Subject, source: Source) -> dict[str, Any]:
         """Of one batch, there and back."""
         x = pictures.to_float(batch["image"])  # (B, 3, H, W)
         with torch.inference_mode():
-            y = as_saved(autoencoder.decode(autoencoder.encode(x.to(subject.device))).cpu())
+            y = as_saved(sliced(lambda part: autoencoder.decode(autoencoder.encode(part)), x.to(subject.device)).cpu())
         pairs = [torch.cat(pair, 2) for pair in zip(x, y)] if asks[0].index == source.indices[0] else []
         shown = pictures.to_pil(torch.stack(pairs[:PAIRS])) if pairs else []
         return subject.measures(x, y) | read(subject.features, y) | {"pictures": shown}
@@ -263,7 +264,8 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
             """The next of this batch."""
             return pipe.moved(torch.randn(x.shape, generator=generator))
 
-        found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
+        with pipe.autocast():
+            found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
         return {"bits": found.total.cpu()}
 
     return estimate(subject.each(source, work, "bits per dimension")["bits"])

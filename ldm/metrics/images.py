@@ -10,10 +10,11 @@ RANGE = 2.0  # from -1 to 1
 
 
 def measures(x: Tensor, y: Tensor, lpips: nn.Module | None = None) -> dict[str, Tensor]:
-    """Every measure that can be had, of pictures as they would be saved."""
+    """Every measure that can be had, of pictures as they would be saved, in float32 whatever autocast says."""
     x, y = (picture.float().clamp(-1, 1) for picture in (x, y))  # (B, C, H, W)
-    found = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
-    return found if lpips is None else {**found, "lpips": lpips(x, y)}  # (B,) each
+    with torch.autocast(x.device.type, enabled=False):
+        found = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
+        return found if lpips is None else {**found, "lpips": lpips(x, y)}  # (B,) each
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class VectorQuantizer(nn.Module):
 
     def count(self, codes: Tensor) -> Tensor:
         """How often each code occurs: sum it over steps and ranks, then ask for `perplexity` or `revive`."""
-        return torch.bincount(codes.flatten(), minlength=len(self.codebook))  # (K,)
+        codes = codes.flatten()  # and no bincount, for which a GPU is waited for
+        return codes.new_zeros(len(self.codebook)).scatter_add_(0, codes, torch.ones_like(codes))  # (K,)
 
     @torch.no_grad()
     def revive(self, counts: Tensor, samples: Tensor) -> Tensor:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ldm.models.autoencoder import Autoencoder, check_map
 
+ROOM = 2**21  # pixels of which a first stage is given some at a time where nothing is learned: 8 pictures of 512x512
 
-def sliced(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 1) -> Tensor:
-    """function(x), `size` samples at a time."""
+
+def sliced(function: Callable[[Tensor], Tensor], x: Tensor, size: int | None = None) -> Tensor:
+    """function(x), `size` samples at a time, or of pictures as many as there is room for."""
+    size = max(1, ROOM // x[0, 0].numel()) if size is None else size
     return torch.cat([function(part) for part in x.split(size)])  # (B, ...)
 
 
@@ -48,7 +51,7 @@ def tiled(
     result = None
     for top, down in parts(height, tile, overlap, unit_out):
         for left, across in parts(width, tile, overlap, unit_out):
-            y = sliced(function, x[:, :, span(top, tile, unit), span(left, tile, unit)])  # (B, C, tile_h, tile_w)
+            y = sliced(function, x[:, :, span(top, tile, unit), span(left, tile, unit)], 1)  # (B, C, tile_h, tile_w)
             window = down[:, None] * across  # (tile_h, tile_w)
             if result is None:
                 dtype = torch.promote_types(y.dtype, window.dtype)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ldm import checkpoint
 from ldm.checkpoint import load_weights
 from ldm.checkpoint.networks import build_autoencoder
+from ldm.condition import moved
 from ldm.config import Config
 from ldm.draws import draw, stream
 from ldm.losses.stage_one import Loss
@@ -20,6 +21,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.lpips import LPIPS
 from ldm.models.quantize import Bottled, VectorQuantizer
+from ldm.models.tiling import sliced
 from ldm.pictures import to_float
 from ldm.training import codes
 from ldm.training.building import check_divisible, check_seed, optimizer, portable, settings, sources
@@ -138,7 +140,7 @@ class AutoencoderStage(Stage):
         factor = self.autoencoder.factor
         shape = (self.autoencoder.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
         _, noise = draw(stream(self.seed, "loss"), batch["number"].tolist(), 0, shape)  # (B, Z, h, w)
-        return noise.to(x.device, x.dtype, non_blocking=True)
+        return moved(noise, x.device).to(x.dtype)
 
     @torch.no_grad()
     def describe(self, z: Tensor, chosen: Tensor | None) -> Report:
@@ -199,7 +201,7 @@ class AutoencoderStage(Stage):
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) of a validation batch as images in [-1, 1], and what becomes of them."""
         x = to_float(image.to(self.device)).to(self.dtype)
-        return x.float(), self.autoencoder(x)[0].float()
+        return x.float(), sliced(lambda part: self.autoencoder(part)[0], x).float()
 
     # ---------------------------------------------------------------------------------------------- what is saved
 
@@ -220,7 +222,8 @@ class AutoencoderStage(Stage):
 
     def encode(self, image: Tensor) -> Tensor:
         """The posterior's mean, not normalised."""
-        return self.autoencoder.posterior(to_float(image.to(self.device)).to(self.dtype))[0].double()
+        x = to_float(image.to(self.device)).to(self.dtype)
+        return sliced(lambda part: self.autoencoder.posterior(part)[0], x).double()
 
 
 def prefixed(prefix: str, values: dict[str, Tensor], between: str = "/") -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class ByLevel:
         condition = stage.condition(batch, x0, {})
         numbers = batch["number"]
         u, noise = draw(stream(self.seed, "validation"), numbers.tolist(), 1, x0.shape[1:])
-        part = torch.from_numpy(np.searchsorted(self.places, numbers.numpy())) % BINS  # (B,)
+        part = torch.from_numpy(np.searchsorted(self.places, np.asarray(numbers))) % BINS  # (B,)
         time = (part + u[:, 0]) / BINS  # (B,)
         weighted, plain = stage.losses(x0, stage.level(stage.denoiser.path, time), noise, condition)
         _, even = stage.losses(x0, Uniform()(stage.denoiser.path, time), noise, condition)

@@ -95,6 +95,16 @@ class Report:
             yield
         except LdmError as error:
             self.verdicts.append(Verdict("error", str(error), error.code))
+        except torch.OutOfMemoryError as error:
+            self.verdicts.append(self.too_large(str(error).splitlines()[0]))
+
+    def too_large(self, said: str) -> Verdict:
+        """What it means that a GPU had no room: where weights are to be sharded, one process alone proves little."""
+        if self.plan.strategy == "fsdp2" and self.plan.ranks > 1:
+            text = "memory: one process with all weights has no room, and what shards need was not tried"
+            return Verdict("warning", f"{text}; {said}")
+        hint = "try a larger trainer.accumulate, a smaller data.batch_size or data.resolution"
+        return Verdict("error", f"memory: the GPU has no room for a step; {said}; {hint}", 2)
 
     def say(self, text: str, good: bool = True, why: str = "") -> None:
         """That something is well, or a warning and why."""

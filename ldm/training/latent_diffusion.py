@@ -26,6 +26,7 @@ from ldm.diffusion.path import Level, Table
 from ldm.diffusion.path import Path as NoisePath
 from ldm.draws import draw, stream
 from ldm.errors import InputError
+from ldm.models.tiling import sliced
 from ldm.models.transformer import TextTransformer
 from ldm.pictures import to_float
 from ldm.training.beginning import begin, differences
@@ -108,7 +109,7 @@ class LatentDiffusionStage(Stage):
             x0 = batch["latents"].to(self.dtype)
         else:
             x = self.memory_format(to_float(batch["image"]).to(self.dtype))  # (B, 3, H, W)
-            x0 = (x if self.autoencoder is None else self.autoencoder.encode(x)).to(self.dtype)
+            x0 = (x if self.autoencoder is None else sliced(self.autoencoder.encode, x)).to(self.dtype)
         return self.memory_format(x0)  # (B, C, h, w)
 
     def diffused(self, batch: dict[str, Any]) -> Tensor | None:

@@ -55,7 +55,9 @@ class Muon(torch.optim.Optimizer):
         wanted = []
         for p in matrices:
             assert p.grad is not None
-            average, gradient = self.state[p].setdefault("momentum", torch.zeros_like(p)), p.grad
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            average, gradient = self.state[p]["momentum"], p.grad
             average.lerp_(gradient, 1 - momentum)
             wanted.append(torch.lerp(gradient, average, momentum).flatten(1))  # (R, K), as Nesterov looks ahead
         turned = orthogonal(torch.stack(wanted))  # (N, R, K)

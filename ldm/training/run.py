@@ -79,6 +79,8 @@ def existing(folder: Path) -> Path:
 
 def is_main() -> bool:
     """Whether this is the process that writes, however processes were started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun orders nodes as it likes, SLURM's numbers may be others
+        return int(os.environ["RANK"]) == 0
     return all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
 
 

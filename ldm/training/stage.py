@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Turn = tuple[str, ...]  # groups of parameters whose gradients come from one backward pass
 Report = dict[str, Tensor]  # scalars by name, still on the device
-KEPT = ("number", "index")  # of a batch, what stays on the CPU: reading it there costs no synchronisation
+KEPT = ("number", "index")  # of a batch, what stays on the CPU, where reading is free: no tensors, for DDP moves those
 PATIENCE = 5  # skipped steps in a row
 SCALE, SCALE_AGAIN = 2.0**15, 2000  # of a loss in float16: the first, and after so many steps twice as large a one
 
@@ -270,6 +271,9 @@ class Stage(pl.LightningModule):
                 yield
         finally:
             self.train()
+            sharded: list[Any] = [m for m in self.roots() if hasattr(m, "reshard")]
+            for module in sharded:  # whose gathered weights would else stay the averaged ones
+                module.reshard()
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of tensors on the CPU, put together from all ranks; every rank calls, the first gets them."""
@@ -290,12 +294,15 @@ class Stage(pl.LightningModule):
         """Memory format, compilation by block, and the shards of FSDP2."""
         if self.plan.precision == "64-true":
             self.double()
-        if self.plan.channels_last:
+        sharded = self.plan.strategy == "fsdp2" and self.plan.ranks > 1
+        if self.plan.channels_last and not sharded:  # FSDP2 takes weights in the usual order alone
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.plan.compile:
+            limits: Any = torch._dynamo.config  # rows of a U-Net are one function, compiled anew for each
+            limits.recompile_limit = max(limits.recompile_limit, 4 * len(self.blocks()))
             for block in self.blocks():
                 block.compile()
-        if self.plan.strategy == "fsdp2" and self.plan.ranks > 1:
+        if sharded:
             from torch.distributed.fsdp import fully_shard
 
             assert self.device_mesh is not None
@@ -318,7 +325,7 @@ class Stage(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, index: int) -> dict[str, Any]:
         """All of a batch but its numbers, which key the noise that is drawn on the CPU."""
-        return {name: x if name in KEPT else all_moved(x, device) for name, x in batch.items()}
+        return {name: np.asarray(x) if name in KEPT else all_moved(x, device) for name, x in batch.items()}
 
 
 def all_moved(x: Any, device: torch.device) -> Any:

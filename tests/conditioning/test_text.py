@@ -80,6 +80,17 @@ def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
+def test_t5_stays_in_float32_beside_float16():
+    """Its large states end in infinities there; in bfloat16 they do not."""
+    tower, ids = small_t5().transformer, torch.arange(12).view(2, 6)
+    plain, found = tower(ids)[0], {}
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            found[dtype] = tower(ids)[0]
+    assert torch.equal(found[torch.float16], plain)
+    assert not torch.equal(found[torch.bfloat16].float(), plain)
+
+
 def test_t5_s_states_are_those_of_transformers():
     ours = small_t5()
     batch = fast(unigram())([f"{caption}</s>" for caption in TEXTS["caption"]], padding="max_length", max_length=36)

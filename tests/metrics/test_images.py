@@ -13,6 +13,16 @@ def pictures(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x + torch.tensor([0.01, 0.1, 0.5]).view(3, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
 
 
+def test_autocast_changes_nothing():
+    """A training in bfloat16 says of its pictures what `ldm evaluate` says."""
+    x, y = (picture.float() for picture in pictures(20, 20))
+    plain = measures(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = measures(x, y)
+        assert not torch.equal(ssim(x, y), plain["ssim"])
+    assert all(torch.equal(mixed[name], plain[name]) for name in plain)
+
+
 def test_psnr_by_hand():
     x = torch.zeros(2, 3, 5, 4)
     y = torch.stack((x[0] + 0.2, x[1] + 0.02))  # errors of a tenth and a hundredth of the range

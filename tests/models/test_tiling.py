@@ -1,10 +1,14 @@
 """Tiles against the whole picture: where they must agree, how far real networks differ, and that no seam shows."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import ldm
+from ldm.data.scenes import render, scene
 from ldm.models.tiling import sliced, tiled, tiled_decode, tiled_encode
+from ldm.pictures import to_float, to_pil
 from tests.models.first_stages import KL, VQ, fill, small
 
 
@@ -70,6 +74,25 @@ def test_bad_input(call, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the whole message follows
         call(small())
     assert str(error.value) == message
+
+
+def test_a_pipeline_s_pictures_in_tiles(monkeypatch):
+    """The first stage sees one picture's tile at a time; a tile as large as the picture is the picture."""
+    pipe, sides = ldm.load(device="cpu"), []
+    for name, unit in {"encode": 4, "decode": 1}.items():
+        whole = getattr(pipe.autoencoder, name)
+
+        def watched(x, whole=whole, unit=unit):
+            sides.append((len(x), x.shape[2] // unit, x.shape[3] // unit))
+            return whole(x)
+
+        monkeypatch.setattr(pipe.autoencoder, name, watched)
+    (given,) = to_pil(to_float(render([scene(0, 3)], 64)["image"]))
+    asked = {"n": 2, "image": given, "steps": 3}
+    at_once, one, many = (pipe("a red cube", **asked, tile=tile) for tile in (None, 16, 10))
+    assert sides == [(1, 16, 16), (2, 16, 16), *[(1, 16, 16)] * 3, *[(1, 10, 10)] * 2 * 2 * 3]  # 16x16 latents
+    apart = [[np.abs(np.subtract(a, b, dtype=float)).mean() for a, b in zip(at_once, other)] for other in (one, many)]
+    assert max(apart[0]) < 0.1 < 1 < min(apart[1])
 
 
 def relative_rms(ours: torch.Tensor, whole: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from ldm.cli import main
 from ldm.errors import InputError
 from ldm.training import latent_diffusion, logs
 from ldm.training.building import check_launcher, portable
+from ldm.training.run import is_main
 from tests.training import toy
 from tests.training.killing import toy_data
 from tests.training.second_stage import cached, command
@@ -44,6 +45,27 @@ def test_folders_of_one_machine_are_left_out():
             "parts": [{"type": "clip", "width": 8}, {"type": "label", "classes": 3}],
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "main"),
+    [
+        ({}, True),
+        ({"RANK": 1, "LOCAL_RANK": 1}, False),
+        ({"SLURM_PROCID": 1, "SLURM_LOCALID": 0}, False),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "LOCAL_RANK": 0, "SLURM_PROCID": 1},
+            True,
+        ),  # nodes in torchrun's order
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": 8, "LOCAL_RANK": 0, "SLURM_PROCID": 0}, False),
+    ],
+)
+def test_one_process_writes(numbers, main, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, str(value))
+    assert is_main() is main
 
 
 def test_a_run_learns_its_tokenizer_once(tmp_path, monkeypatch):

@@ -121,6 +121,23 @@ def test_a_gray_channel_and_skipped_samples_are_warned_of(config_of):
         doctor.look_at_data(report, found)
 
 
+@pytest.mark.parametrize(("plan", "kind", "code"), [([], "error", 2), (["strategy=fsdp2", "devices=2"], "warning", 0)])
+def test_a_gpu_without_room_is_a_verdict(plan, kind, code, examined, monkeypatch):
+    """Not the end of the report; and of a sharded training nothing is proved."""
+
+    def full(stage, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        yield
+
+    monkeypatch.setattr(doctor, "trial", full)
+    report = examined(*(f"trainer.{word}" for word in plan))
+    assert report.survey
+    verdict = report.verdicts[-1]
+    assert (verdict.kind, verdict.code) == (kind, code)
+    assert "no room" in verdict.text
+    assert verdict.text.endswith("Tried to allocate 2 GiB." if plan else "or data.resolution")
+
+
 def test_data_that_cannot_be_read_end_it(examined, monkeypatch):
     def broken(self, asks, seed):
         raise DataError("the picture is gone", "a.png")

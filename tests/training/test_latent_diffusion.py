@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -127,7 +128,8 @@ def test_all_of_a_batch_is_moved_but_its_numbers(tmp_path):
     batch = {"number": torch.zeros(2), "latents": torch.zeros(2), "caption": ["", ""]}
     batch |= {"states": {"caption": {"tokens": torch.zeros(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.bool)}}}
     moved = stage_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert [x.device.type for x in (moved["number"], moved["latents"])] == ["cpu", "meta"]
+    assert isinstance(moved["number"], np.ndarray)  # a tensor would be moved by DistributedDataParallel
+    assert moved["latents"].device.type == "meta"
     assert {x.device.type for x in moved["states"]["caption"].values()} == {"meta"}
     assert moved["caption"] == batch["caption"]
 
@@ -159,9 +161,11 @@ def test_a_cache_trains_as_its_pictures_do(tmp_path):
 
 @pytest.mark.parametrize(("strategy", "accumulate"), [("ddp", 2), ("fsdp2", 1), ("fsdp2", 2)])
 def test_two_processes_are_one(strategy, accumulate, tmp_path):
-    one = command(tmp_path / "one", *DOUBLE)
+    """Also where a validation with the averaged weights comes between two steps, and no checkpoint after it."""
+    between = ["trainer.validate_every=3", "trainer.save_every=100", "trainer.channels_last=true"] * (accumulate == 1)
+    one = command(tmp_path / "one", *DOUBLE, *between)
     spread = ["trainer.devices=2", f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
-    two = command(tmp_path / "two", *DOUBLE, *spread)
+    two = command(tmp_path / "two", *DOUBLE, *between, *spread)
     assert wait(start(one)) == [0], (tmp_path / "one.log").read_text()
     assert wait(start(two, ranks=2)) == [0, 0], (tmp_path / "two.log").read_text()
     assert_near(state_of(tmp_path / "one"), state_of(tmp_path / "two"))

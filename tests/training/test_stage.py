@@ -97,6 +97,16 @@ def test_float16_reaches_a_denoiser(tmp_path, monkeypatch):
     assert {*seen} == {torch.float16}
 
 
+def test_rows_that_differ_may_all_be_compiled(tmp_path, monkeypatch):
+    """They are one function to the compiler, which gives up after eight of its kind."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    stage = second_stage.stage_of(tmp_path, "trainer.compile=true", "backbone.blocks=3")
+    stage.configure_model()
+    kinds = {tuple(p.shape for p in block.parameters()) for block in stage.blocks()}
+    assert len(kinds) > 2
+    assert torch._dynamo.config.recompile_limit >= 4 * len(kinds) > 8  # with and without gradients, and two batches
+
+
 def test_what_is_kept_and_what_is_logged(tmp_path):
     plan = ("trainer.save_every=2", "trainer.keep=3", "trainer.log_every=4", "trainer.validate_every=10")
     assert main(command(tmp_path / "run", *plan)[:-1]) == 0
