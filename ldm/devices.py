@@ -79,7 +79,7 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.inference_mode(False):
             away = {id(x): x.detach().to(device) for _, _, x in home}
         for table, name, x in home:
-            table[name] = nn.Parameter(away[id(x)], False) if isinstance(x, nn.Parameter) else away[id(x)]
+            table[name] = nn.Parameter(away[id(x)], x.requires_grad) if isinstance(x, nn.Parameter) else away[id(x)]
         yield
     finally:
         for table, name, x in home:

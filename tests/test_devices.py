@@ -12,12 +12,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ldm import pictures, pipeline
+from ldm.data.sampler import Ask
 from ldm.devices import visiting
 from ldm.pipeline import Pipeline, Request
+from ldm.training.autoencoder import AutoencoderStage
+from ldm.training.ranks import Rank
 from tests import small_models
 from tests.test_pipeline import PROMPT, SIZE, mask, picture
+from tests.training import second_stage, test_autoencoder
+from tests.training.killing import toy_data
+from tests.training.test_autoencoder import VQ
+from tests.training.test_latent_diffusion_loss import CONDITIONS, TEXT
 
-GPU = torch.device("cuda", 0)
+__all__ = ["toy_data"]
+
+GPU, ASKED = torch.device("cuda", 0), [Ask(i, i, 0) for i in range(8)]
 INPAINTING, EDITING = "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"
 MODELS = {
     "text": (small_models.stable_diffusion, {}),
@@ -94,6 +103,34 @@ def test_no_model_meets_tensors_of_another_device(name, offload, pretended, tmp_
         images = pipe.images(requests, recipe)
         assert (images.device, tuple(images.shape)) == (GPU, (2, 3, *SIZE.values()))
         assert where(pipe) == {"cpu" if offload else "cuda"}
+
+
+@pytest.mark.parametrize(("conditioner", "adds"), [("null", "[]"), (TEXT, "[]"), *CONDITIONS])
+def test_no_training_of_a_denoiser_meets_them(conditioner, adds, pretended, tmp_path):
+    backbone = f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"
+    stage = second_stage.stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", backbone)
+    batch = stage.transfer_batch_to_device(stage.data.batch(ASKED, 3), GPU, 0)
+    stage.__dict__["_device"] = GPU
+    with pytest.raises(RuntimeError, match="same device"):
+        stage.loss(batch, ("denoiser",))
+    with visiting(stage, GPU):
+        loss, report = stage.loss(batch, ("denoiser",))
+        assert {x.device for x in (loss, *report.values())} == {GPU}
+        assert {x.device for x in stage.by_level.losses(stage, batch).values()} == {GPU}
+
+
+@pytest.mark.parametrize("more", [[], VQ, ["loss.perceptual=judge"]], ids=["KL", "VQ", "judge"])
+def test_no_training_of_a_first_stage_meets_them(more, pretended, tmp_path, toy_data, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda y, x, *_, **__: (torch.zeros_like(x),))  # which needs a driver
+    monkeypatch.setattr(AutoencoderStage, "rank", Rank())
+    stage = test_autoencoder.stage_of(tmp_path, *more, "loss.start=0")
+    batch = stage.transfer_batch_to_device(stage.data.batch(ASKED, 3), GPU, 0)
+    stage.__dict__["_device"] = GPU
+    with visiting(stage, GPU):
+        for turn in stage.turns():
+            loss, report = stage.loss(batch, turn)
+            assert {x.device for x in (loss, *report.values())} == {GPU}
+        assert {x.device for x in stage.reconstruct(stage.data.batch(ASKED, 3)["image"])} == {GPU}
 
 
 def test_what_visits_is_there_for_its_turn_and_comes_home_after_an_error():

@@ -208,6 +208,16 @@ def test_what_a_batch_lacks_is_keyed_by_number():
     assert completed(batch | {"mask": 0}, ("mask", "image"), x0, 3)["mask"] == 0
 
 
+CONDITIONS = [
+    ("{type: masked_image}", "[mask]"),
+    ("{type: masked_image}", "[]"),
+    ("{type: low_resolution}", "[]"),
+    ("{type: segmentation, classes: 6}", "[segmentation]"),
+    ("{type: layout, classes: 4, width: 32, boxes: 8}", "[boxes]"),
+    (f"{{type: compose, parts: [{TEXT}, {{type: edit}}]}}", "[source]"),
+]
+
+
 def another(name: str, x):
     """Other conditions of the same kind."""
     if name == "boxes":
@@ -217,17 +227,7 @@ def another(name: str, x):
     return x[::-1] if name == "caption" else x.flip(0)
 
 
-@pytest.mark.parametrize(
-    ("conditioner", "adds"),
-    [
-        ("{type: masked_image}", "[mask]"),
-        ("{type: masked_image}", "[]"),
-        ("{type: low_resolution}", "[]"),
-        ("{type: segmentation, classes: 6}", "[segmentation]"),
-        ("{type: layout, classes: 4, width: 32, boxes: 8}", "[boxes]"),
-        (f"{{type: compose, parts: [{TEXT}, {{type: edit}}]}}", "[source]"),
-    ],
-)
+@pytest.mark.parametrize(("conditioner", "adds"), CONDITIONS)
 def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, monkeypatch):
     backbone = [f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"]
     stage = stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", *backbone)
