@@ -28,7 +28,7 @@ class Plan:
     nodes: int = 1  # machines
     strategy: Literal["ddp", "fsdp2"] = "ddp"  # where there is more than one device
     compile: bool = False  # block by block
-    channels_last: bool = False  # the order of memory that GPUs convolve fastest in
+    channels_last: bool = False  # the order of memory that GPUs convolve fastest in; fsdp2 has it of activations alone
     log_every: int = 50  # steps
     validate_every: int = 1000  # steps
     validate_images: int = 64  # samples that are measured
