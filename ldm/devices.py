@@ -84,10 +84,3 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for table, name, x in home:
             table[name] = x
-
-
-def rounded(module: nn.Module, dtype: torch.dtype) -> None:
-    """Round once what autocast would round at every call: the weights of products and convolutions."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            part.to(dtype)

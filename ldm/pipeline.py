@@ -21,7 +21,7 @@ from ldm.conditioning.left_out import whole
 from ldm.conditioning.text import Text, text_in
 from ldm.conditioning.weights import local
 from ldm.config import Config
-from ldm.devices import Placed, placement, rounded
+from ldm.devices import Placed, placement
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
 from ldm.diffusion.path import Level
@@ -91,8 +91,6 @@ class Pipeline(Placed):
         self.channels = config["channels"] if self.autoencoder is None else self.autoencoder.latent_channels
         for module in filter(None, model):
             module.eval().requires_grad_(False).float()
-        if dtype is not None:
-            rounded(self.denoiser, dtype)
         super().__init__(model, device, dtype, offload)
 
     def __call__(

@@ -140,15 +140,3 @@ def test_what_visits_is_there_for_its_turn_and_comes_home_after_an_error():
         assert {x.device.type for x in (*network.parameters(), *network.buffers())} == {"meta"}
         raise KeyboardInterrupt
     assert [x.data_ptr() for x in (*network.parameters(), *network.buffers())] == before
-
-
-def test_weights_are_rounded_as_autocast_rounds_them(tmp_path):
-    """Once instead of at every call, to the bit."""
-    small_models.stable_diffusion().save_pretrained(tmp_path / "model")
-    half, beside = (pipeline.load(tmp_path / "model", device="cpu", precision=name) for name in ("bf16", "fp32"))
-    beside.dtype = torch.bfloat16
-    assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16, torch.float32}
-    assert {p.dtype for p in (*half.conditioner.parameters(), *half.autoencoder.parameters())} == {torch.float32}
-    requests = [Request(PROMPT, "blue", None, seed) for seed in range(2)]
-    a, b = (pipe.latents(requests, pipe.recipe(steps=3, **SIZE)) for pipe in (half, beside))
-    assert torch.equal(a, b)

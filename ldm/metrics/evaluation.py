@@ -264,8 +264,7 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
             """The next of this batch."""
             return pipe.moved(torch.randn(x.shape, generator=generator))
 
-        with pipe.autocast():
-            found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
+        found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
         return {"bits": found.total.cpu()}
 
     return estimate(subject.each(source, work, "bits per dimension")["bits"])
