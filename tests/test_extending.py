@@ -1,4 +1,4 @@
-"""What is said of parts of one's own is true: docs/extending.md's backbone trains and samples, README's loop learns."""
+"""What is said of parts of one's own is true: docs/extending.md's networks train and are used, README's loop learns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import parts
+from ldm import checkpoint, parts
+from ldm.checkpoint.networks import fingerprint
 from ldm.cli import main
 from ldm.pipeline import SHIPPED
 
@@ -21,18 +22,21 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-(BACKBONE,), (*_, LOOP) = blocks(ROOT / "docs/extending.md"), blocks(ROOT / "README.md")
+(BACKBONE, FIRST_STAGE), (*_, LOOP) = blocks(ROOT / "docs/extending.md"), blocks(ROOT / "README.md")
 SMALL = ["trainer.steps=1", "data.batch_size=4", "data.workers=0", "validation.workers=0", "trainer.validate_images=4"]
 
 
 @pytest.fixture
 def plugged(tmp_path, monkeypatch):
-    """The module of the page, and the tables as they were, afterwards."""
+    """The modules of the page, and the tables as they were, afterwards."""
     (tmp_path / "my_backbone.py").write_text(BACKBONE)
+    (tmp_path / "my_first_stage.py").write_text(FIRST_STAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(parts.TABLES, "backbone", dict(parts.TABLES["backbone"]))
+    for axis in ("backbone", "autoencoder"):
+        monkeypatch.setitem(parts.TABLES, axis, dict(parts.TABLES[axis]))
     yield
-    sys.modules.pop("my_backbone", None)
+    for name in ("my_backbone", "my_first_stage"):
+        sys.modules.pop(name, None)
 
 
 def test_the_backbone_of_the_page_trains_samples_and_is_converted(plugged, tmp_path, capsys):
@@ -71,6 +75,27 @@ def test_a_wrong_width_is_told_in_its_words(plugged, capsys):
     assert main([*argv, f"autoencoder={SHIPPED}", "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: backbone.width: not divisible into 8 groups (command line); got 33; try 40")
+
+
+def test_the_first_stage_of_the_page_trains_is_converted_and_used(plugged, tmp_path, capsys):
+    plugin = ["--plugin", "my_first_stage"]
+    train = ["train-autoencoder", "--config", "scenes", *plugin, "autoencoder={type: light, width: 8}", *SMALL]
+    assert main([*train, "--run-dir", str(tmp_path / "run")]) == 0
+    file, half = str(tmp_path / "run/model.safetensors"), str(tmp_path / "half.safetensors")
+    convert = ["convert", file, half, "--dtype", "float16"]
+    del parts.TABLES["autoencoder"]["light"]  # as in another process
+    assert main(convert) == 4
+    said = "error: autoencoder.type: unknown name; got light; expected one of kl, vq; try --plugin"
+    assert said in capsys.readouterr().err
+    assert main([*convert, *plugin]) == 0
+    opened = checkpoint.open(half)
+    assert opened.config["fingerprint"] != checkpoint.open(file).config["fingerprint"]
+    assert opened.config["fingerprint"] == fingerprint(opened.config["autoencoder"], opened.state)
+    assert main(["train-ldm", "--config", "scenes", *plugin, f"autoencoder={half}", *SMALL, "--dry-run"]) == 0
+    swapped = checkpoint.open(SHIPPED, vae=half)
+    assert swapped.config["autoencoder"]["type"] == "light"
+    assert main(["convert", file, str(tmp_path / "folder"), "--to", "diffusers"]) == 4
+    assert "error: no other program knows this first stage; got light; expected kl or vq" in capsys.readouterr().err
 
 
 def test_the_loop_of_the_readme_learns():

@@ -39,9 +39,9 @@ def with_stage(opened: Opened, other: Opened) -> Opened:
     node, own = other.config.get("autoencoder"), opened.config.get("autoencoder")
     if not node:
         raise CheckpointError("no first stage inside", str(other.files[0]), other.family, hint="a KL or VQ first stage")
-    latent = own["latent"] if own else latents(opened)
-    if latent not in (None, node["latent"]):
-        where, got = str(other.files[0]), f"{node['latent']} latent channels"
+    latent, offered = own.get("latent") if own else latents(opened), node.get("latent")  # none: a user's own
+    if None not in (latent, offered) and latent != offered:
+        where, got = str(other.files[0]), f"{offered} latent channels"
         raise CheckpointError("another model's first stage", where, got, str(latent))
     state = {name: x for name, x in opened.state.items() if not name.startswith("autoencoder.")}
     state |= {name: x for name, x in other.state.items() if name.startswith("autoencoder.")}

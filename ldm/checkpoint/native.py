@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_digest, rounded, write_file
-from ldm.checkpoint.networks import AUTOENCODERS, fingerprint
+from ldm.checkpoint.networks import fingerprint
 from ldm.checkpoint.opened import Opened
 from ldm.errors import CheckpointError
 
@@ -27,8 +27,7 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> str:
     """Write a checkpoint, all or nothing, and return its digest; `dtype` stores the weights in another type."""
-    node = config.get("autoencoder")
-    if dtype is not None and config.get("fingerprint") and node and node["type"] in AUTOENCODERS:
+    if dtype is not None and config.get("fingerprint") and config.get("autoencoder"):
         config = refingered(config, state, dtype)
     metadata = {MARK: str(FORMAT), "config": json.dumps(config), "version": __version__}
     if tokenizer is not None:

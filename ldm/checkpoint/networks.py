@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm import parts
 from ldm.checkpoint.numbers import given
 from ldm.errors import CheckpointError
-from ldm.models.autoencoder import Autoencoder, kl, vq
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.dit import DiT
 from ldm.models.empty import empty
 from ldm.models.transformer import TextTransformer
@@ -19,7 +20,6 @@ Node = Mapping[str, Any]
 ROWS = 12  # of a table of differences
 
 BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
-AUTOENCODERS: dict[str, Any] = {"kl": kl, "vq": vq}
 TEXTS: dict[str, dict[str, Any]] = {  # what each text conditioner gives its TextTransformer beside its own arguments
     "clip": {"activation": "quick_gelu"},
     "open_clip": {"activation": "gelu"},
@@ -45,9 +45,12 @@ def build_backbone(node: Node, supplied: Mapping[str, Any]) -> UNet | DiT:
 
 
 def build_autoencoder(node: Node) -> Autoencoder:
-    """The autoencoder of a configuration."""
+    """The autoencoder of a configuration, which may be one of a user's own."""
     arguments = {name: value for name, value in node.items() if name != "type"}
-    return build(AUTOENCODERS[node["type"]], arguments, "autoencoder")
+    if node["type"] not in (known := parts.TABLES["autoencoder"]):
+        expected = f"one of {', '.join(known)}"
+        raise CheckpointError("autoencoder.type: unknown name", got=node["type"], expected=expected, hint="--plugin")
+    return build(parts.find("autoencoder", node["type"]), arguments, "autoencoder")
 
 
 def autoencoder_of(node: Node, state: Mapping[str, Tensor]) -> Autoencoder:

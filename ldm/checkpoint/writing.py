@@ -73,6 +73,8 @@ def stage_of(
     node: Node, state: Mapping[str, Tensor], notes: list[str], conditioner: Node | None = None
 ) -> tuple[Node, State, Tensor]:
     """A first stage as others can express it: configuration, weights, and the one number that scales latents."""
+    if node["type"] not in ("kl", "vq"):
+        raise CheckpointError("no other program knows this first stage", got=node["type"], expected="kl or vq")
     weights = under(state, "autoencoder.")
     fit(weights, build_autoencoder(node), "first stage")
     if weights["scale"].ndim or weights["shift"].count_nonzero():

@@ -96,8 +96,13 @@ def config_options(parser: argparse.ArgumentParser, default: str | None = None) 
     """What every command with a configuration understands."""
     parser.add_argument("--config", default=default, help="a YAML file, or the name of a shipped one")
     parser.add_argument("--print-config", action="store_true", help="print the checked configuration and stop")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with your own parts")
+    plugin_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting: path.type=cosine")
+
+
+def plugin_option(parser: argparse.ArgumentParser) -> None:
+    """Parts of a user's own."""
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with your own parts")
 
 
 def own_parts(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import own_parts, plugin_option
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=FORMATS, help="the format; without it, ours for a file, diffusers for a folder")
     parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as they are without it")
     parser.add_argument("--vae", metavar="PATH", help="another checkpoint, whose first stage is taken")
+    plugin_option(parser)
     parser.add_argument("--prediction", choices=("eps", "v"), help="overrules what was recognised")
     what = "how DST is sampled, such as guidance.cfg=3; or where an encoder is that SRC leaves out"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"{what}: conditioner.weights=FOLDER")
@@ -31,6 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Open, say what it is, write."""
+    own_parts(arguments)
     target = Path(arguments.target)
     layout = check(target, arguments.to)
     import torch

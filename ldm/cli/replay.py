@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import own_parts, sample
+from ldm.cli import own_parts, plugin_option, sample
 from ldm.errors import CheckpointError, InputError
 
 
@@ -17,7 +17,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", metavar="PATH", help="the checkpoint, if it lies elsewhere now")
     parser.add_argument("--out", default="replayed.png", help="where the new picture goes (default replayed.png)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with your own parts")
+    plugin_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, parts
-from ldm.cli import own_parts
+from ldm.cli import own_parts, plugin_option
 from ldm.conditioning.tokenizer import check_length
 from ldm.errors import InputError, nearest
 
@@ -87,7 +87,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--preview", action="store_true", help="write preview.png while sampling")
     run.add_argument("--grid", action="store_true", help="also write all pictures on one sheet, grid.png")
     run.add_argument("--json", action="store_true", help="print one JSON line per picture")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with your own parts")
+    plugin_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, such as guidance.rescale=0.7")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = {
