@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import checkpoint, parts
+from ldm import checkpoint, parts, pictures
 from ldm.checkpoint.networks import fingerprint
 from ldm.cli import main
 from ldm.pipeline import SHIPPED
@@ -32,7 +32,7 @@ def plugged(tmp_path, monkeypatch):
     (tmp_path / "my_backbone.py").write_text(BACKBONE)
     (tmp_path / "my_first_stage.py").write_text(FIRST_STAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for axis in ("backbone", "autoencoder"):
+    for axis in ("backbone", "autoencoder", "solver"):
         monkeypatch.setitem(parts.TABLES, axis, dict(parts.TABLES[axis]))
     yield
     for name in ("my_backbone", "my_first_stage"):
@@ -96,6 +96,17 @@ def test_the_first_stage_of_the_page_trains_is_converted_and_used(plugged, tmp_p
     assert swapped.config["autoencoder"]["type"] == "light"
     assert main(["convert", file, str(tmp_path / "folder"), "--to", "diffusers"]) == 4
     assert "error: no other program knows this first stage; got light; expected kl or vq" in capsys.readouterr().err
+
+
+def test_a_sampler_of_ones_own_is_asked_for_by_its_name(plugged, tmp_path):
+    text = 'from ldm.diffusion.solvers import euler as mine\nPARTS = {"solver": {"mine": "my_sampler:mine"}}\n'
+    (tmp_path / "my_sampler.py").write_text(text)
+    argv = ["sample", "--prompt", "a red cube", "--steps", "2", "--out"]
+    assert main([*argv, str(tmp_path / "own"), "--plugin", "my_sampler", "--sampler", "mine"]) == 0
+    assert main([*argv, str(tmp_path / "ours"), "--sampler", "euler"]) == 0
+    (own,), (ours,) = (tmp_path.glob(f"{folder}/*.png") for folder in ("own", "ours"))
+    assert pictures.read(own).tobytes() == pictures.read(ours).tobytes()
+    sys.modules.pop("my_sampler", None)
 
 
 def test_the_loop_of_the_readme_learns():

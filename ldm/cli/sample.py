@@ -100,9 +100,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that costs nothing, then load, sample and write."""
+    own_parts(arguments)
     order = read_order(arguments)
     out = writable(Path(arguments.out))
-    own_parts(arguments)
     from ldm import pictures, pipeline  # torch is only paid for once all options are right
     from ldm.metrics.sharing import gathered, rank
 
