@@ -103,6 +103,18 @@ def test_what_else_files_carry_is_passed_over_and_said(name, tmp_path):
     assert opened.config["path"] == {"type": "scaled_linear", "start": 0.002, "end": 0.01}
 
 
+def test_what_merged_stable_diffusion_files_carry_is_passed_over_too(tmp_path):
+    others = {
+        "cond_stage_model__logit_scale": torch.tensor(4.6),
+        "cond_stage_model__text_projection": torch.eye(12),
+        "embedding_manager__embedder__transformer__text_model__embeddings__position_ids": torch.arange(77),
+    }
+    opened = checkpoint.open(write(tmp_path, "sd1", **others))
+    assert same(opened.state, make("sd1")[1])
+    assert "left out: what CLIP compares texts and pictures by" in opened.notes
+    assert "left out: a copy of the text encoder that textual inversion left behind" in opened.notes
+
+
 def test_ldm_is_read_from_its_moving_average_and_stable_diffusion_is_not(tmp_path):
     for name, averaged in (("ldm_class", True), ("sd1", False)):
         tensors = load_file(write(tmp_path, name))
