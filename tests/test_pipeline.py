@@ -418,21 +418,6 @@ def test_a_low_resolution_condition(tmp_path):
         pipe(seed=4, **SIZE)
 
 
-def test_a_hub_is_asked_for_an_id_alone(tmp_path, monkeypatch, sd1_folder):
-    """A folder that is here is read as it is; an id is fetched; what is neither is an error in one line."""
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(sd1_folder))
-    assert pipeline.local(sd1_folder) == sd1_folder
-    assert pipeline.local(tmp_path / "missing.safetensors") == tmp_path / "missing.safetensors"
-    assert asked == []
-    assert pipeline.load("somebody/model", device="cpu").opened.family
-    assert asked == ["somebody/model"]
-    monkeypatch.undo()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="neither here nor to be had from a hub"):
-        pipeline.load("somebody/other")
-
-
 def test_a_model_without_its_first_stage_asks_for_one(sd1, tmp_path):
     """Ours without the autoencoder's tensors, then with them from a file of their own."""
     whole, state = sd1.config.values, sd1.opened.state

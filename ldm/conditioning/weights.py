@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILES = ("model.safetensors", "open_clip_model.safetensors", "text_encoder/model.safetensors")
+ASKED = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors", FILES[0]]  # of a hub's models
+UNREAD, VARIANTS = ["safety_checker/*", "image_encoder/*"], ["*.*.safetensors"]  # those in fp16, or not averaged
 
 
 def given(weights: str | None) -> bool:
@@ -37,10 +39,14 @@ def local(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        folder = Path(snapshot_download(str(path), allow_patterns=ASKED, ignore_patterns=UNREAD + VARIANTS))
+        if not all(next(part.parent.glob("*.safetensors"), None) for part in folder.rglob("config.json")):
+            folder = Path(snapshot_download(str(path), allow_patterns=ASKED, ignore_patterns=UNREAD))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         expected = "a file, a folder or a hub's id"
         raise CheckpointError("neither here nor to be had from a hub", str(path), expected=expected) from error
+    pipeline = (folder / "model_index.json").is_file()
+    return folder / FILES[0] if not pipeline and (folder / FILES[0]).is_file() else folder
 
 
 def digest(encoder: nn.Module) -> str:
