@@ -101,6 +101,4 @@ def pretrained(kind: Any, weights: str, **options: Any) -> Any:
 
 def from_hub(identity: str) -> Tokenizer:
     """The tokenizer of a model on a hub."""
-    from huggingface_hub import snapshot_download
-
-    return from_folder(snapshot_download(identity, allow_patterns=["tokenizer*", "spiece.model", "special_tokens*"]))
+    return from_folder(stored.snapshot(identity, ["tokenizer*", "spiece.model", "special_tokens*"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,18 +36,23 @@ def local(path: str | Path) -> Path:
     """The file or folder itself; a hub is asked only for what looks like its id and is not here."""
     if not on_hub(str(path)):
         return Path(path)
+    folder = snapshot(str(path), ASKED, UNREAD + VARIANTS)
+    if not all(next(part.parent.glob("*.safetensors"), None) for part in folder.rglob("config.json")):
+        folder = snapshot(str(path), ASKED, UNREAD)
+    pipeline = (folder / "model_index.json").is_file()
+    return folder / FILES[0] if not pipeline and (folder / FILES[0]).is_file() else folder
+
+
+def snapshot(identity: str, asked: list[str], ignored: list[str] | None = None) -> Path:
+    """The folder in the hub's cache with those files of a model that are asked for; without a network, as it is."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=ASKED, ignore_patterns=UNREAD + VARIANTS))
-        if not all(next(part.parent.glob("*.safetensors"), None) for part in folder.rglob("config.json")):
-            folder = Path(snapshot_download(str(path), allow_patterns=ASKED, ignore_patterns=UNREAD))
+        return Path(snapshot_download(identity, allow_patterns=asked, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         expected = "a file, a folder or a hub's id"
-        raise CheckpointError("neither here nor to be had from a hub", str(path), expected=expected) from error
-    pipeline = (folder / "model_index.json").is_file()
-    return folder / FILES[0] if not pipeline and (folder / FILES[0]).is_file() else folder
+        raise CheckpointError("neither here nor to be had from a hub", identity, expected=expected) from error
 
 
 def digest(encoder: nn.Module) -> str:
@@ -88,14 +94,10 @@ def find(weights: str) -> Path:
 
 def fetch(identity: str) -> Path:
     """The file of a model on a hub, through its cache: transformers' kind of file, or open_clip's."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    for name in FILES:
-        try:
-            return Path(hf_hub_download(identity, name))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-            continue
+    with suppress(CheckpointError):
+        for name in FILES:
+            if (file := snapshot(identity, [name]) / name).is_file():
+                return file
     raise ValueError(
         f"weights: neither here nor to be had from a hub; got {identity}; expected a folder, a file or a hub's id; "
         "try a folder that has the weights"
