@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.sample import show_warning, writable
+from ldm.cli.sample import writable
+from ldm.cli.warned import counting_cuts
 from ldm.config import Config
 from ldm.errors import InputError
 
@@ -48,16 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     out = writable(Path(arguments.out))
-    from ldm.conditioning.text import CutOff
     from ldm.data import latents_writing
 
-    cut: list[Warning | str] = []  # a line for each caption would be many
-    warnings.showwarning = lambda text, kind, *_: cut.append(text) if kind is CutOff else show_warning(text)
-
-    cache = prepare(config, opened, out, arguments)
-    missing = latents_writing.write(cache, rank, ranks)
-    if cut:
-        show_warning(f"the end of a text is cut off in {len(cut)} captions, as the text encoder reads no more")
+    with counting_cuts():
+        cache = prepare(config, opened, out, arguments)
+        missing = latents_writing.write(cache, rank, ranks)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
     there = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
     print(f"{out}: {there}; {'the others are still to come' if missing else f'{len(cache.source)} samples, complete'}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.sample import show_warning, solver_name, writable
+from ldm.cli.sample import solver_name, writable
+from ldm.cli.warned import counting_cuts
 from ldm.config import Config, Part
 from ldm.errors import InputError
 from ldm.parts import TABLES
@@ -71,7 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     out = writable(Path(arguments.out))
-    warnings.showwarning = show_warning
+    with counting_cuts():
+        measure(config, arguments, out)
+    return 0
+
+
+def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
+    """Part by part, each written as soon as it is known."""
     from ldm.metrics import report
     from ldm.metrics.sharing import rank
 
@@ -90,7 +96,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if rank() == 0:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
-    return 0
 
 
 def check(config: Config) -> None:

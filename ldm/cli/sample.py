@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, parts
 from ldm.cli import own_parts, plugin_option
+from ldm.cli.warned import show_warning
 from ldm.conditioning.tokenizer import check_length
 from ldm.errors import InputError, nearest
 
@@ -139,11 +140,6 @@ def notes(pipe: Pipeline, order: Order) -> Iterator[str]:
     if order.checkpoint is None and strange:
         known = f"the shipped model knows scenes on a table, and nothing of {', '.join(strange)}"
         yield f"{known}; --ckpt FILE takes another, such as a Stable Diffusion file"
-
-
-def show_warning(message: Warning | str, *details: Any, **others: Any) -> None:
-    """In one line, as errors are."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def writable(out: Path) -> Path:
