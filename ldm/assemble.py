@@ -109,7 +109,7 @@ def load(file: str | FilePath, overrides: Sequence[str], schema: type) -> tuple[
         """The node of a checkpoint in the place of its path."""
         if key not in ("autoencoder", "conditioner"):
             return path
-        opened[key] = checkpoint.open(FilePath(path).expanduser())
+        opened[key] = checkpoint.open(path)
         if not opened[key].config.get(key):
             raise CheckpointError(f"{key}: none inside", path, opened[key].family, "a checkpoint with one")
         return opened[key].config[key]

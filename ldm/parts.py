@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
-from ldm.errors import InputError
+from ldm.errors import InputError, nearest
 
 # axis -> {type: target}; an axis with a single target has no `type`
 TABLES: dict[str, dict[str, str] | str] = {
@@ -150,7 +150,10 @@ SAMPLERS = {
 def load(target: str):
     """The object behind "module:name"."""
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise InputError("no such part", module, name, "a name in this module", nearest(name, dir(found)))
+    return getattr(found, name)
 
 
 def find(axis: str, name: str = ""):

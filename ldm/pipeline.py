@@ -19,7 +19,6 @@ from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.left_out import whole
 from ldm.conditioning.text import Text, text_in
-from ldm.conditioning.weights import local
 from ldm.config import Config
 from ldm.devices import Placed, placement
 from ldm.diffusion.guidance import Guidance
@@ -355,7 +354,7 @@ def load(
     if offload and where.type == "cpu":
         raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     path = SHIPPED if path is None else path
-    opened = checkpoint.open(local(path), vae=None if vae is None else local(vae))
+    opened = checkpoint.open(path, vae=vae)
     return assembled(opened, str(path), where, dtype, overrides, offload)
 
 

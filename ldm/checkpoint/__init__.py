@@ -7,8 +7,9 @@ from pathlib import Path
 from ldm.checkpoint.files import check_numbers, is_pickle, open_file, open_pickle
 from ldm.checkpoint.folder import read_folder
 from ldm.checkpoint.folder_writing import write_diffusers
+from ldm.checkpoint.hub import local
 from ldm.checkpoint.native import MARK, read_native, save
-from ldm.checkpoint.networks import BACKBONES, load_weights, supplied
+from ldm.checkpoint.networks import BACKBONES, build_autoencoder, load_weights, supplied
 from ldm.checkpoint.opened import Opened
 from ldm.checkpoint.parts import under
 from ldm.checkpoint.single import read_single
@@ -21,9 +22,9 @@ __all__ = ["Opened", "load_weights", "open", "save", "write_compvis", "write_dif
 def open(path: str | Path, *, vae: str | Path | None = None, pickles: bool = False) -> Opened:
     """Any checkpoint, its kind found out by looking; `vae` is another whose first stage takes its own's place.
 
-    `pickles` is for `ldm convert` alone.
+    What is not here and looks like a hub's id is brought from there. `pickles` is for `ldm convert` alone.
     """
-    path, ours = Path(path), False
+    path, ours = local(Path(path).expanduser()), False
     if path.is_dir():
         opened = read_folder(path)
     else:
@@ -39,8 +40,9 @@ def with_stage(opened: Opened, other: Opened) -> Opened:
     node, own = other.config.get("autoencoder"), opened.config.get("autoencoder")
     if not node:
         raise CheckpointError("no first stage inside", str(other.files[0]), other.family, hint="a KL or VQ first stage")
-    latent, offered = own.get("latent") if own else latents(opened), node.get("latent")  # none: a user's own
-    if None not in (latent, offered) and latent != offered:
+    latent = build_autoencoder(own).latent_channels if own else latents(opened)
+    offered = build_autoencoder(node).latent_channels
+    if latent not in (None, offered):
         where, got = str(other.files[0]), f"{offered} latent channels"
         raise CheckpointError("another model's first stage", where, got, str(latent))
     state = {name: x for name, x in opened.state.items() if not name.startswith("autoencoder.")}

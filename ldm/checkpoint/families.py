@@ -63,7 +63,7 @@ IGNORED = {  # what files carry beside weights, by the beginnings of names, and 
     "loss.": "the first stage's losses",
     "cond_stage_model.logit_scale": "what CLIP compares texts and pictures by",
     "cond_stage_model.text_projection": "what CLIP compares texts and pictures by",
-    "embedding_manager.": "a copy of the text encoder that textual inversion left behind",
+    "embedding_manager.": "what textual inversion learned or left behind",
     "lvlb_weights": "tables of the noise",
     "logvar": "tables of the noise",
     "posterior_": "tables of the noise",

@@ -20,6 +20,7 @@ from ldm.errors import CheckpointError
 
 INDEX = "model_index.json"
 READ = ("unet", "transformer", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
+WEIGHTED = ("text_encoder", "transformer", "unet", "vae", "vqvae")  # in the order of the alphabet
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 STEMS = ("diffusion_pytorch_model", "model")
 FIXED_POSITIONS = "pos_embed.pos_embed"
@@ -84,7 +85,8 @@ def read_pipeline(folder: Path, backbone: str, parts: list[str], notes: list[str
     config["size"] = (side if isinstance(side, int) else side[0]) * (1 if pixels else factor_of(autoencoder))
     tokenizer = str(folder / "tokenizer") if "tokenizer" in parts else None
     name = ", ".join(word for word in (family, kind, "diffusers folder") if word)
-    return Opened(config, state | condition | stage, name, sorted(folder.glob("*/*.safetensors")), tokenizer, notes)
+    files = [file for part in WEIGHTED if part in parts for file in weights_of(folder / part)]
+    return Opened(config, state | condition | stage, name, files, tokenizer, notes)
 
 
 def open_condition(folder: Path, parts: list[str], given: Node) -> tuple[str, Node | None, State]:
@@ -112,9 +114,7 @@ def read_component(folder: Path) -> Opened:
         raise CheckpointError(f"a folder without {INDEX}", str(folder), got, "a folder that diffusers has written")
     node, state = open_vae(folder)
     kind = {"kl": "KL first stage", "vq": "VQ first stage"}[node["type"]]
-    return Opened(
-        {"format": 1, "autoencoder": node}, state, f"{kind}, diffusers folder", sorted(folder.glob("*.safetensors"))
-    )
+    return Opened({"format": 1, "autoencoder": node}, state, f"{kind}, diffusers folder", weights_of(folder))
 
 
 def open_stage(folder: Path, parts: list[str], notes: list[str]) -> tuple[Node | None, State]:
@@ -171,11 +171,11 @@ def read_part(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         if settings.get(name, legal[0]) not in legal:
             expected = " or ".join(map(str, legal))
             raise CheckpointError(f"{name}: not known here", str(folder), str(settings[name]), expected)
-    return settings, read_weights(folder)
+    return settings, ChainMap(*(open_file(file) for file in weights_of(folder)))  # type: ignore[arg-type]
 
 
-def read_weights(folder: Path) -> Mapping[str, Tensor]:
-    """A part's weights: one file, the shards that an index lists, or either of the one variant (fp16) that there is."""
+def weights_of(folder: Path) -> list[Path]:
+    """A part's files: one, the shards that an index lists, or either of the one variant (fp16) that there is."""
     for stem in STEMS:
         for ending in ("safetensors", "safetensors.index.json", "safetensors.index.*.json", "*.safetensors"):
             found = sorted(folder.glob(f"{stem}.{ending}"))
@@ -184,9 +184,9 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
                 raise CheckpointError("several variants of the weights", str(folder), got, "one", "without the others")
             if found and ending.endswith(".json"):
                 names = sorted(set(read_json(found[0])["weight_map"].values()))
-                return ChainMap(*(dict(open_file(folder / Path(name).name)) for name in names))
+                return [folder / Path(name).name for name in names]
             if found:
-                return open_file(found[0])
+                return found
     pickles = ", ".join(path.name for path in sorted(folder.glob("*.bin"))) or "none"
     hint = "diffusers' save_pretrained(..., safe_serialization=True)"
     raise CheckpointError("no weights in safetensors", str(folder), pickles, f"{STEMS[0]}.safetensors", hint)

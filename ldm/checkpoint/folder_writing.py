@@ -17,11 +17,11 @@ from ldm.checkpoint.autoencoder_keys import write_autoencoder
 from ldm.checkpoint.backbone_keys import write_backbone
 from ldm.checkpoint.conditioners import kind_of, text_node, weights_of
 from ldm.checkpoint.files import flush_folder, replacing, write_file
-from ldm.checkpoint.folder import INDEX, factor_of
+from ldm.checkpoint.folder import INDEX
 from ldm.checkpoint.networks import build_autoencoder
 from ldm.checkpoint.parts import Node, State
 from ldm.checkpoint.schedules import write_scheduler
-from ldm.checkpoint.writing import backbone_of, stage_of, write_tower
+from ldm.checkpoint.writing import backbone_of, known_stage, stage_of, write_tower
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.dit import DiT, DiTBlock
@@ -70,15 +70,14 @@ def write_pipeline(
     if kind not in PIPELINES or isinstance(backbone, DiT) != (kind[0] == "label"):
         got = f"{config['backbone']['type']} with {kind[0]}"
         raise CheckpointError("diffusers has no such pipeline", got=got, expected="Stable Diffusion, LDM or DiT")
+    if not stage:
+        raise CheckpointError("no first stage to write", hint="--vae")
     pipeline, stage_name = PIPELINES[kind]
     index: Node = {"_class_name": pipeline, "_diffusers_version": "0.42.0"}
-    settings = backbone_settings(backbone, config["size"] // factor_of(stage))
+    settings = backbone_settings(backbone, config["size"] // known_stage(stage).factor)
     name = "transformer" if isinstance(backbone, DiT) else "unet"
     index[name] = write_part(target / name, settings, write_backbone(weights, backbone, "diffusers"), dtype)
-    if stage:
-        index[stage_name] = write_stage(target / stage_name, stage, conditioner, state, notes, dtype)
-    else:
-        raise CheckpointError("no first stage to write", hint="--vae")
+    index[stage_name] = write_stage(target / stage_name, stage, conditioner, state, notes, dtype)
     if node and conditioner and kind[0] != "label":
         tower = write_tower(node, weights_of(conditioner, state), "clip")
         index["text_encoder"] = write_text_encoder(target / "text_encoder", node, tower, dtype)

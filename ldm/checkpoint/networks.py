@@ -33,7 +33,7 @@ def build(function: Any, arguments: Mapping[str, Any], what: str) -> Any:
     try:
         with empty():
             return function(**arguments)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, NotImplementedError) as error:
         raise CheckpointError(f"no {what} has such numbers", got=str(error)) from error
 
 

@@ -20,6 +20,7 @@ from ldm.checkpoint.parts import Node, State, above, under
 from ldm.checkpoint.single import CONFIG, POSITIONS, SCALE
 from ldm.checkpoint.text_keys import write_text
 from ldm.errors import CheckpointError
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.dit import DiT, sincos_positions
 from ldm.models.unet import UNet
 
@@ -69,14 +70,19 @@ def backbone_of(node: Node, state: Mapping[str, Tensor]) -> tuple[UNet | DiT, St
     return network, weights
 
 
+def known_stage(node: Node) -> Autoencoder:
+    """A configuration's first stage without memory, if it is of a kind that others have."""
+    if node["type"] not in ("kl", "vq"):
+        raise CheckpointError("no other program knows this first stage", got=node["type"], expected="kl or vq")
+    return build_autoencoder(node)
+
+
 def stage_of(
     node: Node, state: Mapping[str, Tensor], notes: list[str], conditioner: Node | None = None
 ) -> tuple[Node, State, Tensor]:
     """A first stage as others can express it: configuration, weights, and the one number that scales latents."""
-    if node["type"] not in ("kl", "vq"):
-        raise CheckpointError("no other program knows this first stage", got=node["type"], expected="kl or vq")
     weights = under(state, "autoencoder.")
-    fit(weights, build_autoencoder(node), "first stage")
+    fit(weights, known_stage(node), "first stage")
     if weights["scale"].ndim or weights["shift"].count_nonzero():
         if node["type"] != "kl":
             raise CheckpointError("others have no shift of codes", "autoencoder.shift", hint="our own format")

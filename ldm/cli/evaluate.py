@@ -129,9 +129,8 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     from ldm.metrics.evaluation import Subject
 
     settings = sampling(arguments)
-    path = pipeline.local(arguments.ckpt or pipeline.SHIPPED)
-    vae = None if arguments.vae is None else pipeline.local(arguments.vae)
-    opened, pipe = checkpoint.open(path, vae=vae), None
+    path = arguments.ckpt or pipeline.SHIPPED
+    opened, pipe = checkpoint.open(path, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
     if opened.config.get("backbone"):
         pipe = pipeline.assembled(opened, str(path), device, dtype)

@@ -208,6 +208,8 @@ def check_numbers(arguments: argparse.Namespace, prompts: int) -> None:
 
 def solver_name(name: str) -> str:
     """A solver by one of the names it goes by."""
+    if name in parts.TABLES["solver"]:
+        return name
     known = {**{solver: solver for solver in parts.TABLES["solver"]}, **parts.SAMPLERS}
     plain = re.sub(r"[\s_-]+", "_", name.strip().lower())
     if plain not in known:

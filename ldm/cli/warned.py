@@ -16,11 +16,23 @@ def show_warning(message: Warning | str, *details: Any, **others: Any) -> None:
 
 @contextmanager
 def counting_cuts() -> Iterator[None]:
-    """Warnings in one line each, but for texts that are cut off: they are counted, and it is said once."""
+    """Warnings in one line each, but for captions that are cut off: they are counted, and it is said once."""
     from ldm.conditioning.text import CutOff
 
-    cut: list[Warning | str] = []  # a line for each would be many
-    warnings.showwarning = lambda text, kind, *_: cut.append(text) if kind is CutOff else show_warning(text)
-    yield
-    if cut:
-        show_warning(f"the end of a text is cut off in {len(cut)} captions, as the text encoder reads no more")
+    cut: set[str] = set()
+
+    def show(message: Warning | str, *details: Any, **others: Any) -> None:
+        """Now, or later with others."""
+        if isinstance(message, CutOff):
+            cut.add(message.text)
+        else:
+            show_warning(message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CutOff)
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            if cut:
+                show_warning(f"captions cut off at their ends, as the text encoder reads no more: {len(cut)}")

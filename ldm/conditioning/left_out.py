@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ldm.checkpoint import Opened
+from ldm.checkpoint.hub import on_hub
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.text import Text
-from ldm.conditioning.weights import digest, on_hub
+from ldm.conditioning.weights import digest
 from ldm.errors import CheckpointError
 
 LARGEST = 1_000_000_000  # bytes of an encoder that a checkpoint holds

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.hub import on_hub
 from ldm.checkpoint.rename import refuse
 from ldm.conditioning import weights as stored
 from ldm.conditioning.text import Text
-from ldm.conditioning.tokenizer import Tokenizer, from_folder
+from ldm.conditioning.tokenizer import from_folder
 from ldm.models.layers import check_positive
 
 
@@ -63,8 +64,8 @@ def t5(
     numbers |= {"d_ff": hidden, "vocab_size": vocabulary, "feed_forward_proj": "gated-gelu" if gated else "relu"}
     tokenizer = None
     if named := stored.given(weights):
-        model = load(str(weights), numbers)
-        tokenizer = from_folder(str(weights)) if Path(str(weights)).is_dir() else from_hub(str(weights))
+        folder = place(str(weights))
+        model, tokenizer = load(folder, numbers), from_folder(folder)
     else:
         model = T5EncoderModel(T5Config(**numbers))
     text = Text(T5Tower(model.encoder, length), tokenizer, masked=True, drop=drop)
@@ -73,32 +74,39 @@ def t5(
     return text
 
 
-def load(weights: str, numbers: dict[str, Any]) -> Any:
-    """transformers' T5 from a folder or a hub, if it has the numbers that were asked for, and every weight."""
+def place(weights: str) -> str:
+    """The folder itself, or that of a model on a hub."""
+    if not Path(weights).is_dir() and not on_hub(weights):
+        raise ValueError(f"weights: no such folder; got {weights}; expected a folder, a hub's id or random; try random")
+    return weights if Path(weights).is_dir() else str(stored.hub_folder(weights, model_files))
+
+
+def model_files(names: list[str]) -> list[str]:
+    """Of a repository what transformers opens; some of T5's have pickles alone, which it reads as plain weights."""
+    weights = [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+    weights = weights or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
+    return weights and [name for name in names if "/" not in name and name.endswith((".json", ".model"))] + weights
+
+
+def load(folder: str, numbers: dict[str, Any]) -> Any:
+    """transformers' T5 from a folder, if it has the numbers that were asked for, and every weight."""
     from transformers import AutoConfig, T5EncoderModel
 
-    if not Path(weights).is_dir() and not stored.on_hub(weights):
-        raise ValueError(f"weights: no such folder; got {weights}; expected a folder, a hub's id or random; try random")
-    config = pretrained(AutoConfig, weights)
+    config = pretrained(AutoConfig, folder)
     for name, value in numbers.items():
         if getattr(config, name, None) != value:
             got, expected = getattr(config, name, None), f"{value}, as configured"
-            raise ValueError(f"weights: another T5; got {name} = {got} in {weights}; expected {expected}")
-    model, report = pretrained(T5EncoderModel, weights, output_loading_info=True)
+            raise ValueError(f"weights: another T5; got {name} = {got} in {folder}; expected {expected}")
+    model, report = pretrained(T5EncoderModel, folder, output_loading_info=True)
     refuse("tensors are missing", sorted(report["missing_keys"]))
     return model.float()  # transformers leaves it as the file has it
 
 
-def pretrained(kind: Any, weights: str, **options: Any) -> Any:
-    """Something of transformers from a folder, or from a hub where there is no such folder."""
+def pretrained(kind: Any, folder: str, **options: Any) -> Any:
+    """Something of transformers from a folder."""
     try:
         with torch.device("cpu"):  # transformers reads nothing where networks are made without memory
-            return kind.from_pretrained(weights, local_files_only=Path(weights).is_dir(), **options)
+            return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"weights: cannot be read; got {weights}: {reason}; expected a T5; try a folder") from error
-
-
-def from_hub(identity: str) -> Tokenizer:
-    """The tokenizer of a model on a hub."""
-    return from_folder(stored.snapshot(identity, ["tokenizer*", "spiece.model", "special_tokens*"]))
+        raise ValueError(f"weights: cannot be read; got {folder}: {reason}; expected a T5; try a folder") from error

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 class CutOff(UserWarning):
     """The end of a text is not read."""
 
+    def __init__(self, message: str, text: str):
+        super().__init__(message)
+        self.text = text
+
 
 class Text(Conditioner):
     """Captions through a tokenizer and a text encoder, in one or more chunks of the encoder's length.
@@ -167,7 +171,8 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: in
         if len(ids) > own * chunks:
             lost = tokenizer.decode(ids[own * chunks :])
             limit = f"{own * chunks} tokens are read of {len(ids)}"
-            warnings.warn(f"the end of a text is cut off: {limit}; lost: {lost!r}", CutOff, stacklevel=2)
+            message = f"the end of a text is cut off: {limit}; lost: {lost!r}"
+            warnings.warn(CutOff(message, text), stacklevel=2)
         row = []
         for number in range(chunks):
             chunk = [*start, *ids[number * own : (number + 1) * own], tokenizer.end]

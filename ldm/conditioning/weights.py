@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.checkpoint.files import raw
+from ldm.checkpoint.hub import brought, on_hub
 from ldm.checkpoint.text_keys import find_text, read_text
 from ldm.errors import CheckpointError
 from ldm.models.transformer import TextTransformer
@@ -16,43 +16,12 @@ from ldm.models.transformer import TextTransformer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILES = ("model.safetensors", "open_clip_model.safetensors", "text_encoder/model.safetensors")
-ASKED = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors", FILES[0]]  # of a hub's models
-UNREAD, VARIANTS = ["safety_checker/*", "image_encoder/*"], ["*.*.safetensors"]  # those in fp16, or not averaged
 
 
 def given(weights: str | None) -> bool:
     """Whether there is anything to read."""
     return weights not in (None, "random")
-
-
-def on_hub(weights: str) -> bool:
-    """Whether this is a hub's id: it looks like one, and is nothing that lies here."""
-    return HUB_ID.fullmatch(weights) is not None and not Path(weights).exists()
-
-
-def local(path: str | Path) -> Path:
-    """The file or folder itself; a hub is asked only for what looks like its id and is not here."""
-    if not on_hub(str(path)):
-        return Path(path)
-    folder = snapshot(str(path), ASKED, UNREAD + VARIANTS)
-    if not all(next(part.parent.glob("*.safetensors"), None) for part in folder.rglob("config.json")):
-        folder = snapshot(str(path), ASKED, UNREAD)
-    pipeline = (folder / "model_index.json").is_file()
-    return folder / FILES[0] if not pipeline and (folder / FILES[0]).is_file() else folder
-
-
-def snapshot(identity: str, asked: list[str], ignored: list[str] | None = None) -> Path:
-    """The folder in the hub's cache with those files of a model that are asked for; without a network, as it is."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(identity, allow_patterns=asked, ignore_patterns=ignored))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        expected = "a file, a folder or a hub's id"
-        raise CheckpointError("neither here nor to be had from a hub", identity, expected=expected) from error
 
 
 def digest(encoder: nn.Module) -> str:
@@ -93,15 +62,16 @@ def find(weights: str) -> Path:
 
 
 def fetch(identity: str) -> Path:
-    """The file of a model on a hub, through its cache: transformers' kind of file, or open_clip's."""
-    with suppress(CheckpointError):
-        for name in FILES:
-            if (file := snapshot(identity, [name]) / name).is_file():
-                return file
-    raise ValueError(
-        f"weights: neither here nor to be had from a hub; got {identity}; expected a folder, a file or a hub's id; "
-        "try a folder that has the weights"
-    )
+    """The file of a model on a hub: transformers' kind, or open_clip's."""
+    return find(str(hub_folder(identity, lambda names: [name for name in FILES if name in names][:1])))
+
+
+def hub_folder(identity: str, chosen: Callable[[list[str]], list[str]]) -> Path:
+    """The folder of a model on a hub, or an error about the setting that names it."""
+    try:
+        return brought(identity, chosen)
+    except CheckpointError as error:
+        raise ValueError(f"weights: {error}; try a folder that has the weights") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:

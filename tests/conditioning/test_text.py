@@ -323,10 +323,9 @@ def test_weights_that_are_not_there_are_refused(tmp_path, hub, monkeypatch):
     )
     assert refusal(lambda: clip(**CLIP, weights=missing)) == expected
     assert refusal(lambda: clip(**CLIP, weights="./runs/clip")) == expected.replace(missing, "./runs/clip")
-    expected = (
-        "weights: neither here nor to be had from a hub; got nobody/clip; expected a folder, a file or a hub's id; "
-    )
-    assert refusal(lambda: clip(**CLIP, weights="nobody/clip")) == expected + "try a folder that has the weights"
+    said = refusal(lambda: clip(**CLIP, weights="nobody/clip"))
+    assert said.startswith("weights: neither here nor to be had from a hub (nobody/clip); got Cannot reach ")
+    assert said.endswith("; expected a file, a folder or a hub's id; try a folder that has the weights")
     expected = f"weights: nothing in the folder; got {tmp_path}; expected model.safetensors; try another folder"
     assert refusal(lambda: clip(**CLIP, weights=str(tmp_path))) == expected
     expected = f"weights: no such folder; got {missing}; expected a folder, a hub's id or random; try random"
