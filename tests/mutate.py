@@ -150,6 +150,11 @@ SABOTAGES = [
     Sabotage("evaluation: pictures finer than files", "ldm/metrics/features.py", "* 127.5).round() / 127.5", "* 127.5) / 127.5", "tests/metrics/test_features.py"),
     Sabotage("evaluation: rows in the order of ranks", "ldm/metrics/sharing.py", "[done[number] for number in range(len(batches))]", "list(done.values())", "tests/metrics/test_sharing.py"),
     Sabotage("files: a rounded first stage keeps its old name", "ldm/checkpoint/native.py", "fingerprint(config[\"autoencoder\"], rounded(own, dtype))", "fingerprint(config[\"autoencoder\"], own)", "tests/checkpoint/test_files.py"),
+    Sabotage("hub: all copies of the weights come", "ldm/checkpoint/hub.py", "(plain or half or weights)", "weights", "tests/test_hub.py"),
+    Sabotage("hub: a missing file is asked for", "ldm/checkpoint/hub.py", " and not name.endswith(WEIGHTS)", "", "tests/test_hub.py"),
+    Sabotage("hub: a folder's hash is of all that lies there", "ldm/checkpoint/folder.py", "files = [file for part in WEIGHTED if part in parts for file in weights_of(folder / part)]", "files = sorted(folder.glob('*/*.safetensors'))", "tests/test_hub.py"),
+    Sabotage("own first stage: its latents are not counted", "ldm/checkpoint/__init__.py", "if latent not in (None, offered):", "if False:", "tests/test_extending.py"),
+    Sabotage("captions cut off: counted by what is lost", "ldm/cli/warned.py", "cut.add(message.text)", "cut.add(str(message))", "tests/cli/test_warned.py"),
 ]  # fmt: skip
 
 

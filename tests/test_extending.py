@@ -92,21 +92,47 @@ def test_the_first_stage_of_the_page_trains_is_converted_and_used(plugged, tmp_p
     assert opened.config["fingerprint"] != checkpoint.open(file).config["fingerprint"]
     assert opened.config["fingerprint"] == fingerprint(opened.config["autoencoder"], opened.state)
     assert main(["train-ldm", "--config", "scenes", *plugin, f"autoencoder={half}", *SMALL, "--dry-run"]) == 0
-    swapped = checkpoint.open(SHIPPED, vae=half)
-    assert swapped.config["autoencoder"]["type"] == "light"
-    assert main(["convert", file, str(tmp_path / "folder"), "--to", "diffusers"]) == 4
+    whole = ["--vae", half, *plugin]
+    assert main(["sample", *whole, "--prompt", "a red cube", "--steps", "1", "--out", str(tmp_path / "out")]) == 0
+    assert len([*(tmp_path / "out").glob("*.png")]) == 1
+    assert main(["convert", file, str(tmp_path / "x.safetensors"), "--to", "compvis"]) == 4
     assert "error: no other program knows this first stage; got light; expected kl or vq" in capsys.readouterr().err
 
 
+def test_a_first_stage_of_other_latents_is_refused(plugged, tmp_path, capsys):
+    train = ["train-autoencoder", "--config", "scenes", "--plugin", "my_first_stage", *SMALL]
+    assert main([*train, "autoencoder={type: light, latent: 3}", "--run-dir", str(tmp_path)]) == 0
+    sample = [
+        "sample",
+        "--plugin",
+        "my_first_stage",
+        "--vae",
+        str(tmp_path / "model.safetensors"),
+        "--prompt",
+        "a cube",
+    ]
+    assert main(sample) == 4
+    assert "error: another model's first stage" in (said := capsys.readouterr().err)
+    assert "got 3 latent channels; expected 4" in said
+
+
 def test_a_sampler_of_ones_own_is_asked_for_by_its_name(plugged, tmp_path):
-    text = 'from ldm.diffusion.solvers import euler as mine\nPARTS = {"solver": {"mine": "my_sampler:mine"}}\n'
+    text = 'from ldm.diffusion.solvers import euler as mine\nPARTS = {"solver": {"My-Own": "my_sampler:mine"}}\n'
     (tmp_path / "my_sampler.py").write_text(text)
     argv = ["sample", "--prompt", "a red cube", "--steps", "2", "--out"]
-    assert main([*argv, str(tmp_path / "own"), "--plugin", "my_sampler", "--sampler", "mine"]) == 0
+    assert main([*argv, str(tmp_path / "own"), "--plugin", "my_sampler", "--sampler", "My-Own"]) == 0
     assert main([*argv, str(tmp_path / "ours"), "--sampler", "euler"]) == 0
     (own,), (ours,) = (tmp_path.glob(f"{folder}/*.png") for folder in ("own", "ours"))
     assert pictures.read(own).tobytes() == pictures.read(ours).tobytes()
     sys.modules.pop("my_sampler", None)
+
+
+def test_a_name_that_a_module_does_not_have_is_said(plugged, tmp_path, capsys):
+    (tmp_path / "my_first_stage.py").write_text(FIRST_STAGE.replace(":Light", ":Lihgt"))
+    argv = ["train-autoencoder", "--config", "scenes", "--plugin", "my_first_stage", "autoencoder={type: light}"]
+    assert main(argv) == 2
+    said = "error: no such part (my_first_stage); got Lihgt; expected a name in this module; try Light\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_loop_of_the_readme_learns():

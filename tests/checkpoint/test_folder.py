@@ -377,3 +377,12 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path):
     assert refusal(lambda: checkpoint.write_diffusers(folder, *make("vq"))) == expected
     assert same(checkpoint.open(folder).state, make("kl")[1])
     assert set(PIPELINES) | {"ldm_text", "ldm_class", "ldm_kl", "kl", "vq"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", ["sd1", "kl"])
+def test_a_first_stage_of_a_user_s_own_is_refused(name, tmp_path):
+    config, state = make(name)
+    config = {**config, "autoencoder": {"type": "mine"}}
+    with pytest.raises(CheckpointError, match="no other program knows this first stage; got mine; expected kl or vq"):
+        checkpoint.write_diffusers(tmp_path / "folder", config, state)
+    assert not (tmp_path / "folder").exists()
