@@ -11,16 +11,8 @@ from ldm import checkpoint, pipeline
 from ldm.checkpoint import hub
 from ldm.checkpoint.folder import weights_of
 from ldm.errors import CheckpointError
-from tests import small_models
 
 SD1 = "Stable Diffusion 1, diffusers folder"
-
-
-@pytest.fixture(scope="module")
-def sd1_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd1")
-    small_models.stable_diffusion().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

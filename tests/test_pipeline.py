@@ -45,13 +45,6 @@ def opened(tmp_path):
     return opened
 
 
-@pytest.fixture(scope="module")
-def sd1_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd1")
-    small_models.stable_diffusion().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def sd1(sd1_folder):
     return pipeline.load(sd1_folder, device="cpu")
