@@ -22,23 +22,23 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import assemble
-from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema, DiffusionSchema
-from ldm.conditioning.left_out import LARGEST, encoders
+from ldm.conditioning.external import LARGEST, encoders
 from ldm.conditioning.text import Text
-from ldm.config import Config
-from ldm.data.sampler import Ask
-from ldm.data.scenes import Scenes
+from ldm.config import schema as configuration
+from ldm.config.schema import Config
+from ldm.data.sampler import SampleId
 from ldm.losses.perceptual import FeatureDistance
 from ldm.models.empty import empty
 from ldm.models.lpips import LPIPS
-from ldm.training.autoencoder import AutoencoderStage
-from ldm.training.building import settings
-from ldm.training.latent_diffusion import LatentDiffusionStage
+from ldm.scenes import Scenes
+from ldm.training.loop import Stage
 from ldm.training.needs import remembered, size, without_checkpointing
+from ldm.training.recipes.autoencoder import AutoencoderStage
+from ldm.training.recipes.diffusion import LatentDiffusionStage
 from ldm.training.run import disk_needed
-from ldm.training.sampling import Samples
-from ldm.training.stage import Stage
+from ldm.training.sample_grid import SampleGrid
+from ldm.training.setup import settings
 
 ROOT = Path(__file__).parent.parent / "configs"
 STAGES = {"autoencoder": "First stages", "ldm": "Second stages"}
@@ -74,9 +74,9 @@ class Source:
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """As a training's."""
-        return {**self.scenes.batch(asks, seed), "label": torch.zeros(len(asks), dtype=torch.int64)}
+        return {**self.scenes.batch(sample_ids, seed), "label": torch.zeros(len(sample_ids), dtype=torch.int64)}
 
 
 class Cost(NamedTuple):
@@ -145,7 +145,7 @@ def second_stage(file: Path) -> LatentDiffusionStage:
         if isinstance(module, Text) and module.tokenizer is None:
             module.learn(["a large green cone"])  # which words do not change the count
     weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
-    samples = Samples(config, model.denoiser.path)
+    samples = SampleGrid(config, model.denoiser.path)
     stage = LatentDiffusionStage(model=model, level=level, weight=weight, samples=samples, **common(config))
     stage.left_out = tuple(x.place for x in large)
     return stage
@@ -172,7 +172,7 @@ def cost_of(stage: Stage) -> Cost:
 
 def sample(stage: Stage) -> dict[str, Any]:
     """The first one, on the meta device."""
-    return stage.transfer_batch_to_device(stage.data.batch([Ask(0, 0, 0)], stage.seed), torch.device("meta"), 0)
+    return stage.transfer_batch_to_device(stage.data.batch([SampleId(0, 0, 0)], stage.seed), torch.device("meta"), 0)
 
 
 def no_autocast() -> Any:

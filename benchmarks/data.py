@@ -36,8 +36,8 @@ from ldm.data.images import Images
 from ldm.data.latents import FORMAT, MANIFEST, Latents
 from ldm.data.loader import Data, Loader, loader
 from ldm.data.sampler import grouped
-from ldm.data.scenes import Scenes
 from ldm.pictures import to_float
+from ldm.scenes import Scenes
 from tests.data.photographs import encoded, photograph
 
 SIDE, BATCH = 256, 16

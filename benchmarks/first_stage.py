@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ldm import checkpoint, pictures
 from ldm.checkpoint.networks import autoencoder_of
-from ldm.checkpoint.pretrained import judge
-from ldm.data.scenes import draw, render
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
-from ldm.metrics.scenes import score, tally
 from ldm.models.autoencoder import Autoencoder
+from ldm.scenes import draw, render
+from ldm.scenes.pretrained import judge
+from ldm.scenes.scoring import score, tally
 
 BATCH, SIZE, SEED, ROWS = 50, 64, 1, 4
 WIDTH, HEIGHT, LEFT, DOWN = 420, 260, 44, 24  # of a plot, in pixels, and its margins
@@ -41,8 +41,8 @@ class Measured(NamedTuple):
 
 def first_stage(run: Path) -> Autoencoder:
     """The autoencoder of a run."""
-    opened = checkpoint.open(run / "model.safetensors")
-    return autoencoder_of(opened.config["autoencoder"], opened.state)
+    loaded = checkpoint.open(run / "model.safetensors")
+    return autoencoder_of(loaded.config["autoencoder"], loaded.state)
 
 
 def reconstructed(autoencoder: Autoencoder, x: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ def report(name: str, rounds: list[list[float]]) -> None:
     ours = statistics.median(t for a, _, _, d in rounds for t in (a, d))
     theirs = statistics.median(t for _, b, c, _ in rounds for t in (b, c))
     ratios = [(a + d) / (b + c) for a, b, c, d in rounds]
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {len(rounds)} rounds"
-    print(f"  {name:6} ratio {statistics.median(ratios):.3f} ({spread}); {ours:.2f} s, diffusers {theirs:.2f} s")
+    evenly_spaced = f"{min(ratios):.3f} to {max(ratios):.3f} in {len(rounds)} rounds"
+    print(f"  {name:6} ratio {statistics.median(ratios):.3f} ({evenly_spaced}); {ours:.2f} s, diffusers {theirs:.2f} s")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 import torch
 
-from ldm.data.scenes import captions, draw, render
+from ldm.scenes import captions, draw, render
 
 
 def rate(size: int, seconds: float, device: str, batch: int, first: int = 0) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import assemble
-from ldm.training.latent_diffusion import LatentDiffusionStage, build
+from ldm.training.recipes.diffusion import LatentDiffusionStage, build
 
 CONFIG = Path(__file__).parent.parent / "configs/ldm/scenes.yaml"
 BATCH = 100
@@ -53,23 +53,23 @@ def gaussians(z: Tensor) -> dict[str, Gaussian]:
 @torch.no_grad()
 def latents(stage: LatentDiffusionStage, count: int) -> Tensor:
     """(N, D) of the first training scenes."""
-    asks = [(i, i, 0) for i in range(count)]
-    batches = (stage.data.batch(asks[k : k + BATCH], stage.seed) for k in range(0, count, BATCH))
+    sample_ids = [(i, i, 0) for i in range(count)]
+    batches = (stage.data.batch(sample_ids[k : k + BATCH], stage.seed) for k in range(0, count, BATCH))
     return torch.cat([stage.latents(batch).flatten(1) for batch in batches]).double()
 
 
 @torch.no_grad()
 def loss(stage: LatentDiffusionStage) -> Tensor:
     """(N,) over training's levels."""
-    batches = (stage.fetched(stage.by_level.data, asks) for asks in stage.by_level.batches)
-    return torch.cat([stage.by_level.losses(stage, batch)["loss"].double() for batch in batches])
+    batches = (stage.fetched(stage.loss_by_level.data, sample_ids) for sample_ids in stage.loss_by_level.batches)
+    return torch.cat([stage.loss_by_level.losses(stage, batch)["loss"].double() for batch in batches])
 
 
 def compare(file: Path, count: int, images: int) -> None:
     """A line for the model and each Gaussian, with the standard error of the difference."""
     overrides = [f"autoencoder={file}", f"trainer.validate_images={images}"]
-    config, opened = assemble.load(CONFIG, overrides, assemble.DiffusionSchema)
-    stage = build(config, opened, init_from=str(file)).eval()
+    config, loaded = assemble.load(CONFIG, overrides, assemble.DiffusionSchema)
+    stage = build(config, loaded, init_from=str(file)).eval()
     found = loss(stage)
     print(f"loss of the model: {found.mean():.4f} on {len(found)} unseen scenes")
     for name, gaussian in gaussians(latents(stage, count)).items():

@@ -39,7 +39,7 @@ from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import clip
 from ldm.data.loader import loader
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import linear, scaled_linear
 from ldm.diffusion.prediction import Eps, LearnedRange
@@ -50,9 +50,9 @@ from ldm.models.autoencoder import Autoencoder, kl
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 from ldm.training.ema import EMA
-from ldm.training.latent_diffusion import DENOISER, LatentDiffusionStage
 from ldm.training.needs import Needs, Waiting, size
 from ldm.training.optimizers import adamw, constant
+from ldm.training.recipes.diffusion import DENOISER, LatentDiffusionStage
 from ldm.training.trainer import Plan
 from ldm.training.utilisation import peak_of
 
@@ -113,12 +113,12 @@ class Ready:
     def __len__(self) -> int:
         return BATCHES * self.batch_size
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
-        index = torch.tensor([ask.index for ask in asks])
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
+        index = torch.tensor([sample_id.index for sample_id in sample_ids])
         batch: dict[str, Any] = {name: x[index] for name, x in self.columns.items()}
         if self.tokens is not None:
             batch["states"] = {"caption": {"tokens": self.tokens[index]}}
-        return batch | {"number": torch.tensor([ask.number for ask in asks]), "index": index}
+        return batch | {"number": torch.tensor([sample_id.number for sample_id in sample_ids]), "index": index}
 
 
 def cached(shape: Shape, width: int = 512) -> Ready:

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ldm import checkpoint
-from ldm import config as configuration
-from ldm.checkpoint import Opened, load_weights
-from ldm.conditioning import left_out
+from ldm.checkpoint import Checkpoint, load_weights
+from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import carriers
 from ldm.conditioning.tokenizer import carried
-from ldm.config import Config, Part, stored
+from ldm.config import schema as configuration
+from ldm.config.schema import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
 from ldm.diffusion.solvers import Step, check
@@ -101,56 +101,56 @@ def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()
     return stored(known, origin, overrides, Schema)
 
 
-def load(file: str | FilePath, overrides: Sequence[str], schema: type) -> tuple[Config, dict[str, Opened]]:
+def load(file: str | FilePath, overrides: Sequence[str], schema: type) -> tuple[Config, dict[str, Checkpoint]]:
     """A configuration where `autoencoder: PATH` or `conditioner: PATH` is what a checkpoint has there, and these."""
-    opened: dict[str, Opened] = {}
+    loaded: dict[str, Checkpoint] = {}
 
     def resolve(key: str, path: str) -> Any:
         """The node of a checkpoint in the place of its path."""
         if key not in ("autoencoder", "conditioner"):
             return path
-        opened[key] = checkpoint.open(path)
-        if not opened[key].config.get(key):
-            raise CheckpointError(f"{key}: none inside", path, opened[key].family, "a checkpoint with one")
-        return opened[key].config[key]
+        loaded[key] = checkpoint.open(path)
+        if not loaded[key].config.get(key):
+            raise CheckpointError(f"{key}: none inside", path, loaded[key].family, "a checkpoint with one")
+        return loaded[key].config[key]
 
-    return configuration.load(file, overrides, schema, resolve), opened
+    return configuration.load(file, overrides, schema, resolve), loaded
 
 
-def check_first_stage(config: Config, opened: Mapping[str, Opened]) -> None:
+def check_first_stage(config: Config, loaded: Mapping[str, Checkpoint]) -> None:
     """Refuse a first stage that nobody has trained."""
-    if config["autoencoder"] and "autoencoder" not in opened:
+    if config["autoencoder"] and "autoencoder" not in loaded:
         node, expected = config["autoencoder"]["type"], "the path of a checkpoint"
         raise config.source.error("autoencoder: has no weights", "autoencoder", got=node, expected=expected)
 
 
 def check_encoders(config: Config, conditioner: Conditioner | None) -> None:
     """Refuse a frozen text encoder that neither a name nor a checkpoint filled; random weights have to be asked for."""
-    for key, _, text in left_out.encoders(conditioner):
+    for key, _, text in external.encoders(conditioner):
         if text.unfilled:
             what, expected = f"{key}: missing, and the encoder is not trained", "a folder, a file, a hub's id or random"
             raise config.source.error(what, key, got="none", expected=expected, hint=f"{key}=FOLDER")
 
 
-def model(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> Model:
+def model(config: Config, loaded: Mapping[str, Checkpoint] = MappingProxyType({})) -> Model:
     """All networks of a configuration; under `torch.device("meta")`, without memory for their weights."""
-    autoencoder, conditioner = encoders(config, opened)
+    autoencoder, conditioner = encoders(config, loaded)
     channels = config["channels"] if autoencoder is None else autoencoder.latent_channels
     told = {name: getattr(conditioner, name, None) for name in ("context", "pooled", "classes")}
     extra = 0 if conditioner is None else conditioner.concat_channels
     return Model(denoiser(config, in_channels=channels, extra_channels=extra, **told), conditioner, autoencoder)
 
 
-def encoders(config: Config, opened: Mapping[str, Opened] = MappingProxyType({})) -> Encoders:
+def encoders(config: Config, loaded: Mapping[str, Checkpoint] = MappingProxyType({})) -> Encoders:
     """The encoders of a configuration, with the weights of what was opened for them."""
 
     def build(key: str, **given: Any) -> Any:
         """One of the two; what a checkpoint fills needs no first numbers."""
-        if not config[key] or key not in opened:
+        if not config[key] or key not in loaded:
             return config.build(key, **given) if config[key] else None
         with empty():
             module = config.build(key, **given)
-        fill_part(module, opened[key], key)
+        fill_part(module, loaded[key], key)
         return module.float()
 
     autoencoder = build("autoencoder")
@@ -166,7 +166,7 @@ def first_stage(autoencoder: Autoencoder | None, channels: int) -> dict[str, Any
     return {name: getattr(autoencoder, name) for name in names}
 
 
-def fill(model: Model, opened: Opened) -> None:
+def fill(model: Model, loaded: Checkpoint) -> None:
     """Give a model without memory the weights of an opened checkpoint."""
     modules = {
         "backbone": model.denoiser.backbone,
@@ -175,29 +175,29 @@ def fill(model: Model, opened: Opened) -> None:
     }
     for prefix, module in modules.items():
         if module is not None:
-            fill_part(module, opened, prefix)
+            fill_part(module, loaded, prefix)
 
 
-def fill_part(module: nn.Module, opened: Opened, prefix: str) -> None:
+def fill_part(module: nn.Module, loaded: Checkpoint, prefix: str) -> None:
     """Give a network its weights, and its tokenizer if it reads text; it has read by name what the file leaves out."""
-    load_weights(module, left_out.whole(opened, module).state if prefix == "conditioner" else opened.state, prefix)
-    for encoder in left_out.encoders(module):
+    load_weights(module, external.whole(loaded, module).state if prefix == "conditioner" else loaded.state, prefix)
+    for encoder in external.encoders(module):
         encoder.text.unfilled = False
-        if encoder.key not in opened.config.get("left_out", ()):
+        if encoder.key not in loaded.config.get("left_out", ()):
             encoder.text.weights = None  # they are the file's now
     for text in carriers(module):
-        if opened.tokenizer is not None:
-            text.use(carried(opened.tokenizer))
+        if loaded.tokenizer is not None:
+            text.use(carried(loaded.tokenizer))
 
 
-def whole(opened: Opened, overrides: Sequence[str]) -> Opened:
+def whole(loaded: Checkpoint, overrides: Sequence[str]) -> Checkpoint:
     """A checkpoint with the encoders that it leaves out, found by name or where the overrides say."""
-    if not opened.config.get("left_out"):
-        return opened
+    if not loaded.config.get("left_out"):
+        return loaded
     with empty():
-        conditioner = encoders(configure(opened.config, str(opened.files[0]), overrides)).conditioner
+        conditioner = encoders(configure(loaded.config, str(loaded.files[0]), overrides)).conditioner
     assert conditioner is not None
-    return left_out.whole(opened, conditioner)
+    return external.whole(loaded, conditioner)
 
 
 def denoiser(config: Config, **shapes: Any) -> Denoiser:

@@ -49,7 +49,7 @@ class Placed:
             network.to(device)
 
     @contextmanager
-    def at_work(self, *networks: nn.Module | None) -> Iterator[None]:
+    def on_device(self, *networks: nn.Module | None) -> Iterator[None]:
         """Where networks that are offloaded have their weights on the device."""
         with ExitStack() as stack:
             for network in filter(None, networks if self.offload else ()):
@@ -61,7 +61,7 @@ class Placed:
         """What the networks compute in, by the name that `load` takes."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
-    def moved(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         """On the device."""
         return x.to(self.device)
 

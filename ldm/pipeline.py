@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import assemble, checkpoint, parts, pictures
+from ldm import assemble, checkpoint, pictures
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import unguided
+from ldm.conditioning.external import whole
 from ldm.conditioning.layout import read_boxes
-from ldm.conditioning.left_out import whole
 from ldm.conditioning.text import Text, text_in
-from ldm.config import Config
+from ldm.config import parts
+from ldm.config.schema import Config
 from ldm.devices import Placed, placement
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
@@ -81,11 +82,11 @@ class Pipeline(Placed):
         config: Config,
         device: torch.device,
         dtype: torch.dtype | None = None,
-        opened: checkpoint.Opened | None = None,
+        loaded: checkpoint.Checkpoint | None = None,
         offload: bool = False,
     ):
         self.denoiser, self.conditioner, self.autoencoder = model
-        self.config, self.opened = config, opened
+        self.config, self.loaded = config, loaded
         self.factor = 1 if self.autoencoder is None else self.autoencoder.factor
         self.channels = config["channels"] if self.autoencoder is None else self.autoencoder.latent_channels
         for module in filter(None, model):
@@ -210,7 +211,7 @@ class Pipeline(Placed):
         noise, finite = self.noise(requests, recipe), []
         with self.autocast():
             x, denoise, kept = self.begin(noise(), requests, recipe)
-            with self.at_work(self.denoiser):
+            with self.on_device(self.denoiser):
                 for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
                     finite.append(step.x.isfinite().all())
                     if on_step is not None:
@@ -245,8 +246,8 @@ class Pipeline(Placed):
         if self.conditioner is None:
             return None
         batch = self.batch(requests, recipe, [r.prompt for r in requests])
-        with self.at_work(self.conditioner, self.autoencoder):
-            return self.conditioner(batch).map(self.moved)
+        with self.on_device(self.conditioner, self.autoencoder):
+            return self.conditioner(batch).map(self.to_device)
 
     def check(self, requests: Sequence[Request]) -> None:
         """Refuse what this model would not read."""
@@ -272,8 +273,8 @@ class Pipeline(Placed):
         texts = [name for name, leaf in self.conditioner.leaves() if isinstance(leaf, Text)]
         drop = {part: unsaid if part in texts else torch.ones_like(unsaid) for part in guided}
         batch = self.batch(requests, recipe, [request.negative or request.prompt for request in requests])
-        with self.at_work(self.conditioner, self.autoencoder):
-            return self.conditioner(batch, drop).map(self.moved)
+        with self.on_device(self.conditioner, self.autoencoder):
+            return self.conditioner(batch, drop).map(self.to_device)
 
     def batch(self, requests: Sequence[Request], recipe: Recipe, captions: list[str]) -> dict[str, Any]:
         """The requests as a conditioner reads them."""
@@ -291,36 +292,36 @@ class Pipeline(Placed):
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
         for name in ENCODED & batch.keys():
-            batch[name] = self.moved(batch[name])
+            batch[name] = self.to_device(batch[name])
         return batch
 
     def to_diffusers(self):
         """The same model as a pipeline of diffusers, with the weights of the opened file, and what it leaves out."""
-        if self.opened is None:
+        if self.loaded is None:
             raise InputError("to_diffusers: needs a pipeline that was loaded from a file", hint="ldm.load(PATH)")
         from diffusers import DiffusionPipeline
 
-        opened = whole(self.opened, self.conditioner) if self.conditioner else self.opened
+        loaded = whole(self.loaded, self.conditioner) if self.conditioner else self.loaded
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
             text = text_in(self.conditioner)
             tokenizer = text.known() if text else None
-            checkpoint.write_diffusers(target, self.config.values, opened.state, tokenizer)
+            checkpoint.write_diffusers(target, self.config.values, loaded.state, tokenizer)
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """Pictures in [-1, 1] to what is sampled, at once or by tiles of so many latents a side."""
-        x = self.moved(images)
+        x = self.to_device(images)
         if self.autoencoder is None:
             return x
-        with self.at_work(self.autoencoder):
+        with self.on_device(self.autoencoder):
             return tiled_encode(self.autoencoder, x, tile)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """What was sampled to pictures in [-1, 1], likewise; in float32 where half precision overflows."""
         if self.autoencoder is None:
             return latents
-        with self.at_work(self.autoencoder):
+        with self.on_device(self.autoencoder):
             with self.autocast():
                 images = tiled_decode(self.autoencoder, latents, tile)
             with torch.autocast(self.device.type, enabled=False):
@@ -354,12 +355,12 @@ def load(
     if offload and where.type == "cpu":
         raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
     path = SHIPPED if path is None else path
-    opened = checkpoint.open(path, vae=vae)
-    return assembled(opened, str(path), where, dtype, overrides, offload)
+    loaded = checkpoint.open(path, vae=vae)
+    return assembled(loaded, str(path), where, dtype, overrides, offload)
 
 
 def assembled(
-    opened: checkpoint.Opened,
+    loaded: checkpoint.Checkpoint,
     path: str,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -367,14 +368,14 @@ def assembled(
     offload: bool = False,
 ) -> Pipeline:
     """What was opened, made ready to sample."""
-    if opened.config.get("backbone") is None:
+    if loaded.config.get("backbone") is None:
         raise CheckpointError("a first stage alone makes no pictures", path, "an autoencoder", hint="it as --vae")
-    config = assemble.configure(opened.config, path, overrides)
-    channels = checkpoint.latents(opened)
+    config = assemble.configure(loaded.config, path, overrides)
+    channels = checkpoint.latents(loaded)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
         raise CheckpointError("no first stage inside to make pictures of latents", path, got, hint="--vae PATH")
     with empty():
         model = assemble.model(config)
-    assemble.fill(model, opened)
-    return Pipeline(model, config, device, dtype, opened, offload)
+    assemble.fill(model, loaded)
+    return Pipeline(model, config, device, dtype, loaded, offload)

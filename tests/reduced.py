@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm import configfile
+from ldm.config import files
 
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = {file.stem: file for file in sorted((ROOT / "ldm").glob("*.yaml"))}
@@ -26,7 +26,7 @@ LEFT = {"depth", "checkpointing", "head_width", "vocabulary", "width"}  # only w
 
 def written(name: str) -> dict[str, Any]:
     """A configuration as its file says it, read as the package reads it: YAML 1.1 takes 1e-3 for a word."""
-    return configfile.read(FILES[name], []).values
+    return files.read(FILES[name], []).values
 
 
 def stage_of(name: str) -> str:

@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ldm import pictures, pipeline
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.devices import visiting
+from ldm.distributed import Rank
 from ldm.pipeline import Pipeline, Request
-from ldm.training.autoencoder import AutoencoderStage
-from ldm.training.ranks import Rank
+from ldm.training.recipes.autoencoder import AutoencoderStage
 from tests import small_models
 from tests.test_pipeline import PROMPT, SIZE, mask, picture
 from tests.training import second_stage, test_autoencoder
@@ -26,7 +26,7 @@ from tests.training.test_latent_diffusion_loss import CONDITIONS, TEXT
 
 __all__ = ["toy_data"]
 
-GPU, ASKED = torch.device("cuda", 0), [Ask(i, i, 0) for i in range(8)]
+GPU, ASKED = torch.device("cuda", 0), [SampleId(i, i, 0) for i in range(8)]
 INPAINTING, EDITING = "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"
 MODELS = {
     "text": (small_models.stable_diffusion, {}),
@@ -116,7 +116,7 @@ def test_no_training_of_a_denoiser_meets_them(conditioner, adds, pretended, tmp_
     with visiting(stage, GPU):
         loss, report = stage.loss(batch, ("denoiser",))
         assert {x.device for x in (loss, *report.values())} == {GPU}
-        assert {x.device for x in stage.by_level.losses(stage, batch).values()} == {GPU}
+        assert {x.device for x in stage.loss_by_level.losses(stage, batch).values()} == {GPU}
 
 
 @pytest.mark.parametrize("more", [[], VQ, ["loss.perceptual=judge"]], ids=["KL", "VQ", "judge"])

@@ -94,8 +94,8 @@ def test_log_normal_on_a_table_means_its_steps():
 
 
 def test_shift_moves_uniform_times_towards_the_noise():
-    plain, moved = (times.Uniform(shift=s)(path.Flow(), even(99)).sigma for s in (1.0, 3.0))
-    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
+    plain, to_device = (times.Uniform(shift=s)(path.Flow(), even(99)).sigma for s in (1.0, 3.0))
+    torch.testing.assert_close(to_device, 3 * plain / (1 + 2 * plain))
 
 
 def test_each_use_has_a_stream_of_its_own():

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import checkpoint, parts, pictures
+from ldm import checkpoint, pictures
 from ldm.checkpoint.networks import fingerprint
 from ldm.cli import main
+from ldm.config import parts
 from ldm.pipeline import SHIPPED
 
 ROOT = Path(__file__).parent.parent
@@ -88,9 +89,9 @@ def test_the_first_stage_of_the_page_trains_is_converted_and_used(plugged, tmp_p
     said = "error: autoencoder.type: unknown name; got light; expected one of kl, vq; try --plugin"
     assert said in capsys.readouterr().err
     assert main([*convert, *plugin]) == 0
-    opened = checkpoint.open(half)
-    assert opened.config["fingerprint"] != checkpoint.open(file).config["fingerprint"]
-    assert opened.config["fingerprint"] == fingerprint(opened.config["autoencoder"], opened.state)
+    loaded = checkpoint.open(half)
+    assert loaded.config["fingerprint"] != checkpoint.open(file).config["fingerprint"]
+    assert loaded.config["fingerprint"] == fingerprint(loaded.config["autoencoder"], loaded.state)
     assert main(["train-ldm", "--config", "scenes", *plugin, f"autoencoder={half}", *SMALL, "--dry-run"]) == 0
     whole = ["--vae", half, *plugin]
     assert main(["sample", *whole, "--prompt", "a red cube", "--steps", "1", "--out", str(tmp_path / "out")]) == 0

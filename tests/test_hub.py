@@ -9,7 +9,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ldm import checkpoint, pipeline
 from ldm.checkpoint import hub
-from ldm.checkpoint.folder import weights_of
+from ldm.checkpoint.formats.diffusers import weights_of
 from ldm.errors import CheckpointError
 
 SD1 = "Stable Diffusion 1, diffusers folder"
@@ -57,10 +57,10 @@ def test_of_a_pipeline_its_parts_come_and_no_second_copies(served, sd1_folder):
     for name in others:
         (served / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(plain, served / name)
-    opened = pipeline.load("somebody/model", device="cpu").opened
-    assert opened.family == SD1
+    loaded = pipeline.load("somebody/model", device="cpu").loaded
+    assert loaded.family == SD1
     assert came(served) == weights()
-    assert opened.hash == checkpoint.open(sd1_folder).hash
+    assert loaded.hash == checkpoint.open(sd1_folder).hash
 
 
 def test_where_there_are_no_plain_weights_those_in_half_precision_come(served, sd1_folder):
@@ -117,9 +117,9 @@ def cached(tmp_path, monkeypatch, sd1_folder):
 
 
 def test_without_a_network_the_cache_is_read_as_it_is(cached):
-    opened = checkpoint.open("somebody/model")
-    assert opened.family == SD1
-    assert opened.files == [cached / name for name in weights(".fp16")]
+    loaded = checkpoint.open("somebody/model")
+    assert loaded.family == SD1
+    assert loaded.files == [cached / name for name in weights(".fp16")]
     said = r"neither here nor to be had from a hub \(somebody/other\); got Cannot reach .*; expected a file, a folder"
     with pytest.raises(CheckpointError, match=said):
         pipeline.load("somebody/other")

@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm import assemble, checkpoint
-from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema, DiffusionSchema
 from ldm.cli import main
+from ldm.config import schema as configuration
 from ldm.diffusion.guidance import Guidance
 from ldm.models.empty import empty
-from ldm.training.latent_diffusion import LatentDiffusionStage
+from ldm.training.recipes.diffusion import LatentDiffusionStage
 from tests.checkpoint.made_up import make
 from tests.data.photographs import photograph
 from tests.reduced import FILES, ROOT, reads_images, small, stage_of, words, written
@@ -190,12 +190,14 @@ def test_it_takes_a_step_at_reduced_width(name, train, tmp_path):
     assert float(row["loss/loss"]) > 0
     state = load_file(next((tmp_path / "run/checkpoints").glob("*/state.safetensors")))
     weights = {key.removeprefix("model/"): x for key, x in state.items() if key.startswith("model/denoiser.backbone.")}
-    moved = [key for key, x in weights.items() if not torch.equal(x, state[f"ema/{key}"])]  # the average lags behind
-    assert "denoiser.backbone.out.weight" in moved
+    to_device = [
+        key for key, x in weights.items() if not torch.equal(x, state[f"ema/{key}"])
+    ]  # the average lags behind
+    assert "denoiser.backbone.out.weight" in to_device
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 1
-    opened = checkpoint.open(tmp_path / "run/model.safetensors")
-    assert opened.config["backbone"]["type"] == written(name)["backbone"]["type"]
-    assert any(key.startswith("backbone.") for key in opened.state)
+    loaded = checkpoint.open(tmp_path / "run/model.safetensors")
+    assert loaded.config["backbone"]["type"] == written(name)["backbone"]["type"]
+    assert any(key.startswith("backbone.") for key in loaded.state)
 
 
 @pytest.mark.parametrize(

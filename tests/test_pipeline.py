@@ -35,14 +35,14 @@ def scheduler(name: str):
 
 
 @pytest.fixture
-def opened(tmp_path):
+def loaded(tmp_path):
     """Our pipeline from what diffusers' saves."""
 
-    def opened(theirs, **options) -> pipeline.Pipeline:
+    def loaded(theirs, **options) -> pipeline.Pipeline:
         theirs.save_pretrained(tmp_path / "model")
         return pipeline.load(tmp_path / "model", device="cpu", **options)
 
-    return opened
+    return loaded
 
 
 @pytest.fixture
@@ -98,10 +98,10 @@ def at_the_mean(monkeypatch):
 
 
 @every_sampler
-def test_text_to_image(name, opened):
+def test_text_to_image(name, loaded):
     theirs = small_models.stable_diffusion()
     theirs.scheduler = scheduler(name)
-    ours = opened(theirs)
+    ours = loaded(theirs)
     assert ours.config["solver"]["type"] == name
     expected = ask_theirs(theirs, **SIZE)
     assert distance(ask_ours(ours, **SIZE), expected) <= 1
@@ -118,10 +118,10 @@ def test_samplers_differ(sd1):
 
 @every_sampler
 @pytest.mark.parametrize("strength", [1.0, 0.45])
-def test_image_to_image(name, strength, opened, at_the_mean):
+def test_image_to_image(name, strength, loaded, at_the_mean):
     theirs = at_the_mean(small_models.stable_diffusion("StableDiffusionImg2ImgPipeline"))
     theirs.scheduler = scheduler(name)
-    ours = opened(theirs)
+    ours = loaded(theirs)
     expected = ask_theirs(theirs, image=picture(), strength=strength)
     assert distance(ask_ours(ours, **SIZE, image=picture(), strength=strength), expected) <= 1
     assert distance(ask_ours(ours, **SIZE, image=picture(), strength=strength - 0.2), expected) > 3
@@ -133,10 +133,10 @@ def pasted(image: Image.Image) -> Image.Image:
 
 
 @every_sampler
-def test_inpainting_with_any_model(name, opened, at_the_mean):
+def test_inpainting_with_any_model(name, loaded, at_the_mean):
     theirs = at_the_mean(small_models.stable_diffusion("StableDiffusionInpaintPipeline"))
     theirs.scheduler = scheduler(name)
-    ours = opened(theirs)
+    ours = loaded(theirs)
     given = {"image": picture(), "strength": 0.8}
     expected = pasted(ask_theirs(theirs, **given, mask_image=mask(), **SIZE))
     assert distance(ask_ours(ours, **SIZE, **given, mask=mask()), expected) <= 1
@@ -144,27 +144,27 @@ def test_inpainting_with_any_model(name, opened, at_the_mean):
 
 
 @every_sampler
-def test_inpainting_with_its_own_model(name, opened, at_the_mean):
+def test_inpainting_with_its_own_model(name, loaded, at_the_mean):
     theirs = at_the_mean(small_models.stable_diffusion("StableDiffusionInpaintPipeline", in_channels=9))
     theirs.scheduler = scheduler(name)
-    ours = opened(theirs)
+    ours = loaded(theirs)
     expected = pasted(ask_theirs(theirs, image=picture(), mask_image=mask(), strength=1.0, **SIZE))
     assert distance(ask_ours(ours, **SIZE, image=picture(), mask=mask()), expected) <= 1
 
 
-def test_editing(opened, at_the_mean):
+def test_editing(loaded, at_the_mean):
     """With an image guidance of 1, InstructPix2Pix is guided by its text alone."""
     theirs = at_the_mean(small_models.stable_diffusion("StableDiffusionInstructPix2PixPipeline", in_channels=8))
     expected = ask_theirs(theirs, image=picture(), image_guidance_scale=1.0)
-    assert distance(ask_ours(opened(theirs), **SIZE, condition=picture()), expected) <= 1
+    assert distance(ask_ours(loaded(theirs), **SIZE, condition=picture()), expected) <= 1
 
 
 @pytest.mark.parametrize("kind", [small_models.stable_diffusion, small_models.stable_diffusion_2])
-def test_single_files(kind, opened, tmp_path):
+def test_single_files(kind, loaded, tmp_path):
     theirs = kind()
-    ours = opened(theirs)
+    ours = loaded(theirs)
     expected = ask_theirs(theirs, **SIZE)
-    model = ours.opened
+    model = ours.loaded
     checkpoint.write_compvis(tmp_path / "compvis.safetensors", model.config, model.state)
     tokenizer = ours.conditioner.tokenizer.to_json()
     checkpoint.save(tmp_path / "ours.safetensors", model.config, model.state, tokenizer)
@@ -175,19 +175,19 @@ def test_single_files(kind, opened, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [small_models.stable_diffusion, small_models.stable_diffusion_2])
-def test_diffusers_reads_our_single_file(kind, opened, tmp_path):
+def test_diffusers_reads_our_single_file(kind, loaded, tmp_path):
     theirs = kind()
-    ours = opened(theirs)
-    checkpoint.write_compvis(tmp_path / "compvis.safetensors", ours.opened.config, ours.opened.state)
+    ours = loaded(theirs)
+    checkpoint.write_compvis(tmp_path / "compvis.safetensors", ours.loaded.config, ours.loaded.state)
     again = diffusers.StableDiffusionPipeline.from_single_file(
         str(tmp_path / "compvis.safetensors"), config=str(tmp_path / "model"), local_files_only=True
     )
     assert distance(ask_ours(ours, **SIZE), ask_theirs(small_models.quiet(again), **SIZE)) <= 1
 
 
-def test_stable_diffusion_2_with_v_prediction(opened):
+def test_stable_diffusion_2_with_v_prediction(loaded):
     theirs = small_models.stable_diffusion_2()
-    ours = opened(theirs)
+    ours = loaded(theirs)
     assert (ours.config["prediction"]["type"], ours.config["conditioner"]["type"]) == ("v", "open_clip")
     expected = ask_theirs(theirs, **SIZE)
     assert distance(ask_ours(ours, **SIZE), expected) <= 1
@@ -195,10 +195,10 @@ def test_stable_diffusion_2_with_v_prediction(opened):
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
-def test_dit(cfg, opened):
+def test_dit(cfg, loaded):
     """With the deterministic sampler: their pipeline drops the variance that the network learned."""
     theirs = small_models.dit()
-    ours = opened(theirs)
+    ours = loaded(theirs)
     assert ours.config["prediction"]["type"] == "learned_range"
     g = torch.Generator().manual_seed(SEED)
     (expected,) = theirs([207], guidance_scale=cfg, num_inference_steps=STEPS, generator=g).images
@@ -207,9 +207,9 @@ def test_dit(cfg, opened):
     assert distance(ours(label=360, **asked)[0], expected) > 3
 
 
-def test_a_live_pipeline_of_diffusers(opened):
+def test_a_live_pipeline_of_diffusers(loaded):
     """What was opened from a folder goes back into one, and makes the same picture there."""
-    ours = opened(small_models.stable_diffusion())
+    ours = loaded(small_models.stable_diffusion())
     theirs = ours.to_diffusers()
     theirs.set_progress_bar_config(disable=True)
     assert distance(ask_ours(ours, **SIZE), ask_theirs(theirs, **SIZE)) <= 1
@@ -224,11 +224,11 @@ def test_a_key_that_only_ddim_reads(kind):
     assert ddim["spacing"]["end"] == "table"
 
 
-def test_another_first_stage(opened, tmp_path):
+def test_another_first_stage(loaded, tmp_path):
     theirs = small_models.stable_diffusion()
     own = ask_theirs(theirs, **SIZE)
     small_models.autoencoder(5).save_pretrained(tmp_path / "vae")
-    ours = opened(theirs, vae=tmp_path / "vae")
+    ours = loaded(theirs, vae=tmp_path / "vae")
     theirs.vae = small_models.autoencoder(5)
     assert distance(ask_ours(ours, **SIZE), ask_theirs(theirs, **SIZE)) <= 1
     assert distance(ask_ours(ours, **SIZE), own) > 3
@@ -326,16 +326,16 @@ def test_wrong_settings_end_before_the_work(settings, message, sd1):
 
 
 @pytest.mark.parametrize("missing", ["image", "mask"])
-def test_inpainting_without_its_inputs(missing, opened):
-    pipe = opened(small_models.stable_diffusion("StableDiffusionInpaintPipeline", in_channels=9))
+def test_inpainting_without_its_inputs(missing, loaded):
+    pipe = loaded(small_models.stable_diffusion("StableDiffusionInpaintPipeline", in_channels=9))
     given = {"image": picture(), "mask": mask()}
     del given[missing]
     with pytest.raises(InputError, match=missing):
         pipe(PROMPT, steps=2, **SIZE, **given)
 
 
-def test_a_class_is_needed_where_the_model_has_classes(opened):
-    pipe = opened(small_models.dit())
+def test_a_class_is_needed_where_the_model_has_classes(loaded):
+    pipe = loaded(small_models.dit())
     for label in (None, 1001, -1):
         with pytest.raises(InputError, match="label"):
             pipe(label=label, steps=2)
@@ -413,7 +413,7 @@ def test_a_low_resolution_condition(tmp_path):
 
 def test_a_model_without_its_first_stage_asks_for_one(sd1, tmp_path):
     """Ours without the autoencoder's tensors, then with them from a file of their own."""
-    whole, state = sd1.config.values, sd1.opened.state
+    whole, state = sd1.config.values, sd1.loaded.state
     checkpoint.write_compvis(tmp_path / "whole.safetensors", whole, state)
     tensors = load_file(tmp_path / "whole.safetensors")
     alone = {name: x for name, x in tensors.items() if name.startswith("first_stage_model.")}

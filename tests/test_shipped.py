@@ -8,9 +8,9 @@ import torch
 
 import ldm
 from ldm.cli import main
-from ldm.metrics.alignment import prompts, verdicts
 from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
+from ldm.scenes.alignment import prompts, verdicts
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ldm.checkpoint.components import Node, State, above, open_text, under
 from ldm.checkpoint.families import Family
-from ldm.checkpoint.parts import Node, State, above, open_text, under
 from ldm.errors import CheckpointError
 
 EXTRAS = {"inpainting": "masked_image", "edit": "edit"}  # what the extra channels are, and our conditioner for them

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from ldm.checkpoint.folder import INDEX, READ, STEMS
+from ldm.checkpoint.formats.diffusers import INDEX, READ, STEMS
 from ldm.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm import parts
-from ldm.checkpoint.numbers import given
+from ldm.checkpoint.hyperparameters import given
+from ldm.config import parts
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.dit import DiT

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ldm.checkpoint.downloads import KNOWN, place
 from ldm.checkpoint.files import is_pickle, open_file, open_pickle
 from ldm.checkpoint.networks import load_weights
-from ldm.checkpoint.published import KNOWN, place
 from ldm.checkpoint.rename import rename
 from ldm.errors import InputError
 from ldm.models.lpips import LPIPS, STAGES

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import __version__, parts
+from ldm import __version__
+from ldm.config import parts
 from ldm.errors import InputError, LdmError
 
 COMMANDS = {
@@ -86,7 +87,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def command(name: str) -> tuple[Any, Parser]:
     """A command's module, and the parser of its options."""
-    module = importlib.import_module(f"ldm.cli.{name.replace('-', '_')}")
+    place = "ldm.scenes.judge_command" if name == "judge" else f"ldm.cli.{name.replace('-', '_')}"
+    module = importlib.import_module(place)
     parser = Parser(prog=f"ldm {name}", description=module.__doc__)
     module.options(parser)
     return module, parser

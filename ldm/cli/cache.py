@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import config_file, config_options, own_parts
+from ldm.cli.console import counting_cuts
 from ldm.cli.sample import writable
-from ldm.cli.warned import counting_cuts
-from ldm.config import Config
+from ldm.config.schema import Config
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
-    from ldm.checkpoint import Opened
-    from ldm.data.latents_writing import Cache
+    from ldm.checkpoint import Checkpoint
+    from ldm.data.latents_writer import Cache
 
 NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # of the data's node: where and how it is read
 DTYPES = ("fp32", "bf16", "fp16")
@@ -41,18 +41,18 @@ def run(arguments: argparse.Namespace) -> int:
     own_parts(arguments)
     from ldm import assemble  # torch is only paid for once all options are right
 
-    config, opened = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, assemble.DiffusionSchema)
-    assemble.check_first_stage(config, opened)
+    config, loaded = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, assemble.DiffusionSchema)
+    assemble.check_first_stage(config, loaded)
     check(config)
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
     out = writable(Path(arguments.out))
-    from ldm.data import latents_writing
+    from ldm.data import latents_writer
 
     with counting_cuts():
-        cache = prepare(config, opened, out, arguments)
-        missing = latents_writing.write(cache, rank, ranks)
+        cache = prepare(config, loaded, out, arguments)
+        missing = latents_writer.write(cache, rank, ranks)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
     there = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
     print(f"{out}: {there}; {'the others are still to come' if missing else f'{len(cache.source)} samples, complete'}")
@@ -84,12 +84,12 @@ def check(config: Config) -> None:
         raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to below 2**32")
 
 
-def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: argparse.Namespace) -> Cache:
+def prepare(config: Config, loaded: dict[str, Checkpoint], out: Path, arguments: argparse.Namespace) -> Cache:
     """The source, the networks, and all that the cache depends on."""
     import torch
 
     from ldm import assemble
-    from ldm.data import latents, latents_writing
+    from ldm.data import latents, latents_writer
     from ldm.devices import placement
     from ldm.draws import stream
 
@@ -97,7 +97,7 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
     source = (config.amended(["data.flip=false"]) if flip else config).build("data")
     device, _ = placement(arguments.device, "fp32")
     torch.manual_seed(stream(config["seed"], "init"))  # random weights are those of training
-    autoencoder, conditioner = assemble.encoders(config, opened)
+    autoencoder, conditioner = assemble.encoders(config, loaded)
     assert autoencoder is not None  # checked above
     assemble.check_encoders(config, conditioner)
     for module in (autoencoder, conditioner):
@@ -118,7 +118,7 @@ def prepare(config: Config, opened: dict[str, Opened], out: Path, arguments: arg
         "data": {name: value for name, value in config["data"].items() if name not in NOT_SAMPLES},
     }
     encoders = {name: text for name, (text, _) in latents.frozen_texts(conditioner, config["conditioner"]).items()}
-    return latents_writing.Cache(out, source, config["seed"], autoencoder, encoders, key, arguments.batch_size, device)
+    return latents_writer.Cache(out, source, config["seed"], autoencoder, encoders, key, arguments.batch_size, device)
 
 
 def check_sizes(config: Config, source: Any, factor: int) -> None:
@@ -131,7 +131,7 @@ def check_sizes(config: Config, source: Any, factor: int) -> None:
 
 def check_reads(config: Config, keeps: list[str]) -> None:
     """Refuse a conditioner that reads more than a cache can keep."""
-    from ldm.data.latents_writing import KEEPS
+    from ldm.data.latents_writer import KEEPS
 
     if beyond := [name for name in keeps if name not in KEEPS]:
         what = f"conditioner: reads {beyond[0]}, which is not cached"

@@ -11,7 +11,7 @@ from ldm.cli import own_parts, plugin_option
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
-    from ldm.checkpoint import Opened
+    from ldm.checkpoint import Checkpoint
 
 FORMATS = ("ldm", "compvis", "diffusers")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -40,36 +40,36 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ldm import assemble, checkpoint
 
-    opened = checkpoint.open(arguments.source, vae=arguments.vae, pickles=True)
+    loaded = checkpoint.open(arguments.source, vae=arguments.vae, pickles=True)
     sampled = [words for words in arguments.overrides if words.startswith(SAMPLED)]
     elsewhere = [words for words in arguments.overrides if words not in sampled]
-    if elsewhere and not opened.config.get("left_out"):
+    if elsewhere and not loaded.config.get("left_out"):
         raise InputError("SRC leaves no encoder out", arguments.source, elsewhere[0])
     if sampled:
-        opened = settled(opened, sampled)
+        loaded = settled(loaded, sampled)
     if layout != "ldm" or elsewhere:
-        opened = assemble.whole(opened, elsewhere)
+        loaded = assemble.whole(loaded, elsewhere)
     if arguments.prediction:
-        opened.config["prediction"] = {"type": arguments.prediction}
-    count = sum(x.numel() for x in opened.state.values())
-    print(f"{arguments.source}: {opened.family}, {len(opened.state)} tensors, {count / 1e6:.1f} M numbers")
+        loaded.config["prediction"] = {"type": arguments.prediction}
+    count = sum(x.numel() for x in loaded.state.values())
+    print(f"{arguments.source}: {loaded.family}, {len(loaded.state)} tensors, {count / 1e6:.1f} M numbers")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    for note in opened.notes + write(opened, target, layout, dtype):
+    for note in loaded.notes + write(loaded, target, layout, dtype):
         print(f"note: {note}")
     print(f"wrote {target} ({layout}{', ' + arguments.dtype if arguments.dtype else ''})")
     return 0
 
 
-def settled(opened: Opened, overrides: list[str]) -> Opened:
+def settled(loaded: Checkpoint, overrides: list[str]) -> Checkpoint:
     """With other settings of the sampler."""
     from ldm import assemble
 
-    source = str(opened.files[0])
-    if not opened.config.get("backbone"):
+    source = str(loaded.files[0])
+    if not loaded.config.get("backbone"):
         raise InputError("a first stage alone is not sampled", source, overrides[0])
-    config = assemble.configure(opened.config, source, overrides)
+    config = assemble.configure(loaded.config, source, overrides)
     config.build("guidance"), assemble.solver(config), assemble.grid(config, config.build("path"))  # they can be built
-    return replace(opened, config={**opened.config, **{name: config[name] for name in SAMPLED}})
+    return replace(loaded, config={**loaded.config, **{name: config[name] for name in SAMPLED}})
 
 
 def check(target: Path, layout: str | None) -> str:
@@ -84,27 +84,27 @@ def check(target: Path, layout: str | None) -> str:
     return layout
 
 
-def write(opened: Opened, target: Path, layout: str, dtype: Any) -> list[str]:
+def write(loaded: Checkpoint, target: Path, layout: str, dtype: Any) -> list[str]:
     """Write in a format; returns what its user should know."""
     from ldm import checkpoint
 
     if layout == "compvis":
-        return checkpoint.write_compvis(target, opened.config, opened.state, dtype)
-    tokenizer = tokenizer_of(opened)
+        return checkpoint.write_compvis(target, loaded.config, loaded.state, dtype)
+    tokenizer = tokenizer_of(loaded)
     if layout == "diffusers":
-        return checkpoint.write_diffusers(target, opened.config, opened.state, tokenizer, dtype)
+        return checkpoint.write_diffusers(target, loaded.config, loaded.state, tokenizer, dtype)
     carried = tokenizer.to_json() if tokenizer is not None else None
-    checkpoint.save(target, opened.config, opened.state, carried, dtype)
+    checkpoint.save(target, loaded.config, loaded.state, carried, dtype)
     return []
 
 
-def tokenizer_of(opened: Opened) -> Any:
+def tokenizer_of(loaded: Checkpoint) -> Any:
     """The tokenizer that came along, or CLIP's, where the model's vocabulary is that; None where there is none."""
     from ldm.conditioning.tokenizer import carried, clip_tokenizer
 
-    if opened.tokenizer is not None:
-        return carried(opened.tokenizer)
-    conditioner = opened.config.get("conditioner") or {}
+    if loaded.tokenizer is not None:
+        return carried(loaded.tokenizer)
+    conditioner = loaded.config.get("conditioner") or {}
     node = conditioner.get("parts", [conditioner])[0]
     if node.get("type") in ("clip", "open_clip") and node["vocabulary"] == 49408:
         return clip_tokenizer(0 if node["type"] == "open_clip" else 49407)

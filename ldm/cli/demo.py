@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.sample import writable
-from ldm.config import Part
+from ldm.config import schema as configuration
+from ldm.config.schema import Part
 from ldm.errors import InputError
 
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     if name == "gallery":
-        from ldm.cli import gallery
+        from ldm.scenes import gallery
 
         out = writable(Path(arguments.out or name))
         gallery.run(config, out)
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 def draw(name: str, config: configuration.Config, out: Path) -> None:
     """The picture of one demo; torch is only paid for here, where all options are right."""
     if name == "scenes":
-        from ldm.cli import contact_sheet
+        from ldm.scenes import contact_sheet
 
         contact_sheet.sheet(config["seed"], config["split"]).save(out)
     else:

@@ -20,10 +20,10 @@ from ldm.cli import config_file, config_options, own_parts
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
-    from ldm.checkpoint import Opened
-    from ldm.config import Config
+    from ldm.checkpoint import Checkpoint
+    from ldm.config.schema import Config
     from ldm.training.doctor import Report
-    from ldm.training.stage import Stage
+    from ldm.training.loop import Stage
 
 Rows = Iterator[tuple[str, str]]
 FOLDERS = {1: "autoencoder", 2: "ldm"}  # of the shipped configurations, by stage
@@ -75,34 +75,36 @@ def named(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 def which(name: str, stage: int | None) -> tuple[Path, int]:
     """The configuration's file and which stage it trains: what has a backbone trains the second."""
-    from ldm import configfile
+
+    from ldm.config import files
 
     folders = FOLDERS.values() if stage is None else [FOLDERS[stage]]
     file = config_file(name, *folders)
-    found = 2 if "backbone" in configfile.read(file, []).values else 1
+    found = 2 if "backbone" in files.read(file, []).values else 1
     if stage not in (None, found):
         raise InputError("--stage: the configuration is of the other one", str(file), str(stage), str(found))
     return file, found
 
 
-def load(stage: int, file: Path, overrides: list[str]) -> tuple[Config, dict[str, Opened]]:
+def load(stage: int, file: Path, overrides: list[str]) -> tuple[Config, dict[str, Checkpoint]]:
     """The checked configuration, and the checkpoints that it names."""
-    from ldm import assemble, config
+    from ldm import assemble
+    from ldm.config import schema
 
     if stage == 1:
-        return config.load(file, overrides, assemble.AutoencoderSchema), {}
+        return schema.load(file, overrides, assemble.AutoencoderSchema), {}
     return assemble.load(file, overrides, assemble.DiffusionSchema)
 
 
 def builder(stage: int, file: Path, overrides: list[str], init_from: str | None) -> Callable[[Config], Stage]:
     """What builds a stage; each with tensors of its own, for those of an opened checkpoint are trained in place."""
-    from ldm.training import autoencoder, latent_diffusion
+    from ldm.training.recipes import autoencoder, diffusion
 
     if stage == 1:
         return partial(autoencoder.build, init_from=init_from)
 
     def build(config: Config) -> Stage:
-        return latent_diffusion.build(config, load(stage, file, overrides)[1], init_from)
+        return diffusion.build(config, load(stage, file, overrides)[1], init_from)
 
     return build
 

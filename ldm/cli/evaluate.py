@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm import config as configuration
 from ldm.cli import config_file, config_options, own_parts
+from ldm.cli.console import counting_cuts
 from ldm.cli.sample import solver_name, writable
-from ldm.cli.warned import counting_cuts
-from ldm.config import Config, Part
+from ldm.config import schema as configuration
+from ldm.config.parts import TABLES
+from ldm.config.schema import Config, Part
 from ldm.errors import InputError
-from ldm.parts import TABLES
 
 if TYPE_CHECKING:
-    from ldm.checkpoint import Opened
+    from ldm.checkpoint import Checkpoint
     from ldm.metrics.evaluation import Source, Subject
 
 CURVES = {"prompts": 1, "steps": 2}  # of the prompts, by what they are divided
@@ -122,28 +122,28 @@ def check(config: Config) -> None:
 def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
     """The model and what it is measured with, and a record of both."""
     from ldm import checkpoint, pipeline
+    from ldm.checkpoint.downloads import KNOWN, place
     from ldm.checkpoint.networks import autoencoder_of
-    from ldm.checkpoint.published import KNOWN, place
     from ldm.checkpoint.vgg import lpips
     from ldm.devices import placement
     from ldm.metrics.evaluation import Subject
 
     settings = sampling(arguments)
     path = arguments.ckpt or pipeline.SHIPPED
-    opened, pipe = checkpoint.open(path, vae=arguments.vae), None
+    loaded, pipe = checkpoint.open(path, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
-    if opened.config.get("backbone"):
-        pipe = pipeline.assembled(opened, str(path), device, dtype)
+    if loaded.config.get("backbone"):
+        pipe = pipeline.assembled(loaded, str(path), device, dtype)
         pipe.recipe(**settings)  # settings that cannot be are found now
         autoencoder = pipe.autoencoder
     else:
-        autoencoder = autoencoder_of(opened.config["autoencoder"], opened.state).float().to(device)
+        autoencoder = autoencoder_of(loaded.config["autoencoder"], loaded.state).float().to(device)
     features, clip = config.build("features"), config.build("clip") if config["clip"] else None
     compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
     for network in filter(None, (features.network, clip and clip.network, compare)):
         network.to(device)
     subject = Subject(autoencoder, pipe, features, clip, compare, device, settings)
-    return subject, about(subject, opened, str(dtype or "float32").removeprefix("torch."))
+    return subject, about(subject, loaded, str(dtype or "float32").removeprefix("torch."))
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,11 +153,11 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def about(subject: Subject, opened: Opened, precision: str) -> dict[str, Any]:
+def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any]:
     """Everything that the numbers depend on beside the configuration."""
     import torch
 
-    from ldm.checkpoint.published import KNOWN
+    from ldm.checkpoint.downloads import KNOWN
     from ldm.metrics.classes import PARTS as SCORED
     from ldm.metrics.kernel import MOST, SUBSETS
     from ldm.metrics.prdc import NEIGHBOURS
@@ -165,9 +165,9 @@ def about(subject: Subject, opened: Opened, precision: str) -> dict[str, Any]:
     features, pipe = subject.features, subject.pipe
     found: dict[str, Any] = {
         "checkpoint": {
-            "file": " + ".join(x.name for x in opened.files),
-            "family": opened.family,
-            "sha256": opened.hash,
+            "file": " + ".join(x.name for x in loaded.files),
+            "family": loaded.family,
+            "sha256": loaded.hash,
         },
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
         "clip": subject.clip and subject.clip.identity,
@@ -240,12 +240,12 @@ def curve(config: Config, name: str) -> list[dict[str, Any]]:
 
 def check_data(config: Config, subject: Subject, source: Source) -> None:
     """Refuse true pictures that do not fit the model, before any work."""
-    from ldm.data.completion import MADE
-    from ldm.data.sampler import Ask
+    from ldm.data.derived import MADE
+    from ldm.data.sampler import SampleId
 
     pipe = subject.pipe
     assert pipe is not None
-    first = source.data.batch([Ask(source.indices[0], source.indices[0], 0)], source.seed)
+    first = source.data.batch([SampleId(source.indices[0], source.indices[0], 0)], source.seed)
     if lacking := [name for name in subject.reads if name not in {*first, *MADE}]:
         what, expected = "data: lack what this model reads", "data with it"
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)

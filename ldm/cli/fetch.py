@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.checkpoint.published import KNOWN, Weights, place
+from ldm.checkpoint.downloads import KNOWN, Weights, place
 from ldm.errors import DataError, InputError
 
 BLOCK = 2**20
@@ -55,7 +55,7 @@ def fetch(weights: Weights, file: str | None = None) -> Path:
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
     try:
-        with opened(weights, file) as source, open(unfinished, "wb") as copy:
+        with loaded(weights, file) as source, open(unfinished, "wb") as copy:
             for block in blocks(source):
                 digest.update(block)
                 copy.write(block)
@@ -81,7 +81,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def opened(weights: Weights, file: str | None) -> BinaryIO:
+def loaded(weights: Weights, file: str | None) -> BinaryIO:
     """The file at hand, or the published one."""
     from urllib.request import urlopen
 

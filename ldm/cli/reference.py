@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm.cli import COMMANDS, command, own_parts, settings
+from ldm.cli import COMMANDS, command, own_parts, settings_page
 from ldm.errors import InputError
 
 HEAD = """# Commands
@@ -44,20 +44,24 @@ def blocks(name: str | None, of_commands: bool) -> Iterator[str]:
     """The paragraphs, tables and headings of a page."""
     if of_commands and name:
         raise InputError("--commands: tells of all of them", "NAME", name, hint="either")
-    return commands() if of_commands else settings.named(name) if name else settings.everything()
+    return commands() if of_commands else settings_page.named(name) if name else settings_page.everything()
 
 
 def commands() -> Iterator[str]:
     """Every command with its options."""
     yield HEAD
-    yield settings.table(["command", "what it does"], [[f"[{name}](#{name})", what] for name, what in COMMANDS.items()])
+    yield settings_page.table(
+        ["command", "what it does"], [[f"[{name}](#{name})", what] for name, what in COMMANDS.items()]
+    )
     for name in COMMANDS:
         module, parser = command(name)
         actions = [action for action in parser._actions if action.dest != "help"]
         words = [AS_OFTEN[a.nargs].format(value(a)) for a in actions if not a.option_strings]  # type: ignore[index]
         yield f"## {name}\n\n{module.__doc__}"
         yield f"```console\n$ {' '.join(['ldm', name, '[OPTIONS]', *words])}\n```"
-        yield settings.table(["option", "meaning"], [[f"`{shape(action)}`", meaning(action)] for action in actions])
+        yield settings_page.table(
+            ["option", "meaning"], [[f"`{shape(action)}`", meaning(action)] for action in actions]
+        )
         if parser.epilog:
             yield f"```\n{parser.epilog}\n```"
 

@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = pipeline.load(
         checkpoint, vae=order.vae, overrides=order.overrides, device=arguments.device, precision=order.precision
     )
-    if pipe.opened is not None and pipe.opened.hash != record["checkpoint"]:
-        got, expected = pipe.opened.hash[:10], record["checkpoint"][:10]
+    if pipe.loaded is not None and pipe.loaded.hash != record["checkpoint"]:
+        got, expected = pipe.loaded.hash[:10], record["checkpoint"][:10]
         raise CheckpointError("another checkpoint", str(checkpoint), got, expected, "--ckpt PATH")
     picture = again(pipe, order, *record["place"])
     picture.write(out)

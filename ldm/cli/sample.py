@@ -16,10 +16,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import __version__, parts
+from ldm import __version__
 from ldm.cli import own_parts, plugin_option
-from ldm.cli.warned import show_warning
+from ldm.cli.console import show_warning
 from ldm.conditioning.tokenizer import check_length
+from ldm.config import parts
 from ldm.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -133,9 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def notes(pipe: Pipeline, order: Order) -> Iterator[str]:
     """What the user should know of the file, and of prompts that the shipped model cannot know."""
-    from ldm.data.scenes.captions import unknown
+    from ldm.scenes.captions import unknown
 
-    yield from pipe.opened.notes if pipe.opened else ()
+    yield from pipe.loaded.notes if pipe.loaded else ()
     strange = dict.fromkeys(word for prompt in order.prompts for word in unknown(prompt))
     if order.checkpoint is None and strange:
         known = f"the shipped model knows scenes on a table, and nothing of {', '.join(strange)}"
@@ -315,7 +316,7 @@ def record(pipe: Pipeline, order: Order, request: Request, recipe: Recipe) -> di
     one = replace(one, precision=pipe.precision)  # that `auto` came to
     return {
         "order": asdict(one),
-        "checkpoint": pipe.opened.hash if pipe.opened else "",
+        "checkpoint": pipe.loaded.hash if pipe.loaded else "",
         "inputs": {file: file_digest(file) for file in files if file is not None},
         "config": {
             name: value for name, value in pipe.config.values.items() if name in ("guidance", "spacing", "solver")

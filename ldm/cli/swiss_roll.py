@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import assemble, parts
-from ldm.config import Config
+from ldm import assemble
+from ldm.config import parts
+from ldm.config.schema import Config
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level
 from ldm.draws import draw

@@ -26,8 +26,8 @@ def run_options(parser: argparse.ArgumentParser, default: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that costs nothing, then build and train."""
     own_parts(arguments)
-    from ldm import config as configuration
     from ldm.assemble import AutoencoderSchema
+    from ldm.config import schema as configuration
 
     file = config_file(arguments.config, "autoencoder")
     config = configuration.load(file, arguments.overrides, AutoencoderSchema)
@@ -35,10 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     folder = Path(arguments.run or f"runs/{file.stem}").expanduser()
-    from ldm.training import autoencoder, building, checkpointing, run  # Lightning is paid for late
+    from ldm.training import checkpointing, run, setup  # Lightning is paid for late
+    from ldm.training.recipes import autoencoder
 
     if not arguments.dry_run:
-        building.check_launcher(config)
+        setup.check_launcher(config)
     begun = checkpointing.newest(folder)
     stage = autoencoder.build(config, arguments.init_from, begun is not None)
     if run.is_main():

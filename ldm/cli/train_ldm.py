@@ -22,18 +22,19 @@ def run(arguments: argparse.Namespace) -> int:
     from ldm import assemble
 
     file = config_file(arguments.config, "ldm")
-    config, opened = assemble.load(file, arguments.overrides, assemble.DiffusionSchema)
+    config, loaded = assemble.load(file, arguments.overrides, assemble.DiffusionSchema)
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
     folder = Path(arguments.run or f"runs/{file.stem}_ldm").expanduser()
-    from ldm.training import building, checkpointing, latent_diffusion, run  # Lightning is paid for late
+    from ldm.training import checkpointing, run, setup  # Lightning is paid for late
+    from ldm.training.recipes import diffusion
 
     if not arguments.dry_run:
-        building.check_launcher(config)
+        setup.check_launcher(config)
     begun = checkpointing.newest(folder)
-    stage = latent_diffusion.build(config, opened, arguments.init_from, checkpointing.exported(folder, begun))
+    stage = diffusion.build(config, loaded, arguments.init_from, checkpointing.exported(folder, begun))
     if run.is_main():
         run.check(stage, config.values, folder, begun)
-        print("\n".join([run.summary(stage, folder, begun), *latent_diffusion.notices(stage)]), flush=True)
+        print("\n".join([run.summary(stage, folder, begun), *diffusion.notices(stage)]), flush=True)
     return 0 if arguments.dry_run else run.train(stage, config.values, folder, begun)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition, moved
+from ldm.condition import Condition, to_device
 from ldm.conditioning.conditioner import Conditioner, batch_size
 
 
@@ -112,7 +112,7 @@ class Compose(Conditioner):
             tokens=torch.cat(tokens, 1 if self.by == "tokens" else 2) if tokens else None,
             mask=joint_mask,
             pooled=(torch.cat(vectors, 1) if len(vectors) > 1 else vectors[0]) if vectors else None,
-            concat=torch.cat([moved(x, where) for x in images], 1) if where else None,
+            concat=torch.cat([to_device(x, where) for x in images], 1) if where else None,
         )
 
 

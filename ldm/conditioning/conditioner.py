@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition, moved
+from ldm.condition import Condition, to_device
 
 
 class Conditioner(nn.Module):
@@ -121,8 +121,8 @@ def choose(flags: Tensor, yes: Condition, no: Condition) -> Condition:
     for field in fields(Condition):
         a, b = getattr(yes, field.name), getattr(no, field.name)
         if b is not None:
-            where = moved(flags, b.device).reshape(-1, *[1] * (b.ndim - 1))
-            chosen[field.name] = torch.where(where, moved(a, b.device).to(b.dtype), b)
+            where = to_device(flags, b.device).reshape(-1, *[1] * (b.ndim - 1))
+            chosen[field.name] = torch.where(where, to_device(a, b.device).to(b.dtype), b)
     return Condition(**chosen)
 
 

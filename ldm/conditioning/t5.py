@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.hub import on_hub
 from ldm.checkpoint.rename import refuse
-from ldm.conditioning import weights as stored
+from ldm.conditioning import pretrained as stored
 from ldm.conditioning.text import Text
 from ldm.conditioning.tokenizer import from_folder
 from ldm.models.layers import check_positive

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition, moved
-from ldm.conditioning import weights as stored
+from ldm.condition import Condition, to_device
+from ldm.conditioning import pretrained as stored
 from ldm.conditioning.conditioner import Conditioner, repeat
 from ldm.conditioning.tokenizer import BPE, Tokenizer, clip_tokenizer, from_folder
 from ldm.errors import InputError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ldm.conditioning.t5 import T5Tower
 
 
-class CutOff(UserWarning):
+class TruncatedText(UserWarning):
     """The end of a text is not read."""
 
     def __init__(self, message: str, text: str):
@@ -100,7 +100,7 @@ class Text(Conditioner):
     def encode(self, ids: Tensor) -> Condition:
         """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
         device = self.transformer.tokens.weight.device
-        chunks = moved(ids, device).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
+        chunks = to_device(ids, device).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
         mask = self.counts(chunks) if self.masked else None  # (B*K, L)
         states, pooled = self.transformer(chunks, mask)  # (B*K, L, C), (B*K, P)
         tokens = states.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L, C)
@@ -172,7 +172,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: in
             lost = tokenizer.decode(ids[own * chunks :])
             limit = f"{own * chunks} tokens are read of {len(ids)}"
             message = f"the end of a text is cut off: {limit}; lost: {lost!r}"
-            warnings.warn(CutOff(message, text), stacklevel=2)
+            warnings.warn(TruncatedText(message, text), stacklevel=2)
         row = []
         for number in range(chunks):
             chunk = [*start, *ids[number * own : (number + 1) * own], tokenizer.end]

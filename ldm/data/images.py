@@ -18,7 +18,7 @@ from ldm.data.datasets import Rows, saved
 from ldm.data.folder import SUFFIXES, Folder
 from ldm.data.manifest import SKIPS, USED, Manifest, cache_folder, manifest_of
 from ldm.data.parquet import Parquet
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.data.shards import Shards
 from ldm.data.source import Entry, Source
 from ldm.errors import DataError, InputError
@@ -91,13 +91,13 @@ class Images:
         """All that may be drawn as a sample's caption: what a cache keeps."""
         return self.manifest.captions(int(self.rows[index])) or [""]
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """The pictures asked for, which share a bucket, with what belongs to each; random choices by sample number."""
-        height, width = self.sizes[asks[0].bucket]
-        image = torch.empty(len(asks), 3, height, width, dtype=torch.uint8)
+        height, width = self.sizes[sample_ids[0].bucket]
+        image = torch.empty(len(sample_ids), 3, height, width, dtype=torch.uint8)
         captions, sizes, crops, labels = [], [], [], []
-        for i, (ask, (which, mirror, top, left)) in enumerate(zip(asks, drawn(asks, seed))):
-            entry = self.manifest.entry(int(self.rows[ask.index]))
+        for i, (sample_id, (which, mirror, top, left)) in enumerate(zip(sample_ids, drawn(sample_ids, seed))):
+            entry = self.manifest.entry(int(self.rows[sample_id.index]))
             place = (top, left) if self.crop == "random" else None
             picture = self.picture(entry, (height, width), place, self.flip and mirror < 0.5)
             image[i] = picture.pixels
@@ -106,7 +106,9 @@ class Images:
             crops.append(picture.crop)
             labels.append(entry.label)
         batch = {"image": image, "caption": captions, "original_size": torch.tensor(sizes), "crop": torch.tensor(crops)}
-        batch |= {name: torch.tensor([getattr(ask, name) for ask in asks]) for name in ("number", "index")}
+        batch |= {
+            name: torch.tensor([getattr(sample_id, name) for sample_id in sample_ids]) for name in ("number", "index")
+        }
         return batch | ({"label": torch.tensor(labels)} if self.labelled else {})
 
     def picture(
@@ -119,9 +121,9 @@ class Images:
             raise DataError("the picture changed after the scan", entry.key, str(error)) from error
 
 
-def drawn(asks: Sequence[Ask], seed: int) -> list[list[float]]:
+def drawn(sample_ids: Sequence[SampleId], seed: int) -> list[list[float]]:
     """All that is random about each sample: which caption, whether mirrored, and the top and left of its crop."""
-    u, _ = draws.draw(draws.stream(seed, "data"), [ask.number for ask in asks], UNIFORMS, (0,))
+    u, _ = draws.draw(draws.stream(seed, "data"), [sample_id.number for sample_id in sample_ids], UNIFORMS, (0,))
     return u.tolist()
 
 

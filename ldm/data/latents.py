@@ -15,10 +15,10 @@ from torch import Tensor
 from ldm.checkpoint.files import DIGEST, open_file
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.pretrained import digest
 from ldm.conditioning.text import Text
-from ldm.conditioning.weights import digest
 from ldm.data.images import drawn
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.errors import CheckpointError, DataError, shown
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.layers import check_positive
@@ -106,12 +106,12 @@ class Latents:
         if lost := [name for name in keeps if name not in self.key["keeps"]]:
             raise DataError(f"the cache has no {lost[0]}, which the conditioner reads", str(self.root), hint=AGAIN)
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """A batch, with latents (B, Z, h, w) in float32 and text states in the type that they are stored in."""
-        picks = self.picks(asks, seed)
+        picks = self.picks(sample_ids, seed)
         batch: dict[str, Any] = {
-            "number": torch.tensor([ask.number for ask in asks]),
-            "index": torch.tensor([ask.index for ask in asks]),
+            "number": torch.tensor([sample_id.number for sample_id in sample_ids]),
+            "index": torch.tensor([sample_id.index for sample_id in sample_ids]),
             "latents": torch.stack([pick.shard["latents"][pick.row, pick.flipped] for pick in picks]).float(),
         }
         for name in ("original_size", "crop", *(name for name in self.key["keeps"] if name == "label")):
@@ -122,15 +122,15 @@ class Latents:
             batch["caption"] = [caption(pick) for pick in picks]
         return batch
 
-    def picks(self, asks: Sequence[Ask], seed: int) -> list[Pick]:
+    def picks(self, sample_ids: Sequence[SampleId], seed: int) -> list[Pick]:
         """The samples that are asked for, each as its number draws it."""
-        numbers, rows = self.place[[ask.index for ask in asks]].T.tolist()
+        numbers, rows = self.place[[sample_id.index for sample_id in sample_ids]].T.tolist()
         shards = [self.shard(number) for number in numbers]
         ends = [shard["captions"][row : row + 2].tolist() for shard, row in zip(shards, rows)]
         if self.key["flip"] or any(last - first > 1 for first, last in ends):
-            u = drawn(asks, seed)
+            u = drawn(sample_ids, seed)
         else:
-            u = [[0.0, 1.0, 0.0, 0.0]] * len(asks)
+            u = [[0.0, 1.0, 0.0, 0.0]] * len(sample_ids)
         return [
             Pick(shard, row, int(self.key["flip"] and mirror < 0.5), first + int(which * (last - first)))
             for shard, row, (first, last), (which, mirror, *_) in zip(shards, rows, ends, u)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.sampler import Ask, Order, Stream
+from ldm.data.sampler import Order, SampleId, Stream
 from ldm.errors import LdmError
 
 
@@ -33,7 +33,7 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]: ...
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]: ...
 
 
 class Batches(Dataset):
@@ -42,9 +42,9 @@ class Batches(Dataset):
     def __init__(self, data: Data, seed: int):
         self.data, self.seed = data, seed
 
-    def __getitem__(self, asks: Sequence[Ask]) -> dict[str, Any] | LdmError:
+    def __getitem__(self, sample_ids: Sequence[SampleId]) -> dict[str, Any] | LdmError:
         try:
-            return self.data.batch(asks, self.seed)
+            return self.data.batch(sample_ids, self.seed)
         except LdmError as error:  # raised here, torch would bury its line in a traceback
             error.add_note(traceback.format_exc())
             return error
@@ -53,7 +53,7 @@ class Batches(Dataset):
 class Loader(DataLoader):
     """Batches of a Data in the order of a sampler, which yields the asks of one batch at a time."""
 
-    def __init__(self, data: Data, seed: int, sampler: Iterable[list[Ask]]):
+    def __init__(self, data: Data, seed: int, sampler: Iterable[list[SampleId]]):
         workers: dict[str, Any] = {}
         if data.workers:
             workers = {"multiprocessing_context": nursery(), "persistent_workers": True, "worker_init_fn": settle}

@@ -16,7 +16,7 @@ from ldm.errors import InputError
 WINDOW = 8  # groups whose samples are mixed: enough to forget their order, few enough to read from
 
 
-class Ask(NamedTuple):
+class SampleId(NamedTuple):
     """One sample to make: its number in the endless stream, which sample of the source it is, and its bucket."""
 
     number: int
@@ -64,11 +64,11 @@ class Order:
         self._permuted: dict[int, tuple[int, NDArray]] = {}  # of each bucket the epoch that is being read
         self._batches: tuple[int, NDArray, NDArray] = (-1, self.sizes, self.sizes)
 
-    def batch(self, position: int) -> list[Ask]:
+    def batch(self, position: int) -> list[SampleId]:
         """The global batch that begins with this sample number."""
         bucket, start = self.locate(position)
         indices = self.members_at(bucket, start, start + self.batch_size)
-        return [Ask(position + i, index, bucket) for i, index in enumerate(indices.tolist())]
+        return [SampleId(position + i, index, bucket) for i, index in enumerate(indices.tolist())]
 
     def locate(self, position: int) -> tuple[int, int]:
         """The bucket b of the batch at this position, and where in S_b it begins."""
@@ -120,15 +120,15 @@ def members_of(buckets: NDArray | None, length: int) -> list[NDArray]:
     return np.split(np.argsort(buckets, kind="stable"), np.cumsum(np.bincount(buckets))[:-1])
 
 
-def grouped(indices: Iterable[int], size: int, buckets: NDArray | None) -> Iterator[list[Ask]]:
+def by_bucket(indices: Iterable[int], size: int, buckets: NDArray | None) -> Iterator[list[SampleId]]:
     """Asks for these samples, numbered as in the source: bucket by bucket, at most `size` together."""
-    asks = [Ask(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
-    for _, same in groupby(sorted(asks, key=attrgetter("bucket")), attrgetter("bucket")):
+    sample_ids = [SampleId(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
+    for _, same in groupby(sorted(sample_ids, key=attrgetter("bucket")), attrgetter("bucket")):
         together = list(same)
         yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
-def spread(length: int, count: int) -> list[int]:
+def evenly_spaced(length: int, count: int) -> list[int]:
     """The places of so many samples at equal distances, or of all."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
@@ -147,7 +147,7 @@ class Stream:
         self.begins = [(rank * accumulate + m) * self.share for m in range(accumulate)]
         order.locate(position)
 
-    def __iter__(self) -> Iterator[list[Ask]]:
+    def __iter__(self) -> Iterator[list[SampleId]]:
         for position in count(self.position, self.order.batch_size):
-            asks = self.order.batch(position)
-            yield from (asks[begin : begin + self.share] for begin in self.begins)
+            sample_ids = self.order.batch(position)
+            yield from (sample_ids[begin : begin + self.share] for begin in self.begins)

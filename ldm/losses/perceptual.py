@@ -35,6 +35,6 @@ def perceptual(name: Literal["lpips", "judge"], vgg: str | None) -> nn.Module:
         from ldm.checkpoint.vgg import lpips
 
         return lpips(vgg)
-    from ldm.checkpoint.pretrained import judge
+    from ldm.scenes.pretrained import judge
 
     return FeatureDistance(copy.deepcopy(judge()))  # a copy, for a loss is moved to devices and precisions

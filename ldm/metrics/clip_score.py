@@ -33,7 +33,7 @@ class CLIPScore:
             raise ValueError(f"model: unknown; got {model}; expected one of open_clip's, such as ViT-B-32-quickgelu")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that its own table has otherwise
-            self.network, self.preprocess = opened(model, file)
+            self.network, self.preprocess = loaded(model, file)
         self.tokenize = open_clip.get_tokenizer(model)
         self.name, self.identity = model, f"{model} {file_hash(file)}"
 
@@ -47,7 +47,7 @@ class CLIPScore:
         return 100 * (seen * said).sum(1).clamp(min=0).cpu()
 
 
-def opened(model: str, file: Path) -> tuple[Any, Any]:
+def loaded(model: str, file: Path) -> tuple[Any, Any]:
     """The network, frozen, and what makes pictures its size."""
     import open_clip
 

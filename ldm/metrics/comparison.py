@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.checkpoint.files import check_digest, open_file, write_file
 from ldm.data.loader import Data, Loader
-from ldm.data.sampler import Ask, grouped
+from ldm.data.sampler import SampleId, by_bucket
 from ldm.errors import DataError, LdmError
 from ldm.metrics.classes import PARTS, inception_score
 from ldm.metrics.features import Features, as_saved
@@ -37,19 +37,21 @@ def read(features: Features, x: Tensor) -> Rows:
     return {name: values.float().cpu() for name, values in seen._asdict().items() if values is not None}
 
 
-def batches(data: Data, indices: Sequence[int]) -> list[list[Ask]]:
+def batches(data: Data, indices: Sequence[int]) -> list[list[SampleId]]:
     """Asks for these samples of a source, which are all of one size."""
     if len(data.sizes) > 1:
         got = f"{len(data.sizes)} sizes"
         raise DataError("pictures of several sizes cannot be compared", "data.aspect", got, "one", "data.aspect=1")
-    return list(grouped(indices, data.batch_size, data.buckets))
+    return list(by_bucket(indices, data.batch_size, data.buckets))
 
 
-def each(data: Data, indices: Sequence[int], seed: int, work: Callable[[Rows, list[Ask]], Rows], what: str) -> Rows:
+def each(
+    data: Data, indices: Sequence[int], seed: int, work: Callable[[Rows, list[SampleId]], Rows], what: str
+) -> Rows:
     """work(batch, asks) of these samples, the batches made ahead where the data have workers."""
     asked = batches(data, indices)
     made = iter(Loader(data, seed, asked[rank() :: ranks()]))
-    return shared(asked, lambda asks: work(next(made), asks), what)
+    return shared(asked, lambda sample_ids: work(next(made), sample_ids), what)
 
 
 def true_features(features: Features, data: Data, indices: Sequence[int], seed: int, about: dict[str, Any]) -> Rows:

@@ -12,23 +12,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
-from ldm.data.completion import MADE, completed
+from ldm.data.derived import MADE, with_derived
 from ldm.data.loader import Data
-from ldm.data.sampler import Ask, spread
+from ldm.data.sampler import SampleId, evenly_spaced
 from ldm.diffusion.bound import bits_per_dim
 from ldm.diffusion.prediction import LearnedRange
 from ldm.draws import mix32, stream
-from ldm.metrics.alignment import Asked, verdicts
 from ldm.metrics.clip_score import CLIPScore
 from ldm.metrics.comparison import compared, each, frechet, read, true_features
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
 from ldm.metrics.prdc import nearest
-from ldm.metrics.scenes import Verdict, tally
 from ldm.metrics.sharing import Rows, joined
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
 from ldm.pipeline import Pipeline, Recipe, Request
+from ldm.scenes.alignment import Asked, verdicts
+from ldm.scenes.scoring import Verdict, tally
 
 SHOWN, PAIRS = 64, 8  # samples and reconstructions that a report shows
 KINDS: dict[str, tuple[int | None, str]] = {
@@ -92,14 +92,14 @@ class Subject:
             found = measures(x.to(self.device), y.to(self.device), self.lpips)
         return {name: values.cpu() for name, values in found.items()}
 
-    def each(self, source: Source, work: Callable[[Rows, list[Ask]], Rows], what: str) -> Rows:
+    def each(self, source: Source, work: Callable[[Rows, list[SampleId]], Rows], what: str) -> Rows:
         """work(batch, asks) of the source's samples."""
         return each(source.data, source.indices, source.seed, work, what)
 
 
 def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disjoint: bool = False) -> Source:
     """So many samples at equal distances; the disjoint ones lie halfway between."""
-    indices = spread(len(data), count)
+    indices = evenly_spaced(len(data), count)
     if disjoint:
         indices = [index + len(data) // (2 * count) for index in indices]
     return Source(data, about, indices, about["type"] == "scenes", seed)
@@ -124,12 +124,12 @@ def first_stage(subject: Subject, source: Source) -> dict[str, Any]:
     autoencoder = subject.autoencoder
     assert autoencoder is not None
 
-    def work(batch: Rows, asks: list[Ask]) -> Rows:
+    def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
         """Of one batch, there and back."""
         x = pictures.to_float(batch["image"])  # (B, 3, H, W)
         with torch.inference_mode():
             y = as_saved(sliced(lambda part: autoencoder.decode(autoencoder.encode(part)), x.to(subject.device)).cpu())
-        pairs = [torch.cat(pair, 2) for pair in zip(x, y)] if asks[0].index == source.indices[0] else []
+        pairs = [torch.cat(pair, 2) for pair in zip(x, y)] if sample_ids[0].index == source.indices[0] else []
         shown = pictures.to_pil(torch.stack(pairs[:PAIRS])) if pairs else []
         return subject.measures(x, y) | read(subject.features, y) | {"pictures": shown}
 
@@ -155,12 +155,12 @@ def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) ->
     assert pipe is not None
     place = {index: number for number, index in enumerate(source.indices)}
 
-    def work(batch: Rows, asks: list[Ask]) -> Rows:
+    def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
         """One batch."""
-        requests = requested(pipe, batch, [place[ask.index] for ask in asks], source.seed)
+        requests = requested(pipe, batch, [place[sample_id.index] for sample_id in sample_ids], source.seed)
         made = pipe.images(requests, informed(pipe, recipe, batch, source.seed))
         x = torch.cat([pictures.to_tensor(image) for image in made])  # (B, 3, H, W)
-        rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[asks[0].index])]}
+        rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[sample_ids[0].index])]}
         texts = [request.prompt for request in requests]
         if subject.captioned:
             rows["prompts"] = texts
@@ -185,7 +185,7 @@ def informed(pipe: Pipeline, recipe: Recipe, batch: Mapping[str, Any], seed: int
     if pipe.conditioner is None:
         return recipe
     x0 = torch.empty(0, pipe.channels, recipe.height // pipe.factor, recipe.width // pipe.factor)
-    told = completed(batch, pipe.conditioner.reads, x0, seed)
+    told = with_derived(batch, pipe.conditioner.reads, x0, seed)
     asked = [name for name in pipe.conditioner.reads if name in told and name not in ("caption", "label")]
     inputs = {name: told[name] for name in asked}
     return replace(recipe, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
@@ -226,8 +226,8 @@ def yardsticks(subject: Subject, source: Source, other: Source | None) -> dict[s
 def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[float, Image.Image]]:
     """Of each of made features (N, D) its distance to the nearest training picture, and that picture."""
     apart, where = nearest(made, subject.true(training)["vectors"])
-    asks = [Ask(index, index, 0) for index in (training.indices[row] for row in where.tolist())]
-    images = [training.data.batch([ask], training.seed)["image"] for ask in asks]
+    sample_ids = [SampleId(index, index, 0) for index in (training.indices[row] for row in where.tolist())]
+    images = [training.data.batch([sample_id], training.seed)["image"] for sample_id in sample_ids]
     return list(zip(apart.tolist(), pictures.to_pil(pictures.to_float(torch.cat(images)))))
 
 
@@ -252,19 +252,19 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
     assert subject.pipe is not None
     pipe = subject.pipe
 
-    def work(batch: Rows, asks: list[Ask]) -> Rows:
+    def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
         """Of one batch, by one network evaluation a step."""
-        generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), asks[0].index))
+        generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), sample_ids[0].index))
         x = pictures.to_float(batch["image"])
-        requests = requested(pipe, batch, range(len(asks)), source.seed)
+        requests = requested(pipe, batch, range(len(sample_ids)), source.seed)
         condition = pipe.condition(requests, informed(pipe, subject.recipe(), batch, source.seed))
         learned = isinstance(pipe.denoiser.prediction, LearnedRange)
 
         def noise() -> Tensor:
             """The next of this batch."""
-            return pipe.moved(torch.randn(x.shape, generator=generator))
+            return pipe.to_device(torch.randn(x.shape, generator=generator))
 
-        found = bits_per_dim(pipe.denoiser, pipe.moved(x), noise, condition, "learned" if learned else "large")
+        found = bits_per_dim(pipe.denoiser, pipe.to_device(x), noise, condition, "learned" if learned else "large")
         return {"bits": found.total.cpu()}
 
     return estimate(subject.each(source, work, "bits per dimension")["bits"])

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import pretrained
+from ldm.checkpoint.downloads import KNOWN, place
 from ldm.checkpoint.files import check_digest, file_hash, is_pickle, open_file, open_pickle
 from ldm.checkpoint.networks import load_weights
-from ldm.checkpoint.published import KNOWN, place
 from ldm.errors import CheckpointError, InputError
 from ldm.models.inception import SIDE, Inception
+from ldm.scenes import pretrained
 
 Resize = Literal["tensorflow", "bicubic"]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet's pictures

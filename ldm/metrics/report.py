@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import pictures
-from ldm.metrics.findings import NAMES, Table, few, number, plots, tables, whole
+from ldm.metrics.tables import NAMES, Table, few, number, plots, tables, whole
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right}

@@ -12,12 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
+from ldm.distributed import by_first
 from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.checkpointing import Found
 from ldm.training.logs import Logs, due
-from ldm.training.ranks import by_first
-from ldm.training.stage import Stage
+from ldm.training.loop import Stage
 from ldm.training.utilisation import Utilisation
 
 SIGNALS = {signal.SIGTERM: "sigterm", signal.SIGINT: "sigint"}

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
+from ldm.distributed import Rank, among_others, by_first, gathered, summed, together
 from ldm.errors import CheckpointError, DivergedError
-from ldm.training.ranks import Rank, among_others, by_first, gathered, summed, together
-from ldm.training.stage import Stage
+from ldm.training.loop import Stage
 
 STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
 Found = tuple[Path, dict[str, Any]]  # a whole checkpoint and its manifest

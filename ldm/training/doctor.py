@@ -16,13 +16,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.config import Config
+from ldm.config.schema import Config
 from ldm.data.loader import loader
 from ldm.errors import CheckpointError, DataError, InputError, LdmError
 from ldm.pictures import to_float
+from ldm.training.caption_report import Told
+from ldm.training.loop import Stage
 from ldm.training.run import existing
-from ldm.training.stage import Stage
-from ldm.training.told import Told
 from ldm.training.trainer import Plan
 from ldm.training.trial import LEARNED, LEAST, State, Trial, Values, follow, learned, resumed, together, trial
 

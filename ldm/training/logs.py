@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm.checkpoint.files import replacing
-from ldm.training.stage import Stage
+from ldm.training.loop import Stage
 from ldm.training.utilisation import Utilisation
 
 IDENTITY = "wandb_id"

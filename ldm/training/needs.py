@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.data.sampler import Ask
-from ldm.training.stage import Stage
+from ldm.data.sampler import SampleId
+from ldm.training.loop import Stage
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Needs:
 def needs_of(stage: Stage, ranks: int) -> Needs:
     """Of a stage that stands for one of so many processes, at the step where it is."""
     trained = [p for group in stage.groups().values() for _, p in group]
-    spread = {p for module in (*stage.roots(), *stage.blocks()) for p in module.parameters()}
-    whole = [x for x in (*stage.parameters(), *stage.buffers()) if x not in spread]
+    evenly_spaced = {p for module in (*stage.roots(), *stage.blocks()) for p in module.parameters()}
+    whole = [x for x in (*stage.parameters(), *stage.buffers()) if x not in evenly_spaced]
     shards = ranks if stage.plan.strategy == "fsdp2" else 1
     one, two = held(stage, 1), held(stage, 2)  # some of it, such as weights in bfloat16, does not grow with a batch
     return Needs(
-        weights=size(whole) + size(spread) // shards,
+        weights=size(whole) + size(evenly_spaced) // shards,
         gradients=size(trained) // shards,
         optimizer=round(size(trained) * remembered(stage)) // shards,
         averages=size(stage.ema.shadows.values()) // shards,
@@ -131,7 +131,7 @@ class Kept:
 def propagate(stage: Stage, samples: int) -> None:
     """The losses of the first sample, so many times, forward and back, without a step; nothing changes by it."""
     bucket = 0 if stage.data.buckets is None else int(stage.data.buckets[0])
-    batch = fetched(stage, [Ask(number, 0, bucket) for number in range(samples)])
+    batch = fetched(stage, [SampleId(number, 0, bucket) for number in range(samples)])
     with untouched(stage), precisely(stage):
         for turn in stage.turns():
             back(stage, stage.loss(batch, turn)[0])
@@ -145,9 +145,9 @@ def back(stage: Stage, loss: Tensor) -> None:
         torch.autograd.grad(loss, [p for p in stage.parameters() if p.requires_grad], allow_unused=True)
 
 
-def fetched(stage: Stage, asks: Sequence[Ask]) -> dict[str, Any]:
+def fetched(stage: Stage, sample_ids: Sequence[SampleId]) -> dict[str, Any]:
     """Training samples where they are used."""
-    return stage.transfer_batch_to_device(stage.data.batch(asks, stage.seed), stage.device, 0)
+    return stage.transfer_batch_to_device(stage.data.batch(sample_ids, stage.seed), stage.device, 0)
 
 
 @contextmanager

@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm import configfile
 from ldm.checkpoint.files import replacing
+from ldm.config import files
 from ldm.data.latents import flat
+from ldm.distributed import NUMBERS
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
-from ldm.training.building import LOCAL
 from ldm.training.callbacks import CODES, Run
 from ldm.training.checkpointing import Found
-from ldm.training.ranks import NUMBERS
-from ldm.training.stage import Stage
+from ldm.training.loop import Stage
+from ldm.training.setup import LOCAL
 
 # what may change between two runs in one folder: where and how long, never what is learned from what in which order
 FREE = {f"trainer.{name}" for name in ("steps", "accumulate", "accelerator", "devices", "nodes", "strategy", "compile")}
@@ -124,7 +124,7 @@ def agree(folder: Path, config: dict[str, Any], begun: bool) -> None:
         raise InputError("--run: weights alone are no run to go on with", str(folder), weights.name, hint=hint)
     if not begun or not file.exists():
         return
-    before, now = flat(configfile.read(file, []).values), flat(config)
+    before, now = flat(files.read(file, []).values), flat(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     fixed = [key for key in changed if key not in FREE and key.split(".")[0] not in SAMPLING]
     if different := [key for key in fixed if key != "format"]:

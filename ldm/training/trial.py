@@ -17,8 +17,8 @@ from ldm.data.sampler import Order
 from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.checkpointing import COUNTERS, MODEL
+from ldm.training.loop import Stage
 from ldm.training.needs import Needs, fetched, flops_of, machine_memory, needs_of, peak, precisely
-from ldm.training.stage import Stage
 from ldm.training.trainer import Plan
 
 T = TypeVar("T")
@@ -143,11 +143,11 @@ def trial(stage: Stage, plan: Plan, folder: Path, seconds: float) -> Course[tupl
 def latents_of(stage: Stage, seconds: float) -> Values | None:
     """Of the first samples, as many as this time allows; None where no denoiser learns from latents."""
     data, parts, begun = stage.data, list[Tensor](), time.perf_counter()
-    asks = Order(len(data), data.batch_size, stage.seed, data.buckets, data.groups).batch(0)[:LATENTS]
+    sample_ids = Order(len(data), data.batch_size, stage.seed, data.buckets, data.groups).batch(0)[:LATENTS]
     piece = min(PIECE, data.batch_size // stage.plan.accumulate)
-    for start in range(0, len(asks), piece):
+    for start in range(0, len(sample_ids), piece):
         with precisely(stage):
-            z = stage.diffused(fetched(stage, asks[start : start + piece]))  # (B, C, h, w)
+            z = stage.diffused(fetched(stage, sample_ids[start : start + piece]))  # (B, C, h, w)
         if z is None:
             return None
         parts.append(z.double().cpu())

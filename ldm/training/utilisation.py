@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ldm.training.loop import Stage
 from ldm.training.needs import flops_of
-from ldm.training.stage import Stage
 from ldm.training.trainer import Plan
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.configs import ONE, ROOT, cost_of, first_stage, operations, row
-from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema
-from ldm.training import autoencoder
+from ldm.config import schema as configuration
 from ldm.training.needs import flops_of, size
+from ldm.training.recipes import autoencoder
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/configs.md").read_text(encoding="utf-8")
 

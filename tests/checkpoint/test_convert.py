@@ -77,10 +77,10 @@ def test_a_ckpt_becomes_half_as_large(tmp_path, capsys):
     assert out[0].startswith(f"{tmp_path}/x.ckpt: Stable Diffusion 2, v-prediction, ")
     assert out[1].startswith("note: v-prediction is guessed from ")
     assert out[-1] == f"wrote {tmp_path}/half.safetensors (ldm, float16)"
-    opened = checkpoint.open(tmp_path / "half.safetensors")
-    assert opened.config["prediction"] == {"type": "eps"}
-    assert opened.state["backbone.out.weight"].equal(make("sd2_v")[1]["backbone.out.weight"].half())
-    assert opened.state["autoencoder.scale"] == torch.tensor(0.18215)
+    loaded = checkpoint.open(tmp_path / "half.safetensors")
+    assert loaded.config["prediction"] == {"type": "eps"}
+    assert loaded.state["backbone.out.weight"].equal(make("sd2_v")[1]["backbone.out.weight"].half())
+    assert loaded.state["autoencoder.scale"] == torch.tensor(0.18215)
 
 
 def test_a_dit_in_a_pt_file_with_a_first_stage_beside(tmp_path, capsys):
@@ -90,9 +90,9 @@ def test_a_dit_in_a_pt_file_with_a_first_stage_beside(tmp_path, capsys):
     checkpoint.write_compvis(tmp_path / "vae.safetensors", *make("kl"))
     assert run(tmp_path / "dit.pt", tmp_path / "whole.safetensors", "--vae", tmp_path / "vae.safetensors") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/dit.pt: DiT, ")
-    opened = checkpoint.open(tmp_path / "whole.safetensors")
-    assert same(opened.state, state)
-    assert opened.config == config
+    loaded = checkpoint.open(tmp_path / "whole.safetensors")
+    assert same(loaded.state, state)
+    assert loaded.config == config
     with pytest.raises(CheckpointError) as error:
         run(tmp_path / "dit.pt", tmp_path / "folder")
     assert str(error.value) == "no first stage to write; try --vae"

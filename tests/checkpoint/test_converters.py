@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from ldm import checkpoint
 from tests.checkpoint.made_up import make
-from tests.checkpoint.test_folder import TOKENIZER
+from tests.checkpoint.test_diffusers import TOKENIZER
 
 
 def same(a, b) -> bool:

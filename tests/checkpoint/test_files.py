@@ -38,16 +38,16 @@ def whole(tmp_path) -> Path:
 
 
 def test_our_file_returns_everything(whole):
-    opened = checkpoint.open(whole)
+    loaded = checkpoint.open(whole)
     config, state = make("kl")
-    assert opened.config == config
-    assert opened.tokenizer == '{"type": "clip", "pad": 0}'
-    assert opened.state.keys() == state.keys()
-    assert all(torch.equal(opened.state[name], state[name]) for name in state)
+    assert loaded.config == config
+    assert loaded.tokenizer == '{"type": "clip", "pad": 0}'
+    assert loaded.state.keys() == state.keys()
+    assert all(torch.equal(loaded.state[name], state[name]) for name in state)
     with safe_open(whole, "pt") as file:  # what others see
         metadata = file.metadata()
     assert metadata.keys() == {"format", "ldm", "config", "version", "tokenizer", "sha256"}
-    assert opened.hash == metadata["sha256"]
+    assert loaded.hash == metadata["sha256"]
     theirs = load_file(whole)
     assert all(torch.equal(theirs[name], state[name]) for name in state)
 
@@ -56,9 +56,9 @@ def test_a_type_is_written_for_weights_but_not_for_the_latents_scale(tmp_path):
     config, state = make("kl")
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         checkpoint.save(tmp_path / "x.safetensors", config, state, dtype=dtype)
-        opened = checkpoint.open(tmp_path / "x.safetensors")
-        assert opened.state["autoencoder.quant.bias"].equal(state["autoencoder.quant.bias"].to(dtype))
-        assert opened.state["autoencoder.scale"].equal(state["autoencoder.scale"])
+        loaded = checkpoint.open(tmp_path / "x.safetensors")
+        assert loaded.state["autoencoder.quant.bias"].equal(state["autoencoder.quant.bias"].to(dtype))
+        assert loaded.state["autoencoder.scale"].equal(state["autoencoder.scale"])
 
 
 def test_a_rounded_first_stage_has_the_fingerprint_that_its_file_says(tmp_path):
@@ -67,9 +67,9 @@ def test_a_rounded_first_stage_has_the_fingerprint_that_its_file_says(tmp_path):
     whole = fingerprint(config["autoencoder"], state)
     for named, expected in ((whole, None), ("of another", "of another")):
         checkpoint.save(tmp_path / "x.safetensors", {**config, "fingerprint": named}, state, dtype=torch.bfloat16)
-        opened = checkpoint.open(tmp_path / "x.safetensors")
-        own = fingerprint(opened.config["autoencoder"], opened.state)
-        assert opened.config["fingerprint"] == (expected or own)
+        loaded = checkpoint.open(tmp_path / "x.safetensors")
+        own = fingerprint(loaded.config["autoencoder"], loaded.state)
+        assert loaded.config["fingerprint"] == (expected or own)
         assert own != whole
 
 
@@ -242,8 +242,8 @@ def test_a_file_of_lightning_s_old_days_is_read(tmp_path, monkeypatch):
     torch.save(content | {"callbacks": {sys.modules[name].ModelCheckpoint: {"best": None}}}, tmp_path / "old.ckpt")
     for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
         monkeypatch.delitem(sys.modules, part)
-    opened = checkpoint.open(tmp_path / "old.ckpt", pickles=True)
-    assert all(torch.equal(opened.state[key], x) for key, x in make("kl")[1].items())
+    loaded = checkpoint.open(tmp_path / "old.ckpt", pickles=True)
+    assert all(torch.equal(loaded.state[key], x) for key, x in make("kl")[1].items())
 
 
 def test_our_files_may_hold_whole_numbers(tmp_path):
@@ -261,9 +261,9 @@ def test_pickles_are_read_for_converting_only_and_run_nothing(tmp_path, monkeypa
     torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "new.ckpt")
     torch.save({"state_dict": tensors}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     for name in ("new.ckpt", "old.ckpt"):
-        opened = checkpoint.open(tmp_path / name, pickles=True)
-        assert opened.config == make("kl")[0]
-        assert all(torch.equal(opened.state[key], x) for key, x in make("kl")[1].items())
+        loaded = checkpoint.open(tmp_path / name, pickles=True)
+        assert loaded.config == make("kl")[0]
+        assert all(torch.equal(loaded.state[key], x) for key, x in make("kl")[1].items())
         assert "a pickle, which is not opened here" in refusal(tmp_path / name)
     torch.save({"state_dict": tensors, "callback": Evil()}, tmp_path / "evil.ckpt")
     message = refusal(tmp_path / "evil.ckpt", pickles=True)

@@ -6,12 +6,13 @@ from itertools import islice
 import pytest
 import torch
 
-from ldm import assemble, checkpoint, parts
+from ldm import assemble, checkpoint
 from ldm.cli import main
-from ldm.data import latents_writing
+from ldm.config import parts
+from ldm.data import latents_writer
 from ldm.data.latents import Latents
 from ldm.data.loader import loader
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.draws import stream
 from ldm.pictures import to_float
 from tests.checkpoint.made_up import CLIP, KL, make
@@ -49,7 +50,7 @@ def stage(tmp_path):
 @pytest.fixture
 def command(tmp_path, stage, monkeypatch):
     """`ldm cache` with more on the command line; returns its exit status."""
-    monkeypatch.setattr(latents_writing, "SHARD_SAMPLES", 8)
+    monkeypatch.setattr(latents_writer, "SHARD_SAMPLES", 8)
     monkeypatch.setitem(parts.TABLES["data"], "tiny", "tests.cli.tiny_parts:Tiny")
     (tmp_path / "two.yaml").write_text(CONFIG.format(stage=stage))
     fixed = ["cache", "--config", str(tmp_path / "two.yaml")]
@@ -58,7 +59,7 @@ def command(tmp_path, stage, monkeypatch):
 
 def read(folder, *indices):
     data = Latents(root=str(folder), batch_size=4)
-    return data, data.batch([Ask(index, index, 0) for index in indices], 0)
+    return data, data.batch([SampleId(index, index, 0) for index in indices], 0)
 
 
 def test_a_configuration_of_stage_two_becomes_a_cache(command, tmp_path, stage, capsys):
@@ -66,14 +67,14 @@ def test_a_configuration_of_stage_two_becomes_a_cache(command, tmp_path, stage, 
     assert "3 of 3 shards" in (said := capsys.readouterr().out)
     assert said.endswith("20 samples, complete\n")
     data, batch = read(tmp_path / "cache", 0, 1, 2, 3)
-    config, opened = assemble.load(
+    config, loaded = assemble.load(
         tmp_path / "two.yaml", ["data.type=latents", "data.root=x", "data.batch_size=4"], assemble.DiffusionSchema
     )
     assert config["autoencoder"] == KL | {"per_channel": False, "stem": 1, "checkpointing": False}
     torch.manual_seed(stream(3, "init"))
-    autoencoder, conditioner = assemble.encoders(config, opened)
+    autoencoder, conditioner = assemble.encoders(config, loaded)
     data.check(autoencoder, conditioner, config["conditioner"])
-    online = TinySource().batch([Ask(i, i, 0) for i in range(4)], 0)
+    online = TinySource().batch([SampleId(i, i, 0) for i in range(4)], 0)
     assert batch["latents"].equal(autoencoder.encode(to_float(online["image"])))
     assert conditioner(batch).tokens.equal(conditioner(online).tokens)
 
@@ -90,9 +91,9 @@ def test_the_conditioner_may_come_from_a_checkpoint_too(command, tmp_path):
     assert command(f"conditioner={tmp_path / 'sd.safetensors'}", f"autoencoder={tmp_path / 'sd.safetensors'}") == 0
     data, batch = read(tmp_path / "cache", 5)
     assert data.key["texts"]["caption"]["width"] == 64
-    opened = checkpoint.open(tmp_path / "sd.safetensors")
-    model = assemble.model(assemble.configure(opened.config, "test"))
-    assemble.fill(model, opened)
+    loaded = checkpoint.open(tmp_path / "sd.safetensors")
+    model = assemble.model(assemble.configure(loaded.config, "test"))
+    assemble.fill(model, loaded)
     online = model.conditioner({"caption": TinySource().captions(5)})
     assert batch["states"]["caption"]["tokens"].equal(online.tokens.bfloat16())
 
@@ -111,10 +112,10 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
     trained = ["conditioner={type: joint_text, width: 16, layers: 1, vocabulary: 700}"] if text == "trained" else []
     assert command(*folder, *trained, "--dtype", "fp32") == 0
     ours = loader(Latents(root=str(tmp_path / "cache"), batch_size=4), 5)
-    config, opened = assemble.load(tmp_path / "two.yaml", folder, assemble.DiffusionSchema)
+    config, loaded = assemble.load(tmp_path / "two.yaml", folder, assemble.DiffusionSchema)
     theirs = loader(config.build("data"), 5)
     torch.manual_seed(stream(3, "init"))
-    autoencoder, conditioner = assemble.encoders(config, opened)
+    autoencoder, conditioner = assemble.encoders(config, loaded)
     for cached, online in islice(zip(ours, theirs), 15):
         for name in ("number", "index", "original_size", "crop"):
             assert cached[name].equal(online[name])
@@ -128,9 +129,9 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
 def test_a_run_on_the_cache_of_scenes_is_the_run_on_their_renders(command, tmp_path):
     scenes = ["data.type=scenes", "data.resolution=16", "data.batch_size=4", "data.size=12", "data.workers=0"]
     assert command(*scenes, "--dtype", "fp32") == 0
-    config, opened = assemble.load(tmp_path / "two.yaml", scenes, assemble.DiffusionSchema)
+    config, loaded = assemble.load(tmp_path / "two.yaml", scenes, assemble.DiffusionSchema)
     torch.manual_seed(stream(3, "init"))
-    autoencoder, conditioner = assemble.encoders(config, opened)
+    autoencoder, conditioner = assemble.encoders(config, loaded)
     ours, theirs = (
         loader(data, 3) for data in (Latents(root=str(tmp_path / "cache"), batch_size=4), config.build("data"))
     )

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ldm import assemble
-from ldm import config as configuration
 from ldm.cli import config_file, demo, main, swiss_roll
+from ldm.config import schema as configuration
 from ldm.draws import draw
 
 FAST = ["steps=200", "batch_size=64", "backbone.width=32", "spacing.steps=4"]

@@ -15,13 +15,13 @@ import torch
 import ldm
 from ldm import checkpoint
 from ldm.cli import main
-from ldm.data.scenes import captions, draw, render
 from ldm.diffusion.bound import bits_per_dim
-from ldm.metrics.alignment import Asked
 from ldm.metrics.evaluation import KINDS
 from ldm.metrics.images import psnr
 from ldm.pictures import to_float, to_pil
 from ldm.pipeline import SHIPPED
+from ldm.scenes import captions, draw, render
+from ldm.scenes.alignment import Asked
 from tests.cli.test_sample import LABEL, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -86,9 +86,9 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 def test_a_first_stage_alone_is_measured_by_hand(tmp_path):
     """Its PSNR is that of pictures sent through the network by hand."""
-    opened = checkpoint.open(SHIPPED)
-    config = {"format": 1, "autoencoder": opened.config["autoencoder"]}
-    state = {name: x.float() for name, x in opened.state.items() if name.startswith("autoencoder.")}
+    loaded = checkpoint.open(SHIPPED)
+    config = {"format": 1, "autoencoder": loaded.config["autoencoder"]}
+    state = {name: x.float() for name, x in loaded.state.items() if name.startswith("autoencoder.")}
     checkpoint.save(tmp_path / "first.safetensors", config, state)
     found = evaluate(tmp_path / "report", "--ckpt", str(tmp_path / "first.safetensors"), "samples=4", "nearest=0")
     from ldm.checkpoint.networks import autoencoder_of

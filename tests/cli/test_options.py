@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 from ldm import checkpoint
-from ldm import config as configuration
 from ldm.cli import config_file, evaluate, fetch, main
+from ldm.config import schema as configuration
 from ldm.draws import mix32, stream
 from ldm.errors import DataError
 from ldm.pipeline import SHIPPED, Pipeline
-from ldm.training import autoencoder, doctor, judge
+from ldm.scenes import judge_training
+from ldm.training import doctor
+from ldm.training.recipes import autoencoder
 from tests.training import toy
 from tests.training.killing import toy_data
 
@@ -49,7 +51,7 @@ def test_judge(tmp_path, monkeypatch):
         seen.update(numbers)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge, "train", train)
+    monkeypatch.setattr(judge_training, "train", train)
     options = ("--seed", "3", "--steps", "5", "--pictures", "7", "--out", str(tmp_path / "judge.safetensors"))
     assert main(["judge", *options]) == 130
     assert seen == {"seed": 3, "steps": 5, "pictures": 7, "device": "cpu"}
@@ -92,10 +94,10 @@ def test_evaluate(tmp_path, monkeypatch):
 
 
 def test_evaluate_vae(tmp_path, monkeypatch):
-    opened = checkpoint.open(SHIPPED)
-    state = {name: x for name, x in opened.state.items() if name.startswith("autoencoder.")}
+    loaded = checkpoint.open(SHIPPED)
+    state = {name: x for name, x in loaded.state.items() if name.startswith("autoencoder.")}
     state["autoencoder.decoder.conv_out.bias"] = state["autoencoder.decoder.conv_out.bias"] + 1
-    checkpoint.save(tmp_path / "vae.safetensors", {"format": 1, "autoencoder": opened.config["autoencoder"]}, state)
+    checkpoint.save(tmp_path / "vae.safetensors", {"format": 1, "autoencoder": loaded.config["autoencoder"]}, state)
     words = ("--only", "first_stage", "--vae", str(tmp_path / "vae.safetensors"))
     assert evaluated(tmp_path, monkeypatch, *words)[0]["first_stage"]["psnr"]["mean"] < 20
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm import parts
-from ldm.cli import COMMANDS, command, main, settings
+from ldm.cli import COMMANDS, command, main, settings_page
+from ldm.config import parts
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = {"reference.md": [], "commands.md": ["--commands"]}
@@ -86,7 +86,7 @@ def test_a_name_is_an_axis_or_every_part_of_it(name, titles, capsys):
 
 def test_what_a_partial_has_fixed_is_said():
     """And is no setting."""
-    said, none = [*settings.part("solver", "dpmpp_2m_sde")][1:]
+    said, none = [*settings_page.part("solver", "dpmpp_2m_sde")][1:]
     assert said.endswith(" Here `order` is 2. Here `eta` is 1.0.")
     assert none == "No settings."
 

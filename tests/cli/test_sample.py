@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm import assemble, checkpoint, parts
+from ldm import assemble, checkpoint
 from ldm.cli import main, sample
 from ldm.conditioning.tokenizer import BPE
+from ldm.config import parts
 from tests.models.first_stages import fill
 
 ROOT = Path(__file__).parent.parent.parent

@@ -105,10 +105,10 @@ def corrupted(name: str, good: Path, path: Path) -> tuple[Path, tuple[str, ...]]
     """A file that is no good, and what the answer says."""
     data = good.read_bytes()
     if name == "nan":
-        opened = checkpoint.open(good)
-        state = {key: x.clone() for key, x in opened.state.items()}
+        loaded = checkpoint.open(good)
+        state = {key: x.clone() for key, x in loaded.state.items()}
         state["backbone.out.weight"][0] = float("nan")
-        checkpoint.save(path, opened.config, state, opened.tokenizer)
+        checkpoint.save(path, loaded.config, state, loaded.tokenizer)
         return path, ("NaN", "backbone.out.weight")
     if name == "pickle":
         torch.save({"weight": torch.ones(2)}, path)
@@ -141,9 +141,9 @@ def test_a_checkpoint_that_is_no_good_is_refused_with_4(name, run, models, tmp_p
 
 
 def test_a_first_stage_alone_and_no_file_at_all(run, models, tmp_path):
-    opened = checkpoint.open(models["joint"])
-    state = {name: x for name, x in opened.state.items() if name.startswith("autoencoder.")}
-    checkpoint.save(tmp_path / "stage.safetensors", {"format": 1, "autoencoder": opened.config["autoencoder"]}, state)
+    loaded = checkpoint.open(models["joint"])
+    state = {name: x for name, x in loaded.state.items() if name.startswith("autoencoder.")}
+    checkpoint.save(tmp_path / "stage.safetensors", {"format": 1, "autoencoder": loaded.config["autoencoder"]}, state)
     refused(run("--prompt", BALL, "--ckpt", "stage.safetensors", model=None), 4, "a first stage alone", "--vae")
     refused(run("--prompt", BALL, "--ckpt", "none.safetensors", model=None), 4, "no such file", "none.safetensors")
 

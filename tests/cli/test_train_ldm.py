@@ -9,7 +9,7 @@ import pytest
 import ldm
 from ldm import checkpoint
 from ldm.cli import main
-from ldm.data.scenes.source import Scenes
+from ldm.scenes.source import Scenes
 from tests.data.photographs import photograph
 from tests.training.second_stage import cached, command, first_stage
 
@@ -161,11 +161,11 @@ def test_noise_that_does_not_suit_is_said(overrides, said, tmp_path, capsys):
 def test_a_denoiser_of_pictures_is_none_of_latents(tmp_path, capsys):
     argv = command(tmp_path / "run", "trainer.steps=1")[:-1]
     assert main(argv) == 0
-    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
-    assert opened.config["fingerprint"]
+    loaded = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    assert loaded.config["fingerprint"]
     for name, stored in {"ours": {"fingerprint": None}, "theirs": {}}.items():
-        config = {key: x for key, x in opened.config.items() if key != "fingerprint"} | stored
-        checkpoint.save(tmp_path / f"{name}.safetensors", config, opened.state, opened.tokenizer)
+        config = {key: x for key, x in loaded.config.items() if key != "fingerprint"} | stored
+        checkpoint.save(tmp_path / f"{name}.safetensors", config, loaded.state, loaded.tokenizer)
     begin = [*command(tmp_path / "again")[:-1], "--dry-run", "--init-from"]
     assert main([*begin, str(tmp_path / "ours.safetensors")]) == 4
     assert "autoencoder: not the one that the denoiser was trained with" in capsys.readouterr().err

@@ -200,11 +200,11 @@ def test_the_order_of_boxes_says_nothing():
 
 def test_places_without_a_box_are_not_read():
     layout = KINDS["layout"].make()
-    unet, moved = backbone(layout), {**BOXES, "boxes": BOXES["boxes"].clone()}
-    moved["boxes"][:, 2] = torch.tensor([0.2, 0.2, 0.9, 0.9])
+    unet, to_device = backbone(layout), {**BOXES, "boxes": BOXES["boxes"].clone()}
+    to_device["boxes"][:, 2] = torch.tensor([0.2, 0.2, 0.9, 0.9])
     fewer = {key: value[:, :2] for key, value in BOXES.items()}
     expected = output(unet, layout(BOXES))
-    assert torch.equal(output(unet, layout(moved)), expected)
+    assert torch.equal(output(unet, layout(to_device)), expected)
     torch.testing.assert_close(output(unet, layout(fewer)), expected, atol=2e-6, rtol=1e-5)  # an MLP on fewer rows
 
 

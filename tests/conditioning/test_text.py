@@ -168,11 +168,11 @@ def test_gradients_reach_an_embedding_through_a_frozen_encoder():
 def test_an_encoder_built_without_memory_is_filled_by_assignment(make):
     ours, empty = make(), {small_t5: lambda: t5(**T5_NUMBERS), small_joint: lambda: joint_text(**JOINT)}.get(make)
     with torch.device("meta"):
-        opened = (empty or (lambda: clip(**CLIP)))()
-    opened.load_state_dict(ours.state_dict(), assign=True)
-    opened.use(from_json(ours.tokenizer.to_json()))
-    assert torch.equal(opened(TEXTS).tokens, ours(TEXTS).tokens)
-    assert {p.requires_grad for p in opened.parameters()} == {not ours.frozen}
+        loaded = (empty or (lambda: clip(**CLIP)))()
+    loaded.load_state_dict(ours.state_dict(), assign=True)
+    loaded.use(from_json(ours.tokenizer.to_json()))
+    assert torch.equal(loaded(TEXTS).tokens, ours(TEXTS).tokens)
+    assert {p.requires_grad for p in loaded.parameters()} == {not ours.frozen}
 
 
 # --------------------------------------------------------------------------------------------------- long prompts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.errors import DataError
 
 
@@ -33,11 +33,11 @@ class Numbered:
     def __len__(self) -> int:
         return self.length
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
-        indices = [ask.index for ask in asks]
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
+        indices = [sample_id.index for sample_id in sample_ids]
         if self.bad in indices:
             raise DataError("the picture changed since it was listed", f"{self.bad}.jpg")
-        numbers, places = [ask.number for ask in asks], [ask.bucket for ask in asks]
+        numbers, places = [sample_id.number for sample_id in sample_ids], [sample_id.bucket for sample_id in sample_ids]
         return {
             "number": torch.tensor(numbers),
             "index": torch.tensor(indices),

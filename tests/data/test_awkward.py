@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ldm.data.images import Images
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.errors import DataError
 from tests.data import awkward
 from tests.data.awkward import CAPTIONS, GRAY, PICTURES, QUADRANTS, WHITE
@@ -37,7 +37,7 @@ class Scanned:
     def pixels(self, name: str) -> np.ndarray:
         """A used picture as training sees it, (H, W, 3)."""
         index = self.used[name]
-        batch = self.images.batch([Ask(0, index, int(self.images.buckets[index]))], 0)
+        batch = self.images.batch([SampleId(0, index, int(self.images.buckets[index]))], 0)
         return batch["image"][0].permute(1, 2, 0).numpy()
 
     def captions(self, name: str) -> list[str]:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldm import config
-from ldm.config import Part
+from ldm.config import schema
+from ldm.config.schema import Part
 from ldm.data import decode
 from ldm.data.images import Images, bucket_sizes, nearest
 from ldm.data.loader import loader
-from ldm.data.sampler import Ask
+from ldm.data.sampler import SampleId
 from ldm.errors import DataError, InputError
 from tests.data import awkward
 from tests.data.photographs import encoded, photograph
@@ -38,12 +38,12 @@ def images(root, **options) -> Images:
     return Images(root=str(root), **given)
 
 
-def asks(*numbers: int, length: int = 12, bucket: int = 0) -> list[Ask]:
-    return [Ask(number, number % length, bucket) for number in numbers]
+def sample_ids(*numbers: int, length: int = 12, bucket: int = 0) -> list[SampleId]:
+    return [SampleId(number, number % length, bucket) for number in numbers]
 
 
 def test_a_batch_holds_what_was_agreed(root):
-    batch = images(root).batch(asks(3, 7, 24), 0)
+    batch = images(root).batch(sample_ids(3, 7, 24), 0)
     assert batch["image"].shape == (3, 3, 32, 32)
     assert batch["image"].dtype == torch.uint8
     assert batch["caption"] == ["3 0", batch["caption"][1], "0 0"]
@@ -62,13 +62,13 @@ def test_a_batch_holds_what_was_agreed(root):
 
 def test_random_choices_belong_to_the_sample_and_its_number(root):
     data = images(root, crop="random", flip=True)
-    together = data.batch(asks(*range(24)), 5)
+    together = data.batch(sample_ids(*range(24)), 5)
     for number in (1, 10, 23):
-        alone = data.batch(asks(number), 5)
+        alone = data.batch(sample_ids(number), 5)
         assert torch.equal(alone["image"][0], together["image"][number])
         assert alone["caption"] == together["caption"][number : number + 1]
         assert alone["crop"].tolist() == together["crop"][number : number + 1].tolist()
-    other = data.batch(asks(*range(24)), 6)
+    other = data.batch(sample_ids(*range(24)), 6)
     assert not torch.equal(other["image"], together["image"])
     assert any((together["image"][n] != together["image"][n + 12]).any() for n in range(12))  # another epoch
 
@@ -76,7 +76,7 @@ def test_random_choices_belong_to_the_sample_and_its_number(root):
 def test_captions_flips_and_crops_are_drawn_evenly(root):
     data = images(root, crop="random", flip=True)
     numbers = range(5, 5 + 12 * 300, 12)  # one picture of (90, 50) with three captions, in 300 epochs
-    batch = data.batch(asks(*numbers), 0)
+    batch = data.batch(sample_ids(*numbers), 0)
     captions = Counter(batch["caption"])
     assert captions.keys() == {"5 0", "5 1", "5 2"}
     assert min(captions.values()) > 70
@@ -97,7 +97,7 @@ def test_buckets_keep_the_shapes(root):
     data = images(root, aspect=2.0, multiple=8)
     assert data.sizes == [(24, 40), (32, 32), (40, 24)]
     assert data.buckets.tolist() == [1, 0, 2] * 4
-    batch = data.batch([Ask(n, n, 2) for n in (2, 5)], 0)
+    batch = data.batch([SampleId(n, n, 2) for n in (2, 5)], 0)
     assert batch["image"].shape == (2, 3, 40, 24)
     assert batch["original_size"].tolist() == [[90, 50]] * 2
 
@@ -166,14 +166,14 @@ def test_a_wrong_value_names_its_line(line, said, root, tmp_path):
     text = "".join(f"  {key}: {value}\n" for key, value in (given | {name: value}).items())
     (tmp_path / "c.yaml").write_text("format: 1\ndata:\n  type: images\n" + text)
     with pytest.raises(InputError, match=said) as caught:
-        config.load(tmp_path / "c.yaml", [], Schema).build("data")
+        schema.load(tmp_path / "c.yaml", [], Schema).build("data")
     assert "c.yaml:" in str(caught.value)
 
 
 def test_a_yaml_builds_it(root, tmp_path):
     (tmp_path / "c.yaml").write_text("format: 1\ndata: {type: images, root: x, resolution: 32, batch_size: 4}\n")
     overrides = [f"data.root={root}", f"data.manifest={root.parent / 'manifest'}", "data.aspect=2"]
-    data = config.load(tmp_path / "c.yaml", overrides, Schema).build("data")
+    data = schema.load(tmp_path / "c.yaml", overrides, Schema).build("data")
     assert len(data) == 12
 
 

@@ -14,10 +14,10 @@ from ldm import draws
 from ldm.checkpoint.files import open_file
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
-from ldm.data import latents_writing
+from ldm.data import latents_writer
 from ldm.data.latents import MANIFEST, Latents, frozen_texts, identities
-from ldm.data.latents_writing import Cache, write
-from ldm.data.sampler import Ask
+from ldm.data.latents_writer import Cache, write
+from ldm.data.sampler import SampleId
 from ldm.errors import CheckpointError, DataError
 from ldm.models.unet import UNet
 from ldm.pictures import to_float
@@ -40,11 +40,11 @@ def cache(root, source=None, conditioner=None, node=None, dtype="fp32", flip=Fal
 
 @pytest.fixture(autouse=True)
 def short_shards(monkeypatch):
-    monkeypatch.setattr(latents_writing, "SHARD_SAMPLES", 8)
+    monkeypatch.setattr(latents_writer, "SHARD_SAMPLES", 8)
 
 
-def asks(*indices, first=0, bucket=0):
-    return [Ask(first + i, index, bucket) for i, index in enumerate(indices)]
+def sample_ids(*indices, first=0, bucket=0):
+    return [SampleId(first + i, index, bucket) for i, index in enumerate(indices)]
 
 
 def files(root):
@@ -57,7 +57,7 @@ def files(root):
 def test_a_cached_batch_is_what_the_encoders_give_bit_for_bit(masked, options, tmp_path):
     source, encoder, autoencoder = TinySource(), text(masked, **options), first_stage()
     assert write(cache(tmp_path, source, encoder, autoencoder=autoencoder)) == []
-    wanted = asks(4, 5, 6, 7)
+    wanted = sample_ids(4, 5, 6, 7)
     cached, online = Latents(root=str(tmp_path), batch_size=4).batch(wanted, 0), source.batch(wanted, 0)
     assert cached["latents"].equal(autoencoder.encode(to_float(online["image"])))
     for name in ("number", "index", "original_size", "crop"):
@@ -80,7 +80,7 @@ def test_a_cached_batch_is_what_the_encoders_give_bit_for_bit(masked, options, t
 def test_states_that_a_mask_hides_do_not_count(tmp_path):
     source, encoder = TinySource(), text(True)
     write(cache(tmp_path, source, encoder))
-    wanted = asks(4, 5, 6, 7)
+    wanted = sample_ids(4, 5, 6, 7)
     ours = encoder(Latents(root=str(tmp_path), batch_size=4).batch(wanted, 0))
     theirs = encoder(source.batch(wanted, 0))
     assert not ours.tokens.equal(theirs.tokens), "they are not in the cache"
@@ -98,12 +98,12 @@ def test_any_order_of_samples_is_gathered_from_all_shards(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert (len(data), data.sizes, data.buckets, data.groups) == (20, [(16, 16)], None, None)
     order = np.random.default_rng(0).permutation(20).tolist()
-    batch = data.batch(asks(*order, first=100), 0)
+    batch = data.batch(sample_ids(*order, first=100), 0)
     assert batch["index"].tolist() == order
     assert batch["number"].tolist() == list(range(100, 120))
-    expected = autoencoder.encode(to_float(source.batch(asks(*order), 0)["image"]))
+    expected = autoencoder.encode(to_float(source.batch(sample_ids(*order), 0)["image"]))
     torch.testing.assert_close(batch["latents"], expected)
-    alone = pickle.loads(pickle.dumps(data)).batch(asks(order[3]), 0)
+    alone = pickle.loads(pickle.dumps(data)).batch(sample_ids(order[3]), 0)
     assert alone["latents"][0].equal(batch["latents"][3])
     assert alone["states"]["caption"]["tokens"][0].equal(batch["states"]["caption"]["tokens"][3])
 
@@ -116,7 +116,7 @@ def test_each_size_of_picture_has_shards_of_its_own(tmp_path):
     assert data.buckets.tolist() == source.buckets.tolist()
     for bucket, (height, width) in enumerate(source.sizes):
         members = np.flatnonzero(source.buckets == bucket).tolist()
-        batch = data.batch(asks(*members, bucket=bucket), 0)
+        batch = data.batch(sample_ids(*members, bucket=bucket), 0)
         assert batch["latents"].shape == (len(members), 4, height // 4, width // 4)
         assert batch["original_size"].tolist() == [[height + i, width] for i in members]
 
@@ -125,18 +125,18 @@ def test_a_flip_is_drawn_among_both_pictures(tmp_path):
     source, autoencoder = TinySource(4), first_stage()
     write(cache(tmp_path, source, flip=True, autoencoder=autoencoder))
     data = Latents(root=str(tmp_path), batch_size=4)
-    x = to_float(source.batch(asks(0, 1, 2, 3), 0)["image"])
+    x = to_float(source.batch(sample_ids(0, 1, 2, 3), 0)["image"])
     plain, mirrored = autoencoder.encode(x), autoencoder.encode(x.flip(3))
     flips = []
     for first in range(0, 400, 4):
-        z = data.batch(asks(0, 1, 2, 3, first=first), 5)["latents"]
+        z = data.batch(sample_ids(0, 1, 2, 3, first=first), 5)["latents"]
         flips += [[z[i].equal(variant[i]) for variant in (plain, mirrored)] for i in range(4)]
     assert all(sum(pair) == 1 for pair in flips)
     u, _ = draws.draw(draws.stream(5, "data"), range(400), 4, (0,))  # as a source of pictures does
     assert [mirror for _, mirror in flips] == (u[:, 1] < 0.5).tolist()
     assert 150 < sum(mirror for _, mirror in flips) < 250
-    again = data.batch(asks(0, 1, 2, 3, first=0), 5)["latents"]
-    assert again.equal(data.batch(asks(0, 1, 2, 3, first=0), 5)["latents"])
+    again = data.batch(sample_ids(0, 1, 2, 3, first=0), 5)["latents"]
+    assert again.equal(data.batch(sample_ids(0, 1, 2, 3, first=0), 5)["latents"])
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -147,7 +147,7 @@ def test_every_caption_of_a_picture_is_drawn(frozen, tmp_path):
     assert data.key["keeps"] == ([] if frozen else ["caption"])
     seen = {index: set() for index in range(6)}
     for first in range(0, 300, 6):
-        batch = data.batch(asks(*range(6), first=first), 0)
+        batch = data.batch(sample_ids(*range(6), first=first), 0)
         for i in range(6):
             if frozen:
                 states = batch["states"]["caption"]
@@ -166,8 +166,8 @@ def test_narrow_types_round_once(dtype, kind, tmp_path):
     source, encoder, autoencoder = TinySource(4), text(False), first_stage()
     write(cache(tmp_path, source, encoder, dtype=dtype, autoencoder=autoencoder))
     batch, online = (
-        Latents(root=str(tmp_path), batch_size=4).batch(asks(0, 1, 2, 3), 0),
-        source.batch(asks(0, 1, 2, 3), 0),
+        Latents(root=str(tmp_path), batch_size=4).batch(sample_ids(0, 1, 2, 3), 0),
+        source.batch(sample_ids(0, 1, 2, 3), 0),
     )
     assert batch["latents"].equal(autoencoder.encode(to_float(online["image"])).to(kind).float())
     assert batch["states"]["caption"]["tokens"].dtype == kind
@@ -181,9 +181,9 @@ def test_parts_of_a_composed_conditioner_are_cached_apart(tmp_path):
     node = {"type": "compose", "parts": [NODE, NODE], "by": "channels"}
     source = TinySource(4)
     write(cache(tmp_path, source, both, node))
-    batch = Latents(root=str(tmp_path), batch_size=4).batch(asks(0, 1, 2, 3), 0)
+    batch = Latents(root=str(tmp_path), batch_size=4).batch(sample_ids(0, 1, 2, 3), 0)
     assert set(batch["states"]) == {"caption", "caption_2"}
-    online = source.batch(asks(0, 1, 2, 3), 0)
+    online = source.batch(sample_ids(0, 1, 2, 3), 0)
     drop = {
         "caption": torch.tensor([True, False, False, False]),
         "caption_2": torch.tensor([False, True, False, False]),
@@ -198,11 +198,11 @@ def test_labels_and_captions_stay_for_what_trains(tmp_path):
     source = TinySource(4)
     write(cache(tmp_path, source, whole, node))
     data = Latents(root=str(tmp_path), batch_size=4)
-    batch = data.batch(asks(3, 2, 1, 0), 0)
+    batch = data.batch(sample_ids(3, 2, 1, 0), 0)
     assert batch["label"].tolist() == [3, 2, 1, 0]
     assert data.labels.tolist() == [0, 1, 2, 3]
     assert "caption" not in batch
-    online = whole(source.batch(asks(3, 2, 1, 0), 0))
+    online = whole(source.batch(sample_ids(3, 2, 1, 0), 0))
     ours = whole(batch)
     assert ours.mask.equal(online.mask)
     torch.testing.assert_close(ours.tokens[ours.mask], online.tokens[online.mask])
@@ -217,11 +217,11 @@ def test_labels_and_captions_stay_for_what_trains(tmp_path):
 def test_a_killed_writer_is_continued_to_the_same_bytes(tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     write(cache(whole, conditioner=text(True), flip=True))
-    encode, kills = latents_writing.latents, 0
+    encode, kills = latents_writer.latents, 0
     while not (broken / MANIFEST).exists():
         child = os.fork()
         if child == 0:
-            monkeypatch.setattr(latents_writing, "latents", lambda *args: (time.sleep(0.02), encode(*args))[1])
+            monkeypatch.setattr(latents_writer, "latents", lambda *args: (time.sleep(0.02), encode(*args))[1])
             write(cache(broken, conditioner=text(True), flip=True))
             os._exit(0)
         shards = len(list(broken.glob("*.safetensors"))) if broken.exists() else 0
@@ -254,8 +254,8 @@ def test_whole_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monkeypa
     write(cache(tmp_path))
     before = files(tmp_path)
     path = tmp_path / "00001.safetensors"
-    made, encode = [], latents_writing.encoded
-    monkeypatch.setattr(latents_writing, "encoded", lambda c, b: (made.append(b["index"].tolist()), encode(c, b))[1])
+    made, encode = [], latents_writer.encoded
+    monkeypatch.setattr(latents_writer, "encoded", lambda c, b: (made.append(b["index"].tolist()), encode(c, b))[1])
     write(cache(tmp_path))
     assert made == []
     for damage in (before[path.name][:-9], before[path.name][:-1] + b"\x7f", b"", b"{"):
@@ -269,14 +269,14 @@ def test_whole_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monkeypa
 def test_a_shard_of_other_samples_is_made_again(tmp_path, monkeypatch):
     write(cache(tmp_path))
     before = files(tmp_path)
-    monkeypatch.setattr(latents_writing, "SHARD_SAMPLES", 5)  # as another version might cut
+    monkeypatch.setattr(latents_writer, "SHARD_SAMPLES", 5)  # as another version might cut
     write(cache(tmp_path))
     assert len(files(tmp_path)) == 5
-    assert sorted(Latents(root=str(tmp_path), batch_size=4).batch(asks(*range(20)), 0)["index"].tolist()) == [
+    assert sorted(Latents(root=str(tmp_path), batch_size=4).batch(sample_ids(*range(20)), 0)["index"].tolist()) == [
         *range(20)
     ]
     monkeypatch.undo()
-    monkeypatch.setattr(latents_writing, "SHARD_SAMPLES", 8)
+    monkeypatch.setattr(latents_writer, "SHARD_SAMPLES", 8)
     write(cache(tmp_path))
     assert {name: data for name, data in files(tmp_path).items() if name != "00003.safetensors"} == before
 
@@ -305,14 +305,14 @@ def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limit = (tmp_path / "whole" / "00000.safetensors").stat().st_size - 100
-        original = latents_writing.write_file
+        original = latents_writer.write_file
 
         def second_does_not_fit(path, *rest):
             if path.name == "00001.safetensors":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             return original(path, *rest)
 
-        latents_writing.write_file = second_does_not_fit
+        latents_writer.write_file = second_does_not_fit
         try:
             write(cache(tmp_path / "full"))
         except CheckpointError as error:
@@ -400,7 +400,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
             Latents(root=str(tmp_path), batch_size=4)
     (tmp_path / MANIFEST).write_text(manifest)
     other = open_file(tmp_path / "00000.safetensors")
-    latents_writing.write_file(tmp_path / "00001.safetensors", dict(other), {})
+    latents_writer.write_file(tmp_path / "00001.safetensors", dict(other), {})
     with pytest.raises(DataError, match="another cache's shard"):
         Latents(root=str(tmp_path), batch_size=4)
     (tmp_path / "00001.safetensors").unlink()

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 
 def expected(data: Data, batches: int) -> list[tuple[int, int]]:
     order = Order(len(data), data.batch_size, 5, data.buckets, data.groups)
-    return [(ask.number, ask.index) for k in range(batches) for ask in order.batch(k * data.batch_size)]
+    return [
+        (sample_id.number, sample_id.index) for k in range(batches) for sample_id in order.batch(k * data.batch_size)
+    ]
 
 
 def read(data: Data, position: int, batches: int, ranks: int = 1, accumulate: int = 1) -> list[tuple[int, int]]:
@@ -120,7 +122,7 @@ def test_an_error_keeps_its_line(workers):
 
 def test_a_mistake_in_the_code_is_not_hidden(monkeypatch):
     data = Numbered()
-    monkeypatch.setattr(data, "batch", lambda asks, seed: {}["caption"], raising=True)
+    monkeypatch.setattr(data, "batch", lambda sample_ids, seed: {}["caption"], raising=True)
     with pytest.raises(KeyError):
         next(iter(loader(data, 0)))
 

@@ -113,17 +113,17 @@ def test_a_change_is_noticed(change, said, used, root, capsys):
 
 
 def test_a_changed_picture_is_not_trained_on(root):
-    from ldm.data.sampler import Ask
+    from ldm.data.sampler import SampleId
 
     found = images(root)
     rewrite(root / "2.png", GOOD)
-    asks = [Ask(i, i, 0) for i in range(2)]
-    assert len(found.batch(asks, 0)["image"]) == 2
+    sample_ids = [SampleId(i, i, 0) for i in range(2)]
+    assert len(found.batch(sample_ids, 0)["image"]) == 2
     with pytest.raises(DataError, match=r"the picture changed after the scan \(.*2.png\)"):
-        found.batch([Ask(2, 2, 0)], 0)
+        found.batch([SampleId(2, 2, 0)], 0)
     (root / "4.png").unlink()
     with pytest.raises(DataError, match=r"the picture changed after the scan \(4.png\); got .*No such file"):
-        found.batch([Ask(3, 3, 0)], 0)
+        found.batch([SampleId(3, 3, 0)], 0)
 
 
 def test_the_digest_is_of_the_data_not_of_the_place(root):

@@ -11,22 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ldm.data.sampler import WINDOW, Ask, Order, Stream, grouped, hashed, permutation
+from ldm.data.sampler import WINDOW, Order, SampleId, Stream, by_bucket, hashed, permutation
 from ldm.draws import mix32
 from ldm.errors import InputError
 
 MANY = 2**64 - 1
 
 
-def indices(asks: list[Ask]) -> list[int]:
-    return [ask.index for ask in asks]
+def indices(sample_ids: list[SampleId]) -> list[int]:
+    return [sample_id.index for sample_id in sample_ids]
 
 
 def joined(lists: Iterable[list]) -> list:
     return list(chain.from_iterable(lists))
 
 
-def walk(order: Order, batches: int) -> list[list[Ask]]:
+def walk(order: Order, batches: int) -> list[list[SampleId]]:
     return [order.batch(k * order.batch_size) for k in range(batches)]
 
 
@@ -77,9 +77,9 @@ def test_seeds_and_epochs_are_different_orders():
 def test_numbers_and_epochs(length, batch_size, position):
     if batch_size > length:
         return
-    for i, ask in enumerate(Order(length, batch_size, 3).batch(position)):
+    for i, sample_id in enumerate(Order(length, batch_size, 3).batch(position)):
         epoch, place = divmod(position + i, length)
-        assert ask == (position + i, permutation(np.arange(length), 3, epoch)[place], 0)
+        assert sample_id == (position + i, permutation(np.arange(length), 3, epoch)[place], 0)
 
 
 def test_each_epoch_has_all_and_no_two_are_alike():
@@ -153,7 +153,7 @@ def test_the_closed_form_is_the_naive_walk(buckets, batch_size, seed):
         assert sorted(seen) == sorted(expected)
         for bucket in set(buckets.tolist()):  # and within a bucket in the order of its stream
             assert [one for one in seen if one[0] == bucket] == [one for one in expected if one[0] == bucket]
-        assert all(len({ask.bucket for ask in batch}) == 1 for batch in batches)
+        assert all(len({sample_id.bucket for sample_id in batch}) == 1 for batch in batches)
         k += len(expected)
 
 
@@ -162,7 +162,7 @@ def test_a_bucketed_order_is_found_from_anywhere(buckets, batch_size, places):
     if batch_size > len(buckets):
         return
     walked = walk(Order(len(buckets), batch_size, 1, buckets), max(places) + 1)
-    assert [ask.number for batch in walked for ask in batch] == list(range(len(walked) * batch_size))
+    assert [sample_id.number for batch in walked for sample_id in batch] == list(range(len(walked) * batch_size))
     order = Order(len(buckets), batch_size, 1, buckets)
     for k in places:
         assert order.batch(k * batch_size) == walked[k]
@@ -233,15 +233,18 @@ def test_refusals(make, message):
 
 
 def test_a_plain_order_may_begin_anywhere():
-    assert [ask.number for ask in next(iter(Stream(Order(40, 10, 0), position=15)))] == list(range(15, 25))
+    assert [sample_id.number for sample_id in next(iter(Stream(Order(40, 10, 0), position=15)))] == list(range(15, 25))
 
 
 # ------------------------------------------------------------------------------------------------ once
 
 
 def test_samples_are_grouped_by_bucket_and_keep_their_order():
-    assert list(grouped(range(5), 3, None)) == [[Ask(i, i, 0) for i in range(3)], [Ask(3, 3, 0), Ask(4, 4, 0)]]
-    groups = list(grouped([1, 2, 4, 5, 7, 8, 9], 2, np.arange(10) % 3))
+    assert list(by_bucket(range(5), 3, None)) == [
+        [SampleId(i, i, 0) for i in range(3)],
+        [SampleId(3, 3, 0), SampleId(4, 4, 0)],
+    ]
+    groups = list(by_bucket([1, 2, 4, 5, 7, 8, 9], 2, np.arange(10) % 3))
     assert [(group[0].bucket, indices(group)) for group in groups] == [
         (0, [9]),
         (1, [1, 4]),
@@ -249,4 +252,8 @@ def test_samples_are_grouped_by_bucket_and_keep_their_order():
         (2, [2, 5]),
         (2, [8]),
     ]
-    assert all(ask.number == ask.index and ask.bucket == group[0].bucket for group in groups for ask in group)
+    assert all(
+        sample_id.number == sample_id.index and sample_id.bucket == group[0].bucket
+        for group in groups
+        for sample_id in group
+    )

@@ -34,16 +34,16 @@ class TinySource:
             " ".join(WORDS[(index * 5 + j * 3 + k) % len(WORDS)] for k in range(index % 4 + j)) for j in range(number)
         ]
 
-    def batch(self, asks, seed):
-        height, width = self.sizes[asks[0].bucket]
+    def batch(self, sample_ids, seed):
+        height, width = self.sizes[sample_ids[0].bucket]
         return {
-            "image": torch.stack([self.picture(ask.index, height, width) for ask in asks]),
-            "caption": [self.captions(ask.index)[0] for ask in asks],
-            "label": torch.tensor([ask.index % 5 for ask in asks]),
-            "number": torch.tensor([ask.number for ask in asks]),
-            "index": torch.tensor([ask.index for ask in asks]),
-            "original_size": torch.tensor([[height + ask.index, width] for ask in asks]),
-            "crop": torch.tensor([[0, ask.index] for ask in asks]),
+            "image": torch.stack([self.picture(sample_id.index, height, width) for sample_id in sample_ids]),
+            "caption": [self.captions(sample_id.index)[0] for sample_id in sample_ids],
+            "label": torch.tensor([sample_id.index % 5 for sample_id in sample_ids]),
+            "number": torch.tensor([sample_id.number for sample_id in sample_ids]),
+            "index": torch.tensor([sample_id.index for sample_id in sample_ids]),
+            "original_size": torch.tensor([[height + sample_id.index, width] for sample_id in sample_ids]),
+            "crop": torch.tensor([[0, sample_id.index] for sample_id in sample_ids]),
         }
 
     def picture(self, index: int, height: int, width: int) -> torch.Tensor:

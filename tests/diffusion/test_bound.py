@@ -43,8 +43,8 @@ def first_step(variance: float, where: path.Table) -> float:
     """What the last step to the data loses in bits by the published variance, step 2's posterior's, for its beta."""
     betas = 1 - (where.alpha[1:3] / where.alpha[:2]) ** 2
     beta, stands = betas[0].item(), (betas[1] * betas[0] / (1 - where.alpha[2] ** 2)).item()
-    spread = variance * beta / (variance * (1 - beta) + beta)  # of x0 given x_1
-    return 0.5 * (math.log(stands / beta) + spread / stands - spread / beta) / math.log(2)
+    evenly_spaced = variance * beta / (variance * (1 - beta) + beta)  # of x0 given x_1
+    return 0.5 * (math.log(stands / beta) + evenly_spaced / stands - evenly_spaced / beta) / math.log(2)
 
 
 @pytest.mark.parametrize("where", [path.linear(), path.cosine(steps=50), path.scaled_linear(steps=20)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from ldm import parts
+from ldm.config import parts
 from ldm.diffusion import path, prediction, solvers, spacing
 from ldm.diffusion.path import Level
 from ldm.diffusion.posterior import large_variance
@@ -97,12 +97,12 @@ def slow_start(steps: int) -> torch.Tensor:
     )
 
 
-def observed_order(name: str, spread) -> float:
+def observed_order(name: str, evenly_spaced) -> float:
     """From the same start, halving the step divides the error by 2 to the order."""
     errors, x = [], start()
     exact = flow_of_the_ode(x, even(1))
     for steps in (96, 192):
-        end = last(EQUIVARIANT[name](Exact(MIXTURE), x, path.VE().at(spread(steps))))
+        end = last(EQUIVARIANT[name](Exact(MIXTURE), x, path.VE().at(evenly_spaced(steps))))
         errors.append(np.abs(end.numpy() - exact).max())
     return np.log2(errors[0] / errors[1])
 

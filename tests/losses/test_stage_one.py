@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm import parts
+from ldm.config import parts
 from ldm.errors import InputError
 from ldm.losses.adversarial import adaptive_weight, hinge, vanilla
 from ldm.losses.perceptual import FeatureDistance
@@ -302,7 +302,7 @@ def test_lpips_without_its_file_is_refused_before_anything_starts(monkeypatch, t
 
 def test_the_judge_is_copied_before_the_loss_moves_it(monkeypatch):
     one = Edges()
-    monkeypatch.setitem(sys.modules, "ldm.checkpoint.pretrained", types.SimpleNamespace(judge=lambda: one))
+    monkeypatch.setitem(sys.modules, "ldm.scenes.pretrained", types.SimpleNamespace(judge=lambda: one))
     loss = Loss(penalty_weight=1e-6, perceptual="judge", perceptual_weight=2.0).to(torch.float32)
     assert one.conv.weight.dtype == torch.float64
     x, y = torch.rand(2, 2, 3, 8, 8)

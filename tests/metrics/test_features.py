@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.scenes import Scenes
 from ldm.errors import CheckpointError, DataError
 from ldm.metrics import comparison
 from ldm.metrics.clip_score import CLIPScore
 from ldm.metrics.comparison import compared, true_features
 from ldm.metrics.features import DINOv2Features, JudgeFeatures, as_saved
 from ldm.pictures import to_float, to_tensor
+from ldm.scenes import Scenes
 
 TINY = {
     "embed_dim": 16,

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TRUE = """
 import json, os, sys, torch
-from ldm.data.scenes import Scenes
+from ldm.scenes import Scenes
 from ldm.metrics.comparison import true_features
 from ldm.metrics.features import JudgeFeatures
 os.environ["XDG_CACHE_HOME"] = sys.argv[1] + os.environ["RANK"] * (sys.argv[2] == "apart")

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import ldm
-from ldm.data.scenes import render, scene
 from ldm.models.tiling import sliced, tiled, tiled_decode, tiled_encode
 from ldm.pictures import to_float, to_pil
+from ldm.scenes import render, scene
 from tests.models.first_stages import KL, VQ, fill, small
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ldm import parts
-from ldm.data.sampler import Ask
+from ldm.config import parts
+from ldm.data.sampler import SampleId
 
 CAPTIONS = ["a red cube", "a green cone", "a blue ball on a box", "two gray cubes"]
 
@@ -40,10 +40,12 @@ class Four:
     def __len__(self) -> int:
         return self.length
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
-        which = [ask.index % 4 for ask in asks]
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
+        which = [sample_id.index % 4 for sample_id in sample_ids]
         told = {name: x[which] for name, x in self.samples.items()} | {"caption": [CAPTIONS[i] for i in which]}
-        return told | {name: torch.tensor([getattr(ask, name) for ask in asks]) for name in ("number", "index")}
+        return told | {
+            name: torch.tensor([getattr(sample_id, name) for sample_id in sample_ids]) for name in ("number", "index")
+        }
 
 
 def plug() -> None:

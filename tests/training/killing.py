@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import ldm.training.latent_diffusion  # what a forked process need not import again
+import ldm.training.recipes.diffusion  # what a forked process need not import again
 import ldm.training.run  # noqa: F401
 from ldm.cli import main
 from tests.training import toy

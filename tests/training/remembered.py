@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldm
-from ldm import parts
-from ldm.data.sampler import Ask
-from ldm.data.scenes import Scenes
+from ldm.config import parts
+from ldm.data.sampler import SampleId
 from ldm.pictures import to_float
 from ldm.pipeline import SHIPPED
+from ldm.scenes import Scenes
 
 PIECE = 64  # scenes that are drawn at a time
 TOLD = ("image", "segmentation", "boxes", "box_labels")
@@ -32,11 +32,11 @@ class Remembered:
     def __len__(self) -> int:
         return len(self.samples["image"])
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """The samples asked for, whatever the seed."""
-        which = torch.tensor([ask.index for ask in asks])
+        which = torch.tensor([sample_id.index for sample_id in sample_ids])
         told = {name: x[which] for name, x in self.samples.items()}
-        return {**told, "number": torch.tensor([ask.number for ask in asks]), "index": which}
+        return {**told, "number": torch.tensor([sample_id.number for sample_id in sample_ids]), "index": which}
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def remember(file: Path, count: int, seed: int = 0) -> Path:
     autoencoder = ldm.load(SHIPPED, device="cpu", precision="fp32").autoencoder
     scenes, rows = Scenes(resolution=64, batch_size=PIECE, adds=["segmentation", "boxes"]), []
     for first in range(0, count, PIECE):
-        batch = scenes.batch([Ask(i, i, 0) for i in range(first, min(first + PIECE, count))], seed)
+        batch = scenes.batch([SampleId(i, i, 0) for i in range(first, min(first + PIECE, count))], seed)
         rows.append({name: batch[name] for name in TOLD} | {"latents": autoencoder.encode(to_float(batch["image"]))})
     save_file({name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}, file)
     return file

@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm import assemble, checkpoint
 from ldm.cli import main
 from ldm.models.autoencoder import kl
-from ldm.training.latent_diffusion import LatentDiffusionStage, build
+from ldm.training.recipes.diffusion import LatentDiffusionStage, build
 from tests.models.first_stages import fill
 from tests.training import killing
 

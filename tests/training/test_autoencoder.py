@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from ldm import checkpoint
-from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema
 from ldm.cli import main
+from ldm.config import schema as configuration
 from ldm.data.loader import loader
+from ldm.distributed import Rank
 from ldm.draws import draw, stream
 from ldm.models.autoencoder import kl
 from ldm.models.quantize import VectorQuantizer
 from ldm.pictures import to_float
-from ldm.training import codes, utilisation
-from ldm.training.autoencoder import build
-from ldm.training.ranks import Rank
-from ldm.training.statistics import measured
+from ldm.training import codebook, utilisation
+from ldm.training.latent_statistics import measured
+from ldm.training.recipes.autoencoder import build
 from tests.training import toy
 from tests.training.killing import command, manifest, rows, start, toy_data, wait
 
@@ -139,11 +139,11 @@ def test_exported_file_opens_here_and_in_diffusers(tmp_path):
     from diffusers import AutoencoderKL
 
     assert main(command(tmp_path / "run")[:-1]) == 0
-    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    loaded = checkpoint.open(tmp_path / "run" / "model.safetensors")
     ours = kl(channels=32, multipliers=(1, 1), blocks=1, mid_attention=False)
-    checkpoint.load_weights(ours, opened.state, "autoencoder")
-    assert opened.config["fingerprint"] == ours.fingerprint()
-    assert opened.config["optimizer"]["lr"] == 1e-3
+    checkpoint.load_weights(ours, loaded.state, "autoencoder")
+    assert loaded.config["fingerprint"] == ours.fingerprint()
+    assert loaded.config["optimizer"]["lr"] == 1e-3
     file = str(tmp_path / "run" / "model.safetensors")
     assert main(["convert", file, str(tmp_path / "theirs")]) == 0
     assert main(["convert", file, str(tmp_path / "compvis.safetensors"), "--to", "compvis"]) == 0
@@ -226,17 +226,17 @@ VQ += ["autoencoder.mid_attention=false", "autoencoder.latent=4", "autoencoder.c
 @pytest.fixture
 def revivals(monkeypatch):
     """What was there before and after each revival."""
-    seen, revive = [], codes.revive
+    seen, revive = [], codebook.revive
 
     def watched(stage, x):
         book = stage.autoencoder.bottleneck.codebook
         before, usage = book.detach().clone(), stage.usage.clone()
         revive(stage, x)
         memory = stage.optimizers_by_group()["generator"].state[book]
-        memory = {"average": stage.ema.shadows[codes.BOOK], **memory}
+        memory = {"average": stage.ema.shadows[codebook.BOOK], **memory}
         seen.append((before, usage, book.detach().clone(), {name: x.clone() for name, x in memory.items()}))
 
-    monkeypatch.setattr(codes, "revive", watched)
+    monkeypatch.setattr(codebook, "revive", watched)
     return seen
 
 

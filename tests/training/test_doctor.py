@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm import config as configuration
 from ldm.assemble import AutoencoderSchema
+from ldm.config import schema as configuration
 from ldm.data.loader import loader
 from ldm.errors import DataError
 from ldm.training import checkpointing, doctor, needs
 from ldm.training import trial as trials
-from ldm.training.autoencoder import AutoencoderStage, build
+from ldm.training.recipes.autoencoder import AutoencoderStage, build
 from ldm.training.trainer import Plan
 from ldm.training.trial import Phase, Trial, follow
 from tests.training import toy
@@ -92,8 +92,8 @@ def test_the_survey_is_that_of_the_samples(config_of, monkeypatch):
     words = ["", "  ", "a red cube", "one two three four five", "no"]
     batch = toy.Toy.batch
 
-    def captioned(self, asks, seed):
-        return {**batch(self, asks, seed), "caption": [words[ask.number % 5] for ask in asks]}
+    def captioned(self, sample_ids, seed):
+        return {**batch(self, sample_ids, seed), "caption": [words[sample_id.number % 5] for sample_id in sample_ids]}
 
     monkeypatch.setattr(toy.Toy, "batch", captioned)
     found = doctor.survey(stage, 60.0)
@@ -139,7 +139,7 @@ def test_a_gpu_without_room_is_a_verdict(plan, kind, code, examined, monkeypatch
 
 
 def test_data_that_cannot_be_read_end_it(examined, monkeypatch):
-    def broken(self, asks, seed):
+    def broken(self, sample_ids, seed):
         raise DataError("the picture is gone", "a.png")
 
     monkeypatch.setattr(toy.Toy, "batch", broken)

@@ -17,8 +17,8 @@ from ldm.cli import doctor as command
 from ldm.cli import main
 from ldm.training import doctor, needs
 from ldm.training import trial as trials
-from ldm.training.latent_diffusion import LatentDiffusionStage
-from ldm.training.told import Told
+from ldm.training.caption_report import Told
+from ldm.training.recipes.diffusion import LatentDiffusionStage
 from ldm.training.trial import follow
 from tests.training import second_stage
 from tests.training.killing import alone
@@ -99,9 +99,9 @@ def test_latents_are_those_that_are_trained_on(tmp_path, monkeypatch):
 
 def test_another_scale_of_latents_is_warned_of(examined, tmp_path):
     second_stage.command(tmp_path / "run")
-    opened = checkpoint.open(tmp_path / "first.safetensors")
-    state = {name: x * 3 if name == "autoencoder.scale" else x for name, x in opened.state.items()}
-    node = {"format": 1, "autoencoder": opened.config["autoencoder"]}
+    loaded = checkpoint.open(tmp_path / "first.safetensors")
+    state = {name: x * 3 if name == "autoencoder.scale" else x for name, x in loaded.state.items()}
+    node = {"format": 1, "autoencoder": loaded.config["autoencoder"]}
     checkpoint.save(tmp_path / "wrong.safetensors", node, state)
     report = examined(f"autoencoder={tmp_path}/wrong.safetensors", "trainer.steps=2")
     assert kinds(report)["latents"] == "warning"

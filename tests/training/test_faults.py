@@ -16,7 +16,7 @@ from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import checkpointing, logs, run, utilisation
-from ldm.training.autoencoder import AutoencoderStage
+from ldm.training.recipes.autoencoder import AutoencoderStage
 from tests.data.photographs import photograph
 from tests.training import second_stage
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, started, toy_data, wait
@@ -237,10 +237,10 @@ def pictures(folder, caption: str = "a ball") -> str:
 
 def test_other_pictures_are_refused_though_they_are_as_many(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    before, moved, other = pictures(tmp_path / "a"), pictures(tmp_path / "b"), pictures(tmp_path / "c", "a cone")
+    before, to_device, other = pictures(tmp_path / "a"), pictures(tmp_path / "b"), pictures(tmp_path / "c", "a cone")
     argv = command(tmp_path / "run", "schedule.type=constant")[:-1]
     assert main([*argv, before, "trainer.steps=1"]) == 0
-    assert main([*argv, moved, "trainer.steps=2"]) == 0
+    assert main([*argv, to_device, "trainer.steps=2"]) == 0
     digest = manifest(tmp_path / "run")["data"]
     capsys.readouterr()
     monkeypatch.setattr("ldm.data.decode.picture", None)  # no picture is read
@@ -264,8 +264,8 @@ def test_a_signal_before_the_first_step_saves_too(tmp_path, monkeypatch):
 
 
 def test_the_scale_of_latents_is_the_same_wherever_a_run_stood(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.statistics.COST", 1)
-    monkeypatch.setattr("ldm.training.statistics.BATCH", 8)
+    monkeypatch.setattr("ldm.training.latent_statistics.COST", 1)
+    monkeypatch.setattr("ldm.training.latent_statistics.BATCH", 8)
     for name, stops in {"straight": [10], "broken": [4, 9, 10]}.items():
         for steps in stops:
             assert main(command(tmp_path / name, "schedule.type=constant", f"trainer.steps={steps}")[:-1]) == 0
@@ -346,8 +346,8 @@ def test_five_in_a_row_stop_and_name_the_samples(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, set(range(7, 12)))
     assert main(command(tmp_path / "run")[:-1]) == 5
     assert "samples 56 to 95" in capsys.readouterr().err.splitlines()[-1]
-    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
-    assert all(x.isfinite().all() for x in opened.state.values())
+    loaded = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    assert all(x.isfinite().all() for x in loaded.state.values())
     assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
 
 

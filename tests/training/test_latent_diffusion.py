@@ -127,11 +127,11 @@ def test_all_of_a_batch_is_moved_but_its_numbers(tmp_path):
     """Also the states of a cache, which are dictionaries in a dictionary."""
     batch = {"number": torch.zeros(2), "latents": torch.zeros(2), "caption": ["", ""]}
     batch |= {"states": {"caption": {"tokens": torch.zeros(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.bool)}}}
-    moved = stage_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert isinstance(moved["number"], np.ndarray)  # a tensor would be moved by DistributedDataParallel
-    assert moved["latents"].device.type == "meta"
-    assert {x.device.type for x in moved["states"]["caption"].values()} == {"meta"}
-    assert moved["caption"] == batch["caption"]
+    to_device = stage_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert isinstance(to_device["number"], np.ndarray)  # a tensor would be moved by DistributedDataParallel
+    assert to_device["latents"].device.type == "meta"
+    assert {x.device.type for x in to_device["states"]["caption"].values()} == {"meta"}
+    assert to_device["caption"] == batch["caption"]
 
 
 def test_micro_batches_are_one_batch(tmp_path):
@@ -164,8 +164,8 @@ def test_two_processes_are_one(strategy, accumulate, tmp_path):
     """Also where a validation with the averaged weights comes between two steps, and no checkpoint after it."""
     between = ["trainer.validate_every=3", "trainer.save_every=100", "trainer.channels_last=true"] * (accumulate == 1)
     one = command(tmp_path / "one", *DOUBLE, *between)
-    spread = ["trainer.devices=2", f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
-    two = command(tmp_path / "two", *DOUBLE, *between, *spread)
+    evenly_spaced = ["trainer.devices=2", f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
+    two = command(tmp_path / "two", *DOUBLE, *between, *evenly_spaced)
     assert wait(start(one)) == [0], (tmp_path / "one.log").read_text()
     assert wait(start(two, ranks=2)) == [0, 0], (tmp_path / "two.log").read_text()
     assert_near(state_of(tmp_path / "one"), state_of(tmp_path / "two"))

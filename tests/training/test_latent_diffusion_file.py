@@ -13,7 +13,7 @@ import ldm
 from ldm import checkpoint, pictures
 from ldm.cli import main
 from ldm.conditioning.tokenizer import BPE, clip_tokenizer
-from ldm.training.latent_diffusion import LatentDiffusionStage
+from ldm.training.recipes.diffusion import LatentDiffusionStage
 from tests.data.photographs import photograph
 from tests.test_pipeline import ask_ours, ask_theirs, distance
 from tests.training.second_stage import command, first_stage
@@ -68,13 +68,13 @@ def test_the_file_needs_nothing_else_and_names_no_folder(tmp_path, monkeypatch):
     assert main(command(tmp_path / "run", "trainer.steps=2", *places)[:-1]) == 0
     assert str(tmp_path / "pictures") in (tmp_path / "run" / "config.yaml").read_text()
     assert str(tmp_path / "tokenizer") in (tmp_path / "run" / "config.yaml").read_text()
-    opened = checkpoint.open(tmp_path / "run" / "model.safetensors")
+    loaded = checkpoint.open(tmp_path / "run" / "model.safetensors")
     assert str(tmp_path) not in (tmp_path / "run" / "model.safetensors").read_bytes().decode("latin-1")
-    assert opened.config["autoencoder"]["type"] == "kl"
+    assert loaded.config["autoencoder"]["type"] == "kl"
     first = checkpoint.open(tmp_path / "first.safetensors")
-    assert opened.config["fingerprint"] == first.config["fingerprint"]
+    assert loaded.config["fingerprint"] == first.config["fingerprint"]
     for name, x in first.state.items():
-        assert torch.equal(opened.state[name], x)
+        assert torch.equal(loaded.state[name], x)
     (tmp_path / "first.safetensors").unlink()
     assert ldm.load(tmp_path / "run" / "model.safetensors", device="cpu")("a red ball", steps=2, height=24)
 

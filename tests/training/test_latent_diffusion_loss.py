@@ -13,12 +13,12 @@ from ldm.cli import main
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
 from ldm.conditioning.layout import Layout
-from ldm.data.completion import completed, rectangles
+from ldm.data.derived import rectangles, with_derived
+from ldm.distributed import Rank
 from ldm.draws import draw, stream
-from ldm.training import latent_diffusion as stage_module
-from ldm.training.by_level import BINS, ByLevel
-from ldm.training.ranks import Rank
-from ldm.training.stage import SCALE, Stage
+from ldm.training.loop import SCALE, Stage
+from ldm.training.loss_by_level import BINS, LossByLevel
+from ldm.training.recipes import diffusion as stage_module
 from tests.training.killing import rows
 from tests.training.second_stage import command, stage_of
 
@@ -119,13 +119,13 @@ def test_the_loss_by_level_is_that_of_the_level(tmp_path, alone, monkeypatch):
         return losses(x0, level, noise, condition)
 
     stage.denoiser.backbone, stage.losses = knowing, answering
-    found = stage.by_level.measure(stage)
+    found = stage.loss_by_level.measure(stage)
     for part in range(BINS):  # the mean of t^2 over a part of time, from eight draws in it
         assert found[f"val/level_{part}"] == pytest.approx((3 * part**2 + 3 * part + 1) / (3 * BINS**2), abs=0.05)
         assert (part / BINS) ** 2 <= found[f"val/level_{part}"] <= ((part + 1) / BINS) ** 2
     parts = [found[f"val/level_{part}"] for part in range(BINS)]
     assert found["val/unweighted"] == pytest.approx(sum(parts) / BINS) == found["val/loss"]
-    assert stage.by_level.measure(stage) == found
+    assert stage.loss_by_level.measure(stage) == found
 
 
 class Sorted(list):
@@ -135,16 +135,16 @@ class Sorted(list):
 
 
 def test_what_is_measured_and_shown_is_of_all_classes():
-    by_level = ByLevel(Sorted(range(4000)), 40, 0)
-    measured = [ask.index // 400 for asks in by_level.batches for ask in asks]
+    loss_by_level = LossByLevel(Sorted(range(4000)), 40, 0)
+    measured = [sample_id.index // 400 for sample_ids in loss_by_level.batches for sample_id in sample_ids]
     assert sorted(measured) == sorted([*range(10)] * 4)
-    assert len({ask.index // 400 for ask in by_level.shown}) == 8
-    assert len({ask.bucket for ask in by_level.shown}) == 1
+    assert len({sample_id.index // 400 for sample_id in loss_by_level.shown}) == 8
+    assert len({sample_id.bucket for sample_id in loss_by_level.shown}) == 1
 
 
 def test_the_loss_is_weighted_as_it_is_trained(tmp_path, alone):
     overrides = [*TABLE, "prediction.type=v", "weight={type: min_snr, gamma: 2}"]
-    found = (stage := stage_of(tmp_path, *overrides)).by_level.measure(stage)
+    found = (stage := stage_of(tmp_path, *overrides)).loss_by_level.measure(stage)
     assert found["val/loss"] < 0.9 * found["val/unweighted"]
 
 
@@ -174,7 +174,7 @@ def test_a_short_training_beats_the_best_gaussian_without_correlations(tmp_path,
     stage = stage_of(tmp_path, *overrides)
     batches = [stage.data.batch([(i, i, 0) for i in range(k, k + 256)], 3) for k in range(0, 2048, 256)]
     stage.denoiser.backbone = Gaussian(torch.cat([stage.latents(batch) for batch in batches]))
-    bound = stage.by_level.measure(stage)["val/loss"]
+    bound = stage.loss_by_level.measure(stage)["val/loss"]
     assert main(command(tmp_path / "run", *overrides, "trainer.steps=200")[:-1]) == 0
     assert float(rows(tmp_path / "run")[-1]["val/loss"]) < bound
 
@@ -196,8 +196,8 @@ def test_what_a_batch_lacks_is_keyed_by_number():
     image = (torch.rand(6, 3, 16, 16) * 255).to(torch.uint8)
     batch = {"image": image, "number": torch.arange(10, 16)}
     reads, x0 = ("image", "mask", "low_resolution", "noise_level", "low_resolution_noise"), torch.zeros(6, 4, 4, 4)
-    whole = completed(batch, reads, x0, 3)
-    half = completed({name: x[4:] for name, x in batch.items()}, reads, x0[4:], 3)
+    whole = with_derived(batch, reads, x0, 3)
+    half = with_derived({name: x[4:] for name, x in batch.items()}, reads, x0[4:], 3)
     for name in reads:
         assert torch.equal(whole[name][4:], half[name])
         assert not torch.equal(whole[name][:2], whole[name][4:])
@@ -205,7 +205,7 @@ def test_what_a_batch_lacks_is_keyed_by_number():
         whole["low_resolution"], whole["image"].unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5))
     )
     assert whole["image"].min() >= -1
-    assert completed(batch | {"mask": 0}, ("mask", "image"), x0, 3)["mask"] == 0
+    assert with_derived(batch | {"mask": 0}, ("mask", "image"), x0, 3)["mask"] == 0
 
 
 CONDITIONS = [
@@ -240,7 +240,7 @@ def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, 
     missing = [name for (name, _), g in found if not g.isfinite().all() or not g.any()]
     assert math.isfinite(loss)
     assert [name for name in missing if "k.bias" not in name] == []
-    told = completed(batch, stage.conditioner.reads, stage.latents(batch), 3)
+    told = with_derived(batch, stage.conditioner.reads, stage.latents(batch), 3)
     for name in stage.conditioner.reads:  # each that is read counts
         other = told | {name: another(name, told[name])}
         monkeypatch.setattr(stage_module, "completed", lambda *_, other=other: other)
@@ -263,7 +263,7 @@ def test_the_scale_halves_where_gradients_overflow_and_grows_again(tmp_path, mon
     stage._rescale(finite=False)
     stage._count({})
     assert (stage.scale, stage.skipped_in_row, stage.skipped) == (1, 1, 16)
-    monkeypatch.setattr("ldm.training.stage.SCALE_AGAIN", 2)
+    monkeypatch.setattr("ldm.training.loop.SCALE_AGAIN", 2)
     stage._rescale(finite=True)
     stage._rescale(finite=True)
     assert (stage.scale, stage.scaled) == (2, 0)

@@ -10,8 +10,8 @@ from ldm import checkpoint
 from ldm.checkpoint import load_weights
 from ldm.checkpoint.networks import build_autoencoder
 from ldm.cli import main
-from ldm.data.completion import completed
-from ldm.data.sampler import Ask
+from ldm.data.derived import with_derived
+from ldm.data.sampler import SampleId
 from ldm.pictures import to_float
 from tests.checkpoint.made_up import make
 from tests.reduced import FILES, small, stage_of, words
@@ -60,9 +60,9 @@ def test_a_condition_says_which_of_four_is_painted(name, first_stages, tmp_path)
 @torch.no_grad()
 def painted(pipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents from other noise than training's, one under each of the four conditions, and the four pictures' own."""
-    batch = four.Four().batch([Ask(1000 + i, i, 0) for i in range(4)], 0)
+    batch = four.Four().batch([SampleId(1000 + i, i, 0) for i in range(4)], 0)
     targets = pipe.autoencoder.encode(to_float(batch["image"]))  # (4, Z, 8, 8)
-    condition = pipe.conditioner(completed(batch, pipe.conditioner.reads, targets, 0))
+    condition = pipe.conditioner(with_derived(batch, pipe.conditioner.reads, targets, 0))
     recipe = pipe.recipe()
     noise = torch.randn(targets.shape, generator=torch.Generator().manual_seed(5))
     denoise = lambda x, level: pipe.denoiser(x, level, condition)  # noqa: E731

@@ -42,6 +42,8 @@ def test_killed_three_times_on_two_processes(tmp_path):
 def test_the_epochs_differ():
     """Or a resume at the beginning of an epoch would pass for a resume in its middle."""
     order = Order(40, 8, 3)
-    epochs = [[ask.index for k in range(5) for ask in order.batch(40 * epoch + 8 * k)] for epoch in range(2)]
+    epochs = [
+        [sample_id.index for k in range(5) for sample_id in order.batch(40 * epoch + 8 * k)] for epoch in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert epochs[0] != epochs[1]

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ldm
-from ldm.checkpoint.pretrained import judge
 from ldm.cli import main
-from ldm.data.completion import completed
-from ldm.data.sampler import Ask
-from ldm.data.scenes import Scenes
-from ldm.data.scenes.drawing import draw
-from ldm.metrics.reading import overlap
-from ldm.metrics.scenes import CERTAIN
+from ldm.data.derived import with_derived
+from ldm.data.sampler import SampleId
 from ldm.pipeline import NOISE_LEVEL, SHIPPED
+from ldm.scenes import Scenes
+from ldm.scenes.drawing import draw
+from ldm.scenes.judge_accuracy import overlap
+from ldm.scenes.pretrained import judge
+from ldm.scenes.scoring import CERTAIN
 from tests.reduced import FILES, words, written
 from tests.training.remembered import remember
 
@@ -68,9 +68,9 @@ def trained(name: str, scenes: Path, folder: Path) -> Any:
 def painted(name: str, pipe: Any) -> tuple[Tensor, dict[str, Any]]:
     """Pictures (B, 3, H, W) of unseen scenes' conditions, and what they were told."""
     data = Scenes(resolution=64, batch_size=COUNT, split="validation", adds=["segmentation", "boxes"])
-    batch = data.batch([Ask(i, i, 0) for i in range(COUNT)], SEED)
+    batch = data.batch([SampleId(i, i, 0) for i in range(COUNT)], SEED)
     noise = torch.randn(COUNT, 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
-    told = completed(batch, pipe.conditioner.reads, noise, SEED)
+    told = with_derived(batch, pipe.conditioner.reads, noise, SEED)
     told["noise_level"] = torch.full((COUNT,), NOISE_LEVEL)  # of the small picture, where there is one: sampling's
     condition, recipe = pipe.conditioner(told), pipe.recipe()
     drop = {part: torch.ones(COUNT, dtype=torch.bool) for part in pipe.conditioner.guided()}
@@ -81,7 +81,7 @@ def painted(name: str, pipe: Any) -> tuple[Tensor, dict[str, Any]]:
 
 def instances() -> Tensor:
     """Which object each pixel of the scenes shows (B, H, W)."""
-    return ldm.data.scenes.render(draw(SEED, range(COUNT), "validation"), 64, want=("mask",))["mask"]
+    return ldm.scenes.render(draw(SEED, range(COUNT), "validation"), 64, want=("mask",))["mask"]
 
 
 @pytest.mark.slow

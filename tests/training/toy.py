@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ldm import parts
-from ldm.data.sampler import Ask
+from ldm.config import parts
+from ldm.data.sampler import SampleId
 from ldm.draws import draw, stream
 
 PARTS = {"data": {"toy": "tests.training.toy:Toy"}, "optimizer": {"counting": "tests.training.toy:Counting"}}
@@ -42,17 +42,19 @@ class Toy:
     def __len__(self) -> int:
         return self.length
 
-    def batch(self, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+    def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         (side, _), image = self.sizes[0], []
-        u, _ = draw(stream(0, "toy"), [ask.index for ask in asks], 13, ())
-        flip, _ = draw(stream(seed, "flip"), [ask.number for ask in asks], 1, ())
+        u, _ = draw(stream(0, "toy"), [sample_id.index for sample_id in sample_ids], 13, ())
+        flip, _ = draw(stream(seed, "flip"), [sample_id.number for sample_id in sample_ids], 1, ())
         for row, mirror in zip(u.tolist(), flip.tolist()):
             picture = torch.tensor(row[:3])[:, None, None].expand(3, side, side).clone()
             for k in (3, 8):
                 top, left = (int(x * (side - 5)) for x in row[k : k + 2])
                 picture[:, top : top + 5, left : left + 5] = torch.tensor(row[k + 2 : k + 5])[:, None, None]
             image.append(picture.flip(2) if mirror[0] < 0.5 else picture)
-        numbers = {name: torch.tensor([getattr(ask, name) for ask in asks]) for name in ("number", "index")}
+        numbers = {
+            name: torch.tensor([getattr(sample_id, name) for sample_id in sample_ids]) for name in ("number", "index")
+        }
         return {"image": (torch.stack(image) * 255).to(torch.uint8), **numbers}
 
 

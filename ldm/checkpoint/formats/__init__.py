@@ -1,0 +1,1 @@
+"""File formats: our own, CompVis single files, diffusers folders."""

@@ -1,0 +1,1 @@
+"""From YAML text and overrides to checked values, and from these to objects."""

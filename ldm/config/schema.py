@@ -1,0 +1,195 @@
+"""Checked configurations and the objects they describe. A part's schema is its constructor's keyword arguments."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ldm.config import files, parts
+from ldm.errors import nearest, shown
+
+PLAIN = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", types.NoneType: "null"}
+LISTS = (list, tuple, Sequence)
+
+
+class Part:
+    """In a command's schema: a node built from the table of its key's own name."""
+
+
+class Config:
+    """Values checked against a schema and complete with its defaults; `build` makes the objects."""
+
+    def __init__(self, source: files.Source, schema: type):
+        self.source, self.schema = source, schema
+        self.values = {"format": files.FORMAT, **self._fields(source.values, schema, "", "")}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def build(self, key: str, **given: Any) -> Any:
+        """The object that a top-level node describes; `given` supplies what the node may not say (parts.GIVEN)."""
+        return self._construct(self.values[key], key, key, given)
+
+    def amended(self, overrides: Sequence[str]) -> Config:
+        """The same with overrides in the place of what it says."""
+        return Config(files.amend(files.Source(self.values, self.source.origin), overrides), self.schema)
+
+    @contextmanager
+    def blame(self, key: str) -> Iterator[None]:
+        """Say which line of the configuration a constructor's ValueError("argument: what; got X; try Y") is about."""
+        try:
+            yield
+        except ValueError as error:
+            what, *rest = re.split("[,;] (?=(?:got|expected|try) )", f"{key}.{error}")
+            if not re.match(r"[\w.]+: ", what):
+                raise
+            words = dict(words.split(" ", 1) for words in rest)
+            words["hint"] = words.pop("try", "")
+            raise self.source.error(what, what.partition(":")[0], **words) from error
+
+    def _construct(self, node: dict[str, Any], table: str, key: str, given: dict[str, Any]) -> Any:
+        target = parts.find(table, node.get("type", ""))
+        schema = keywords(target)
+        arguments = {name: given[name] for name in schema if name in given and name in parts.GIVEN.get(table, {})}
+        for name, value in node.items():
+            if name in schema:
+                arguments[name] = self._argument(value, schema[name].annotation, table, f"{key}.{name}", given)
+        with self.blame(key):
+            return _call(target, arguments)
+
+    def _argument(self, value: Any, kind: Any, table: str, key: str, given: dict[str, Any]) -> Any:
+        """Plain values as they are, nodes as objects."""
+        kind = _variant(kind, value)
+        if get_origin(kind) in LISTS and _is_part(get_args(kind)[0]):
+            return [self._construct(node, table, f"{key}.{i}", given) for i, node in enumerate(value)]
+        return self._construct(value, table, key, given) if _is_part(kind) else value
+
+    def _fields(self, node: dict[str, Any], target: Any, key: str, table: str) -> dict[str, Any]:
+        """Every key of a node against the target's keyword arguments, the rest from their defaults."""
+        owners, checked = parts.GIVEN.get(table, {}), {}
+        schema = keywords(target)
+        settable = [name for name in schema if name not in owners]
+        for name in node:
+            full = f"{key}.{name}".lstrip(".")
+            if name in owners:
+                raise self.source.error(f"{full}: is set by {owners[name]}, not here", full, hint="leaving it out")
+            if name not in settable:
+                raise self.source.error(f"{full}: unknown key", full, **_one_of(settable, name))
+        for name in settable:
+            full, default = f"{key}.{name}".lstrip("."), schema[name].default
+            if name in node:
+                checked[name] = self._value(node[name], schema[name].annotation, full, table or name)
+            elif default is inspect.Parameter.empty:
+                raise self.source.error(f"{full}: missing", full, expected=describe(schema[name].annotation))
+            else:
+                checked[name] = list(default) if isinstance(default, tuple) else default
+        return checked
+
+    def _value(self, value: Any, kind: Any, key: str, table: str) -> Any:
+        """The value in the form that its annotation asks for."""
+        variant, choices = _variant(kind, value), get_args(_variant(kind, value))
+        if _is_part(variant):
+            return self._node(value, key, table)
+        if get_origin(variant) is Literal and value in choices:
+            return value
+        if get_origin(variant) in LISTS and isinstance(value, list):
+            kinds = choices if get_origin(variant) is tuple else choices * len(value)
+            if len(kinds) == len(value):
+                return [self._value(v, k, f"{key}.{i}", table) for i, (v, k) in enumerate(zip(value, kinds))]
+        if variant is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        if variant is int and type(value) is float and value.is_integer():
+            return int(value)
+        if variant in PLAIN and variant is not float and type(value) is variant:
+            return value
+        raise self.source.error(f"{key}: wrong value", key, got=shown(value), expected=describe(kind))
+
+    def _node(self, node: Any, key: str, table: str) -> dict[str, Any]:
+        choices = parts.TABLES[table]
+        if not isinstance(node, dict):
+            hint = f"{{type: {node}}}" if isinstance(node, str) and node in choices else ""
+            raise self.source.error(f"{key}: wrong value", key, got=shown(node), expected=describe(Part), hint=hint)
+        if isinstance(choices, str):
+            return self._fields(node, parts.find(table), key, table)
+        if "type" not in node:
+            raise self.source.error(f"{key}.type: missing", f"{key}.type", got=shown(node), **_one_of(choices))
+        name = node["type"]
+        if not isinstance(name, str) or name not in choices:
+            words = {"got": shown(name), **_one_of(choices, name)}
+            raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **words)
+        arguments = {k: v for k, v in node.items() if k != "type"}
+        return {"type": name, **self._fields(arguments, parts.find(table, name), key, table)}
+
+
+def stored(values: dict[str, Any], origin: str, overrides: Sequence[str], schema: type) -> Config:
+    """A checked configuration of the values in a checkpoint."""
+    return Config(files.amend(files.Source(values, {"": origin}), overrides), schema)
+
+
+def load(
+    file: str | Path,
+    overrides: Sequence[str],
+    schema: type,
+    read: Callable[[str, str], Any] = lambda key, path: path,
+) -> Config:
+    """Read a file and its overrides and check them against a command's schema; a node may be a path to `read`."""
+    source = files.read(file, overrides)
+    for key, value in source.values.items():
+        if isinstance(value, str):
+            source.values[key] = read(key, value)
+    return Config(source, schema)
+
+
+def keywords(target: Any) -> dict[str, inspect.Parameter]:
+    """The schema: the keyword-only parameters; what a partial has fixed is not for the YAML."""
+    fixed = target.keywords if isinstance(target, partial) else {}
+    parameters = inspect.signature(target, eval_str=True).parameters
+    return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and k not in fixed}
+
+
+def _call(target: Any, arguments: dict[str, Any]) -> Any:
+    """Call a constructor; a function that wants positional arguments too, such as a solver, is for later."""
+    parameters = inspect.signature(target).parameters.values()
+    later = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+    return partial(target, **arguments) if later else target(**arguments)
+
+
+def _variant(kind: Any, value: Any) -> Any:
+    """Of X | Literal[...] | list[X] | None, the one that the value is meant for."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    lists = [v for v in get_args(kind) if get_origin(v) in LISTS]
+    plain = [v for v in get_args(kind) if v not in (types.NoneType, *lists)]
+    if value is None:
+        return types.NoneType
+    words = [v for v in plain if get_origin(v) is Literal and value in get_args(v)]
+    return (lists + plain)[0] if isinstance(value, list) else (words + plain + lists)[0]
+
+
+def _is_part(kind: Any) -> bool:
+    """A class rather than a plain type: a node of the table at hand."""
+    return isinstance(kind, type) and kind not in PLAIN and get_origin(kind) is None
+
+
+def describe(kind: Any) -> str:
+    """An annotation in words."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(describe(variant) for variant in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) in LISTS:
+        items = get_args(kind)
+        return f"a list, each {describe(items[0])}" if len(items) == 1 else f"[{', '.join(map(describe, items))}]"
+    return PLAIN.get(kind, "a node {type: NAME, ...}")
+
+
+def _one_of(names: Collection[str], name: Any = "") -> dict[str, str]:
+    """What to say of a name that is not among these."""
+    return {"expected": f"one of {', '.join(names)}" if names else "no arguments", "hint": nearest(name, names)}

@@ -1,0 +1,180 @@
+"""What both stages promise of a run: settings that reach the networks, averages that are measured, one read a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm import checkpoint
+from ldm.cli import main
+from ldm.distributed import Rank
+from ldm.models.autoencoder import Autoencoder, kl
+from ldm.models.unet import UNet
+from ldm.pictures import to_float
+from ldm.training import utilisation
+from ldm.training.latent_statistics import measured
+from ldm.training.loss_by_level import LossByLevel
+from ldm.training.recipes.autoencoder import AutoencoderStage
+from ldm.training.recipes.diffusion import LatentDiffusionStage
+from ldm.training.reconstruction_metrics import ReconstructionMetrics
+from tests.training import second_stage
+from tests.training.killing import command, manifest, rows, toy_data
+from tests.training.test_autoencoder import stage_of, state_of
+from tests.training.test_faults import poison
+
+__all__ = ["toy_data"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+
+# --------------------------------------------------------------------------------------------------- the averages
+
+
+def test_scale_and_measures_are_those_of_the_weights_in_the_file(tmp_path):
+    assert main(command(tmp_path / "run", "ema.decay=0.99", "optimizer.lr=1e-2")[:-1]) == 0
+    ours = kl(channels=32, multipliers=(1, 1), blocks=1, mid_attention=False)
+    checkpoint.load_weights(ours, checkpoint.open(tmp_path / "run" / "model.safetensors").state, "autoencoder")
+    data = stage_of(tmp_path).data
+    ours.requires_grad_(False)
+    _, scale = measured(lambda x: ours.posterior(to_float(x))[0].double(), data, 3, 32, ours.shift, Rank())
+    assert scale.item() == pytest.approx(ours.scale.item(), rel=1e-5)
+    same = ReconstructionMetrics(data, 8, 3)
+    found = same.measure(lambda x: (to_float(x), ours(to_float(x))[0]), None, tmp_path / "grid.png", Rank())
+    assert float(rows(tmp_path / "run")[-1]["val/psnr"]) == pytest.approx(found["val/psnr"], rel=1e-5)
+
+
+def test_a_denoiser_is_measured_by_its_average_and_without_dropout(tmp_path, monkeypatch):
+    seen, measure = [], LossByLevel.measure
+
+    def watched(self, stage):
+        averages = [torch.equal(p, stage.ema.shadows[name]) for name, p in stage.groups()["denoiser"]]
+        seen.append((stage.training, all(averages)))
+        return measure(self, stage)
+
+    monkeypatch.setattr(LossByLevel, "measure", watched)
+    assert main(second_stage.command(tmp_path / "run", "trainer.steps=2")[:-1]) == 0
+    assert {*seen} == {(False, True)}
+
+
+def test_what_is_measured_may_be_another_source(tmp_path):
+    first = stage_of(tmp_path, "validation={type: toy, resolution: 24}")
+    assert first.reconstructions.data.sizes == [(24, 24)]
+    node = "validation={type: scenes, resolution: 16, batch_size: 8, size: 12, split: validation}"
+    assert second_stage.stage_of(tmp_path, node).loss_by_level.data.split == "validation"
+
+
+# --------------------------------------------------------------------------------------------------- the settings
+
+
+def test_precision_and_memory_format_reach_a_first_stage(tmp_path, monkeypatch):
+    seen, forward = [], Autoencoder.forward
+
+    def watched(self, x, noise=None):
+        last = self.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        seen.append((last, torch.is_autocast_enabled("cpu")))
+        return forward(self, x, noise)
+
+    monkeypatch.setattr(Autoencoder, "forward", watched)
+    plan = ("trainer.precision=bf16-mixed", "trainer.channels_last=true", "trainer.steps=1")
+    assert main(command(tmp_path / "run", *plan)[:-1]) == 0
+    assert {*seen} == {(True, True)}
+
+
+def test_float16_reaches_a_denoiser(tmp_path, monkeypatch):
+    seen, forward = [], UNet.forward
+
+    def watched(self, *given, **named):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(UNet, "forward", watched)
+    plan = ("trainer.precision=16-mixed", "trainer.steps=1")
+    assert main(second_stage.command(tmp_path / "run", *plan)[:-1]) == 0
+    assert {*seen} == {torch.float16}
+
+
+def test_rows_that_differ_may_all_be_compiled(tmp_path, monkeypatch):
+    """They are one function to the compiler, which gives up after eight of its kind."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    stage = second_stage.stage_of(tmp_path, "trainer.compile=true", "backbone.blocks=3")
+    stage.configure_model()
+    kinds = {tuple(p.shape for p in block.parameters()) for block in stage.blocks()}
+    assert len(kinds) > 2
+    assert torch._dynamo.config.recompile_limit >= 4 * len(kinds) > 8  # with and without gradients, and two batches
+
+
+def test_what_is_kept_and_what_is_logged(tmp_path):
+    plan = ("trainer.save_every=2", "trainer.keep=3", "trainer.log_every=4", "trainer.validate_every=10")
+    assert main(command(tmp_path / "run", *plan)[:-1]) == 0
+    assert [int(folder.name) for folder in sorted((tmp_path / "run/checkpoints").iterdir())] == [6, 8, 10]
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [4, 8, 10]
+
+
+def test_the_discriminator_has_an_optimiser_of_its_own(tmp_path):
+    second = "discriminator_optimizer={type: sgd, lr: 0}"
+    assert main(command(tmp_path / "run", "loss.start=0", "trainer.steps=2", second)[:-1]) == 0
+    assert {float(row["lr/discriminator"]) for row in rows(tmp_path / "run")} == {0.0}
+    before, state = stage_of(tmp_path).discriminator.state_dict(), state_of(tmp_path / "run")
+    assert all(torch.equal(state[f"model/discriminator.{name}"], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("other", ["trainer.precision=bf16-mixed", "trainer.clip=1", "data.batch_size=4", "seed=4"])
+def test_what_is_learned_in_which_order_may_not_change_within_a_run(other, tmp_path, capsys):
+    assert main(command(tmp_path / "run", "trainer.steps=1")[:-1]) == 0
+    assert main(command(tmp_path / "run", "trainer.steps=2", other)[:-1]) == 2
+    assert other.split("=")[0] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ the steps
+
+
+def test_dropout_is_keyed_by_the_sample_stream(tmp_path, monkeypatch):
+    """Another one in each micro-batch, and the same ones where a run was stopped."""
+    seeds, loss = [], LatentDiffusionStage.loss
+    monkeypatch.setattr(utilisation, "counted", lambda stage: {})  # which asks for a loss too
+    monkeypatch.setattr(LatentDiffusionStage, "loss", lambda *given: seeds.append(torch.initial_seed()) or loss(*given))
+    more = ["backbone.dropout=0.3", "schedule.type=constant", "trainer.accumulate=2"]
+    for run, stops in {"once": [4], "twice": [2, 4]}.items():
+        for steps in stops:
+            assert main(second_stage.command(tmp_path / run, *more, f"trainer.steps={steps}")[:-1]) == 0
+    assert manifest(tmp_path / "once")["sha256"] == manifest(tmp_path / "twice")["sha256"]
+    assert len({*seeds[:8]}) == 8
+    assert seeds[:8] == seeds[8:]
+
+
+def test_steps_skipped_apart_end_nothing(tmp_path, monkeypatch):
+    poison(monkeypatch, {1, 3, 5, 7, 9, 11})
+    assert main(command(tmp_path / "run")[:-1]) == 0
+    assert manifest(tmp_path / "run")["skipped"] == 6
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for one number of a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [AutoencoderStage, LatentDiffusionStage])
+def test_a_step_reads_its_row_at_once_and_no_number_alone(stage, tmp_path, monkeypatch):
+    step, counts = stage.training_step, []
+
+    def watched(self, batch, index):
+        with Reads() as reads:
+            step(self, batch, index)
+        counts.append(reads.count)
+
+    monkeypatch.setattr(stage, "training_step", watched)
+    first = stage is AutoencoderStage
+    begun = command(tmp_path / "run", "trainer.steps=3", "loss.start=0") if first else None
+    assert main((begun or second_stage.command(tmp_path / "run", "trainer.steps=3"))[:-1]) == 0
+    assert counts == [0] * 3
