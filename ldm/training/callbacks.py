@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
-from ldm.distributed import by_first
+from ldm.distributed import first_process
 from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.checkpointing import Found
@@ -41,7 +41,7 @@ class Run(Callback):
             checkpointing.restore(*found, stage)
         utilisation = Utilisation.of(stage)
         with self.explained():
-            by_first(partial(self.begin, stage, utilisation), stage.rank)
+            first_process(partial(self.begin, stage, utilisation), stage.rank)
         if stage.step >= stage.plan.steps:
             trainer.should_stop = True
 
@@ -101,7 +101,7 @@ class Run(Callback):
         if self.logs:
             self.logs.progress(stage)
         if due(stage, ended):
-            by_first(partial(self.add_row, stage), stage.rank)
+            first_process(partial(self.add_row, stage), stage.rank)
         if asked or ended or (planned and stage.step % stage.plan.save_every == 0):
             with self.aside():
                 checkpointing.write(self.folder, stage)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
-from ldm.distributed import Rank, among_others, by_first, gathered, summed, together
+from ldm.distributed import Rank, all_or_none, first_process, gather, launched, sum_over_ranks
 from ldm.errors import CheckpointError, DivergedError
 from ldm.training.loop import Stage
 
@@ -38,7 +38,7 @@ def write(run: Path, stage: Stage) -> None:
     collect(stage)
     state = stage.whole(tensors_of(stage))
     try:
-        by_first(partial(write_files, run, stage, state, config, model), stage.rank)
+        first_process(partial(write_files, run, stage, state, config, model), stage.rank)
     except (CheckpointError, OSError) as error:
         raise incomplete(error, run) from error
 
@@ -73,7 +73,7 @@ def newest(run: Path) -> Found | None:
     try:
         return readable(run)
     except CheckpointError:
-        if among_others():
+        if launched():
             return None
         raise
 
@@ -103,9 +103,9 @@ def readable(run: Path, known: Found | None = None) -> Found | None:
 
 def agreed(run: Path, known: Found | None, rank: Rank) -> Found | None:
     """The newest whole checkpoint, where every rank finds the same one; every rank calls, and all fail together."""
-    found = together(partial(readable, run, known), rank)
+    found = all_or_none(partial(readable, run, known), rank)
     here = f"step {found[1]['step']} with sha256 {found[1]['sha256'][STATE]:.10}" if found else "none"
-    everyone = gathered(here, rank)
+    everyone = gather(here, rank)
     for number, there in enumerate(everyone):
         if there != everyone[0]:
             what, expected = "--run: processes find different checkpoints", f"{everyone[0]}, as process 0 finds"
@@ -165,7 +165,7 @@ def check_threads(folder: Path, manifest: Mapping[str, Any], stage: Stage) -> No
 def collect(stage: Stage) -> None:
     """What ranks count apart, with the first one, so that it is saved and still adds up."""
     for x in (getattr(stage, name) for name in stage.counted):
-        summed(x, stage.rank)
+        sum_over_ranks(x, stage.rank)
         if stage.global_rank:
             x.zero_()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from ldm.distributed import Rank, summed
+from ldm.distributed import Rank, sum_over_ranks
 from ldm.draws import keyed, stream
 from ldm.models.quantize import perplexity
 
@@ -31,7 +31,7 @@ def revive(stage: AutoencoderStage, x: Tensor) -> None:
     bottleneck = stage.codebook
     assert bottleneck is not None
     rows = of_all(stage.autoencoder.moments(x).float().permute(0, 2, 3, 1).flatten(0, 2), stage.rank)  # (N, C)
-    counts = summed(stage.usage.clone(), stage.rank)  # (K,)
+    counts = sum_over_ranks(stage.usage.clone(), stage.rank)  # (K,)
     generator = keyed(torch.Generator(), stream(stage.seed, "codes"), stage.step)
     chosen = torch.randperm(len(rows), generator=generator)[: len(counts)]
     changed = bottleneck.revive(counts, rows[chosen.to(rows.device)])[:, None]  # (K, 1)

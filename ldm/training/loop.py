@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.condition import to_device
-from ldm.distributed import Rank, summed
+from ldm.distributed import Rank, sum_over_ranks
 from ldm.draws import mix32, stream
 from ldm.errors import DivergedError
 from ldm.training.ema import EMA
@@ -286,7 +286,7 @@ class Stage(pl.LightningModule):
 
     def mean(self, x: Tensor) -> Tensor:
         """The average over ranks, in place."""
-        return summed(x, self.rank).div_(self.rank.of)
+        return sum_over_ranks(x, self.rank).div_(self.rank.of)
 
     # -------------------------------------------------------------------------------------- what Lightning calls
 

@@ -9,7 +9,7 @@ import torch
 
 from ldm.data.sampler import by_bucket, evenly_spaced
 from ldm.diffusion.times import Uniform
-from ldm.distributed import shared
+from ldm.distributed import share_batches
 from ldm.draws import draw, stream
 from ldm.training.latent_statistics import BATCH
 from ldm.training.reconstruction_metrics import averages
@@ -42,7 +42,7 @@ class LossByLevel:
     def measure(self, stage: LatentDiffusionStage) -> dict[str, float]:
         """Averages over the samples, which the ranks share: over training's levels, and in each part of time."""
         sums: dict[str, Any] = {}
-        for k, counts in shared(len(self.batches), stage.rank):
+        for k, counts in share_batches(len(self.batches), stage.rank):
             for name, values in self.losses(stage, stage.fetched(self.data, self.batches[k])).items():
                 sums[name] = sums.get(name, 0.0) + counts * values.double().sum()
         return averages(sums, self.count, stage.rank)

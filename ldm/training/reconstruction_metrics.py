@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm import pictures
 from ldm.data.sampler import by_bucket, evenly_spaced
-from ldm.distributed import Rank, by_first, gathered, shared
+from ldm.distributed import Rank, first_process, gather, share_batches
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
 from ldm.scenes.pretrained import judge
@@ -41,7 +41,7 @@ class ReconstructionMetrics:
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
         batches = list(by_bucket(self.places, BATCH, self.data.buckets))
-        for turn, (k, counts) in enumerate(shared(len(batches), rank)):
+        for turn, (k, counts) in enumerate(share_batches(len(batches), rank)):
             x, y = reconstruct(self.data.batch(batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
             for name, values in found.items():
@@ -49,7 +49,7 @@ class ReconstructionMetrics:
             if counts:
                 moments.append((features(x), features(y)))
             if turn == 0:
-                by_first(partial(draw, x[:SHOWN], y[:SHOWN], file), rank)
+                first_process(partial(draw, x[:SHOWN], y[:SHOWN], file), rank)
         return averages(sums, self.count, rank) | {"val/frechet": distance(moments, rank)}
 
 
@@ -61,7 +61,7 @@ def features(x: Tensor) -> Moments:
 def distance(moments: list[tuple[Moments, Moments]], rank: Rank) -> float:
     """Between all ranks' images and their reconstructions, always added up in the same order."""
     if rank.of > 1:
-        parts = gathered(moments, rank)
+        parts = gather(moments, rank)
         moments = [pair for k in range(len(parts[0])) for part in parts for pair in part[k : k + 1]]
     true, made = (reduce(add, side) for side in zip(*moments))
     return frechet_distance(true, made)
@@ -70,7 +70,7 @@ def distance(moments: list[tuple[Moments, Moments]], rank: Rank) -> float:
 def averages(sums: dict[str, Any], count: int, rank: Rank) -> dict[str, float]:
     """Sums over all ranks' images, divided by how many there are."""
     if rank.of > 1:
-        parts = gathered({name: float(value) for name, value in sums.items()}, rank)
+        parts = gather({name: float(value) for name, value in sums.items()}, rank)
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
     return {f"val/{name}": float(value) / count for name, value in sums.items()}
 

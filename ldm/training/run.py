@@ -17,7 +17,7 @@ from typing import Any
 from ldm.checkpoint.files import replacing
 from ldm.config import files
 from ldm.data.latents import flat
-from ldm.distributed import NUMBERS
+from ldm.distributed import RANK_VARIABLES
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
 from ldm.training.callbacks import CODES, Run
@@ -81,7 +81,7 @@ def is_main() -> bool:
     """Whether this is the process that writes, however processes were started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun orders nodes as it likes, SLURM's numbers may be others
         return int(os.environ["RANK"]) == 0
-    return all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)
 
 
 @contextmanager

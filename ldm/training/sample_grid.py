@@ -12,7 +12,7 @@ from ldm import assemble, pictures
 from ldm.condition import Condition
 from ldm.config.schema import Config
 from ldm.diffusion.path import Path as NoisePath
-from ldm.distributed import by_first
+from ldm.distributed import first_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ class SampleGrid:
         made = self.latents(stage, batch, x0)
         pairs = torch.stack((stage.decode(x0), stage.decode(made)), 1).flatten(0, 1)  # (2B, 3, H, W)
         texts = {"captions": "\n".join(batch["caption"])} if "caption" in batch else {}
-        by_first(lambda: pictures.write(pictures.grid(pictures.to_pil(pairs), columns=4), file, texts), stage.rank)
+        first_process(lambda: pictures.write(pictures.grid(pictures.to_pil(pairs), columns=4), file, texts), stage.rank)
 
     def latents(self, stage: LatentDiffusionStage, batch: dict[str, Any], x0: Tensor) -> Tensor:
         """As many as x0, with the conditions of a batch."""
