@@ -19,7 +19,7 @@ from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import TruncatedText, carriers, text_in, texts_in
 from ldm.config.schema import Config
-from ldm.data.derived import MADE, with_derived
+from ldm.data.derived import DERIVED, with_derived
 from ldm.data.latents import Latents
 from ldm.data.sampler import by_bucket, evenly_spaced
 from ldm.diffusion.path import Level, Table
@@ -278,7 +278,7 @@ def check_sources(config: Config, found: Sources, model: Model) -> None:
         check_divisible(config, key, data, factor, "the networks'")
         sample_ids = next(by_bucket(evenly_spaced(len(data), LOOKED_AT), LOOKED_AT, data.buckets))
         batch = data.batch(sample_ids, config["seed"])
-        here = {*batch, *batch.get("states", {}), *(MADE if "image" in batch else ())}
+        here = {*batch, *batch.get("states", {}), *(DERIVED if "image" in batch else ())}
         reads = () if model.conditioner is None else model.conditioner.reads
         for name in reads:
             if name not in here:
