@@ -285,7 +285,7 @@ class Preparation:
         drop = {part: u[:, 1 + k] < rate for k, (part, rate) in enumerate(self.drops.items()) if rate}  # (B,) each
         weight = self.weight[0](self.weight[1], level)  # (B,)
         batch = {**batch, "noise": noise, "level": level, "weight": weight, "drop": drop}
-        batch |= derived_draws(batch, self.reads, shape, self.seed)
+        batch |= derived_draws(batch, self.reads, shape[1:], self.seed)
         with warnings.catch_warnings(action="ignore", category=TruncatedText):  # a note counts them before training
             cached = batch.get("states", {})
             ids = {part: each(batch["caption"]) for part, each in self.tokenizations.items() if part not in cached}
