@@ -21,6 +21,7 @@ from ldm.config import schema as configuration
 from ldm.config.schema import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
+from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.solvers import Step, check
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
@@ -225,6 +226,11 @@ def grid(config: Config, path: Path) -> Level:
     spacing = config.build("spacing")
     with config.blame("spacing"):
         return spacing.grid(path)
+
+
+def sampler(config: Config, path: Path) -> Sampler:
+    """The sampling loop that a configuration describes: its guidance, its solver and its grid on this path."""
+    return Sampler(config.build("guidance"), solver(config), grid(config, path))
 
 
 def solver(config: Config) -> Callable[..., Iterator[Step]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,13 @@ from ldm.conditioning.text import Text, text_in
 from ldm.config import parts
 from ldm.config.schema import Config
 from ldm.devices import Placed, placement
-from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
-from ldm.diffusion.path import Level
-from ldm.diffusion.solvers import Step
+from ldm.diffusion.sampler import OnStep, Sampler
 from ldm.errors import CheckpointError, DivergedError, InputError
 from ldm.models.empty import empty
 from ldm.models.tiling import tiled_decode, tiled_encode
 
 Told = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
-OnStep = Callable[[int, Step], None]
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
 OPTIONS = {
     "label": "--label N",
@@ -62,9 +59,7 @@ class Request:
 class Recipe:
     """How all pictures of a call are made."""
 
-    guidance: Guidance
-    solver: Callable[..., Iterator[Step]]
-    grid: Level
+    sampler: Sampler
     height: int
     width: int
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what a conditioner reads beside text, each (1, ...)
@@ -143,8 +138,7 @@ class Pipeline(Placed):
         """The model's own settings, with what is given here in their place."""
         config = self.settled(cfg=cfg, steps=steps, solver=solver, overrides=overrides)
         size = self.size(*(config["size"] if side is None else side for side in (height, width)))
-        grid = assemble.grid(config, self.denoiser.path)
-        recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size, tile=tile)
+        recipe = Recipe(assemble.sampler(config, self.denoiser.path), *size, tile=tile)
         if condition is not None:
             recipe = replace(recipe, inputs=self.inputs(condition, size))
         if mask is not None and image is None:
@@ -189,11 +183,13 @@ class Pipeline(Placed):
             return replace(recipe, inputs=inputs, mask=region, image=None if region is None else pixels)
         if not 0 < strength <= 1:
             raise InputError("strength: out of range", got=str(strength), expected="above 0 and at most 1")
-        steps = len(recipe.grid.t) - 1
+        grid = recipe.sampler.grid
+        steps = len(grid.t) - 1
         first = steps - min(int(steps * strength), steps)
         if first == steps:
             raise InputError("strength: leaves no step", got=f"{strength} of {steps} steps", hint="more steps")
-        return replace(recipe, image=pixels, mask=region, grid=recipe.grid.map(lambda column: column[first:]))
+        sampler = replace(recipe.sampler, grid=grid.map(lambda column: column[first:]))
+        return replace(recipe, image=pixels, mask=region, sampler=sampler)
 
     @torch.inference_mode()
     def images(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> list[Image.Image]:
@@ -208,16 +204,12 @@ class Pipeline(Placed):
     @torch.inference_mode()
     def latents(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> Tensor:
         """Sampling alone: (B, C, h, w), from noise that depends on each request's seed and on nothing else."""
-        noise, finite = self.noise(requests, recipe), []
+        noise = self.noise(requests, recipe)
         with self.autocast():
-            x, denoise, kept = self.begin(noise(), requests, recipe)
+            x, denoiser, condition, kept = self.begin(noise(), requests, recipe)
             with self.on_device(self.denoiser):
-                for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
-                    finite.append(step.x.isfinite().all())
-                    if on_step is not None:
-                        on_step(number, step)
-        check_finite(torch.stack(finite), recipe.grid)
-        return kept(step.x)
+                x = recipe.sampler(denoiser, x, noise, condition, on_step=on_step)
+        return kept(x)
 
     def noise(self, requests: Sequence[Request], recipe: Recipe) -> Callable[[], Tensor]:
         """A source of noise with one CPU generator per picture, so that a picture is the same in every batch."""
@@ -225,20 +217,21 @@ class Pipeline(Placed):
         shape = (self.channels, recipe.height // self.factor, recipe.width // self.factor)
         return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
-    def begin(self, z: Tensor, requests: Sequence[Request], recipe: Recipe) -> tuple[Tensor, Callable, Callable]:
-        """Where sampling starts, the guided denoiser with its condition bound, and what is kept of where it ends."""
-        condition, told = self.condition(requests, recipe), "image" in recipe.inputs
-        negative = self.negative(requests, recipe)
-        denoiser: Any = self.denoiser if negative is None else recipe.guidance(self.denoiser, negative)
-        x, kept = self.denoiser.path.prior(z), lambda x: x
-        if recipe.image is not None and not told:
-            known, first = self.encode(recipe.image, recipe.tile).to(z).expand_as(z), recipe.grid.rows()[0]
-            x = first.alpha * known + first.sigma * z
-            if recipe.mask is not None:
-                mask = nn.functional.interpolate(recipe.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
-                denoiser = Inpainted(denoiser, known, z, mask)
-                kept = denoiser.kept
-        return x, lambda x, level: denoiser(x, level, condition), kept
+    def begin(
+        self, z: Tensor, requests: Sequence[Request], recipe: Recipe
+    ) -> tuple[Tensor, Any, Condition | None, Callable]:
+        """The start of sampling, the guided denoiser, its condition, and what is done with the last x."""
+        condition = self.condition(requests, recipe)
+        denoiser: Any = recipe.sampler.guided(self.denoiser, self.negative(requests, recipe))
+        if recipe.image is None or "image" in recipe.inputs:
+            return self.denoiser.path.prior(z), denoiser, condition, lambda x: x
+        known, first = self.encode(recipe.image, recipe.tile).to(z).expand_as(z), recipe.sampler.grid.rows()[0]
+        x = first.alpha * known + first.sigma * z
+        if recipe.mask is None:
+            return x, denoiser, condition, lambda x: x
+        mask = nn.functional.interpolate(recipe.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
+        inpainted = Inpainted(denoiser, known, z, mask)
+        return x, inpainted, condition, inpainted.kept
 
     def condition(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
         """What the requests ask for."""
@@ -263,12 +256,12 @@ class Pipeline(Placed):
 
     def negative(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
         """What guidance moves away from: a negative prompt, else what is said lacking, beside the same pictures."""
-        if self.conditioner is None or recipe.guidance.cfg == 1:
+        if self.conditioner is None or recipe.sampler.guidance.cfg == 1:
             return None
         unsaid = torch.tensor([not request.negative for request in requests])
         guided = self.conditioner.guided()
         if not guided and unsaid.all():
-            warnings.warn(unguided(self.conditioner, recipe.guidance.cfg), stacklevel=2)
+            warnings.warn(unguided(self.conditioner, recipe.sampler.guidance.cfg), stacklevel=2)
             return None
         texts = [name for name, leaf in self.conditioner.leaves() if isinstance(leaf, Text)]
         drop = {part: unsaid if part in texts else torch.ones_like(unsaid) for part in guided}
@@ -326,16 +319,6 @@ class Pipeline(Placed):
                 images = tiled_decode(self.autoencoder, latents, tile)
             with torch.autocast(self.device.type, enabled=False):
                 return images if images.isfinite().all() else tiled_decode(self.autoencoder, latents.float(), tile)
-
-
-def check_finite(finite: Tensor, grid: Level) -> None:
-    """Never a black picture: say at which step the numbers ran away."""
-    bad = (~finite).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        row = grid.rows()[step]
-        where = f"step {step + 1} of {len(finite)}, sigma {row.sigma:.4g}, t {row.t:.4g}"
-        raise DivergedError("sampling left the finite numbers", where, hint="--precision fp32, or a smaller cfg")
 
 
 def load(

@@ -137,7 +137,7 @@ SABOTAGES = [
     Sabotage("second stage: what is kept is dropped", "ldm/training/recipes/diffusion.py", "u[:, 1 + k] < rate", "u[:, 1 + k] > rate", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("second stage: its weight forgotten", "ldm/training/recipes/diffusion.py", "return weight * plain, plain", "return plain, plain", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("second stage: levels of no part of time", "ldm/training/loss_by_level.py", "(part + u[:, 0]) / BINS", "(0 * part + u[:, 0])", "tests/training/test_latent_diffusion_loss.py"),
-    Sabotage("second stage: masks by place in the batch", "ldm/data/derived.py", 'batch["number"].tolist()', "range(len(image))", "tests/training/test_latent_diffusion_loss.py"),
+    Sabotage("second stage: masks by place in the batch", "ldm/data/derived.py", 'batch["number"].tolist()', "range(len(batch[\"image\"]))", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("float16: the scale stays", "ldm/training/loop.py", "self.scale /= 2", "self.scale /= 1", "tests/training/test_latent_diffusion_loss.py"),
     Sabotage("processes: gradients of the last micro-batch alone", "ldm/training/loop.py", "            module.set_requires_gradient_sync(True)\n", "            module.set_requires_gradient_sync(False)\n", "tests/training/test_latent_diffusion.py"),
     Sabotage("evaluation: Inception's pools count the border", M + "inception.py", "count_include_pad=False", "count_include_pad=True", "tests/models/test_inception.py"),

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ldm import pictures, pipeline
 from ldm.data.sampler import SampleId
 from ldm.devices import visiting
+from ldm.diffusion import sampler
 from ldm.distributed import Rank
 from ldm.pipeline import Pipeline, Request
 from ldm.training.recipes.autoencoder import AutoencoderStage
@@ -69,7 +70,7 @@ def pretended(monkeypatch):
     """A machine with a GPU, of whose values no question has an answer but yes."""
     monkeypatch.setattr(FakeTensor, "__bool__", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    monkeypatch.setattr(pipeline, "check_finite", lambda *_: None)
+    monkeypatch.setattr(sampler, "check_finite", lambda *_: None)
     monkeypatch.setattr(pictures, "to_pil", lambda x: x)
     with Pretended() as mode:
         yield mode

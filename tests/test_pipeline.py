@@ -266,7 +266,7 @@ def test_negative_prompts_count_only_under_guidance(sd1):
 def test_defaults_are_the_model_s(sd1):
     assert ask_ours(sd1).size == (16, 16)  # 8 latents, a factor of 2
     assert distance(ask_ours(sd1, cfg=None), ask_ours(sd1, cfg=7.5)) == 0
-    assert len(sd1.recipe().grid.t) == 51
+    assert len(sd1.recipe().sampler.grid.t) == 51
 
 
 def test_previews(sd1):
@@ -293,7 +293,7 @@ def test_numbers_that_run_away_name_the_step(sd1):
         return output * float("inf") if len(calls) == 2 else output
 
     sd1.denoiser.backbone.register_forward_hook(run_away)
-    level = sd1.recipe(steps=3).grid.rows()[1]
+    level = sd1.recipe(steps=3).sampler.grid.rows()[1]
     with pytest.raises(DivergedError, match=f"step 2 of 3, sigma {level.sigma:.4g}, t {level.t:.4g}"):
         sd1(PROMPT, steps=3)
 

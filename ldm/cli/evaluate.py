@@ -240,13 +240,13 @@ def curve(config: Config, name: str) -> list[dict[str, Any]]:
 
 def check_data(config: Config, subject: Subject, source: Source) -> None:
     """Refuse true pictures that do not fit the model, before any work."""
-    from ldm.data.derived import MADE
+    from ldm.data.derived import DERIVED
     from ldm.data.sampler import SampleId
 
     pipe = subject.pipe
     assert pipe is not None
     first = source.data.batch([SampleId(source.indices[0], source.indices[0], 0)], source.seed)
-    if lacking := [name for name in subject.reads if name not in {*first, *MADE}]:
+    if lacking := [name for name in subject.reads if name not in {*first, *DERIVED}]:
         what, expected = "data: lack what this model reads", "data with it"
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(first["caption"])):

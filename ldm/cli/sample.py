@@ -277,7 +277,7 @@ def make(
     rank = torchrun_rank()
     recipe, requests = read_recipe(pipe, order), read_requests(order)[rank.number :: rank.of]
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
-    steps = len(recipe.grid.t) - 1
+    steps = len(recipe.sampler.grid.t) - 1
     with tqdm(total=steps * len(batches), desc="sampling", disable=silent or None, leave=False) as bar:
 
         def on_step(number: int, step: Step) -> None:

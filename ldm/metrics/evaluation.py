@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
-from ldm.data.derived import MADE, with_derived
+from ldm.data.derived import DERIVED, with_derived
 from ldm.data.loader import Data
 from ldm.data.sampler import SampleId, evenly_spaced
 from ldm.diffusion.bound import bits_per_dim
@@ -75,7 +75,7 @@ class Subject:
     @property
     def promptable(self) -> bool:
         """Whether a caption and what is made from a picture alone are all that the model reads."""
-        return self.captioned and {*self.reads} <= {"caption", *MADE}
+        return self.captioned and {*self.reads} <= {"caption", *DERIVED}
 
     def recipe(self, **settings: Any) -> Recipe:
         """How pictures are made, with these settings before all others."""

@@ -243,7 +243,7 @@ def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, 
     told = with_derived(batch, stage.conditioner.reads, stage.latents(batch), 3)
     for name in stage.conditioner.reads:  # each that is read counts
         other = told | {name: another(name, told[name])}
-        monkeypatch.setattr(stage_module, "completed", lambda *_, other=other: other)
+        monkeypatch.setattr(stage_module, "with_derived", lambda *_, other=other: other)
         changed, _ = stage.loss(batch, ("denoiser",))
         assert abs(changed - loss) > 1e-7, name
 

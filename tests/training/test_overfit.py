@@ -65,6 +65,4 @@ def painted(pipe) -> tuple[torch.Tensor, torch.Tensor]:
     condition = pipe.conditioner(with_derived(batch, pipe.conditioner.reads, targets, 0))
     recipe = pipe.recipe()
     noise = torch.randn(targets.shape, generator=torch.Generator().manual_seed(5))
-    denoise = lambda x, level: pipe.denoiser(x, level, condition)  # noqa: E731
-    *_, last = recipe.solver(denoise, pipe.denoiser.path.prior(noise), recipe.grid)
-    return last.x, targets
+    return recipe.sampler(pipe.denoiser, pipe.denoiser.path.prior(noise), None, condition), targets

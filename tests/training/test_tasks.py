@@ -74,9 +74,8 @@ def painted(name: str, pipe: Any) -> tuple[Tensor, dict[str, Any]]:
     told["noise_level"] = torch.full((COUNT,), NOISE_LEVEL)  # of the small picture, where there is one: sampling's
     condition, recipe = pipe.conditioner(told), pipe.recipe()
     drop = {part: torch.ones(COUNT, dtype=torch.bool) for part in pipe.conditioner.guided()}
-    denoiser = recipe.guidance(pipe.denoiser, pipe.conditioner(told, drop))
-    *_, last = recipe.solver(lambda x, level: denoiser(x, level, condition), noise, recipe.grid)
-    return pipe.decode(last.x).clamp(-1, 1), told
+    x = recipe.sampler(pipe.denoiser, noise, None, condition, pipe.conditioner(told, drop))
+    return pipe.decode(x).clamp(-1, 1), told
 
 
 def instances() -> Tensor:
