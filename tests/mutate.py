@@ -109,7 +109,7 @@ SABOTAGES = [
     Sabotage("scenes: the mask is one object off", "ldm/scenes/truth.py", "torch.where(covered > share, i + 1, most)", "torch.where(covered > share, i, most)", "tests/scenes"),
     Sabotage("Frechet: half of the common part", "ldm/metrics/frechet.py", "- 2 * cross", "- cross", "tests/metrics/test_frechet.py"),
     Sabotage("alignment: behind is in front", "ldm/scenes/scoring.py", '"behind": (away, right),', '"behind": (-away, right),', "tests/scenes/test_scoring.py"),
-    Sabotage("alignment: further objects are passed over", "ldm/scenes/scoring.py", "count = len(seen) == len(claim.objects)", "count = len(seen) >= len(claim.objects)", "tests/scenes/test_scoring.py"),
+    Sabotage("alignment: further objects are passed over", "ldm/scenes/scoring.py", "count = len(seen) == len(statement.objects)", "count = len(seen) >= len(statement.objects)", "tests/scenes/test_scoring.py"),
     Sabotage("adaptive weight: upside down", "ldm/losses/adversarial.py", "distance.norm() / (adversarial.norm() + 1e-4)", "adversarial.norm() / (distance.norm() + 1e-4)", "tests/losses"),
     Sabotage("hinge: no margin", "ldm/losses/adversarial.py", "F.relu(1 - at_least_float32(real))", "F.relu(-at_least_float32(real))", "tests/losses"),
     Sabotage("discriminator: its loss trains the autoencoder", "ldm/training/recipes/autoencoder.py", "self.discriminator(reconstruction.detach())", "self.discriminator(reconstruction)", "tests/training/test_autoencoder.py"),

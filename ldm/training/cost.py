@@ -43,7 +43,10 @@ def memory_of(loop: Loop, ranks: int) -> Memory:
     sharded = {p for module in (*recipe.roots(), *recipe.blocks()) for p in module.parameters()}
     unsharded = [x for x in (*recipe.parameters(), *recipe.buffers()) if x not in sharded]
     shards = ranks if settings.strategy == "fsdp2" else 1
-    one, two = saved_bytes(loop, 1), saved_bytes(loop, 2)  # a part, such as bfloat16 weights, is independent of the batch
+    one, two = (
+        saved_bytes(loop, 1),
+        saved_bytes(loop, 2),
+    )  # a part, such as bfloat16 weights, is independent of the batch
     return Memory(
         weights=size(unsharded) + size(sharded) // shards,
         gradients=size(trained) // shards,

@@ -103,9 +103,7 @@ class AutoencoderRecipe(Recipe):
             torch.manual_seed(stream(config["seed"], "init"))
             autoencoder: Autoencoder = config.build("autoencoder")
             channels = autoencoder.in_channels
-            discriminator = (
-                config.build("discriminator", in_channels=channels) if config["discriminator"] else None
-            )
+            discriminator = config.build("discriminator", in_channels=channels) if config["discriminator"] else None
         check(config, settings, autoencoder)
         criterion: Loss = config.build("loss")
         if start.init_from and not start.resumed:
@@ -307,7 +305,9 @@ def check(config: Config, settings: TrainerSettings, autoencoder: Autoencoder) -
     node, vq = config["recipe"], isinstance(autoencoder.bottleneck, VectorQuantizer)
     if node["revive"] and not vq:
         got = config["autoencoder"]["type"]
-        raise config.source.error("recipe.revive: there are no codes", "recipe.revive", got=got, expected="vq", hint="0")
+        raise config.source.error(
+            "recipe.revive: there are no codes", "recipe.revive", got=got, expected="vq", hint="0"
+        )
     if node["two_forwards"] and settings.accumulate > 1:
         key, got = "trainer.accumulate", f"{settings.accumulate} with two_forwards"
         raise config.source.error(f"{key}: two turns need the whole batch", key, got=got, expected="1")
