@@ -43,7 +43,10 @@ def memory_of(loop: Loop, ranks: int) -> Memory:
     sharded = {p for module in (*recipe.roots(), *recipe.blocks()) for p in module.parameters()}
     unsharded = [x for x in (*recipe.parameters(), *recipe.buffers()) if x not in sharded]
     shards = ranks if settings.strategy == "fsdp2" else 1
-    one, two = saved_bytes(loop, 1), saved_bytes(loop, 2)  # a part, such as bfloat16 weights, is independent of the batch
+    one, two = (
+        saved_bytes(loop, 1),
+        saved_bytes(loop, 2),
+    )  # a part, such as bfloat16 weights, is independent of the batch
     return Memory(
         weights=size(unsharded) + size(sharded) // shards,
         gradients=size(trained) // shards,
@@ -226,7 +229,7 @@ PEAKS = {
 
 
 class Utilisation:
-    """Model FLOPs utilisation (Chowdhery et al. 2022, B): operations of a sample by phase, and the peak of all ranks."""
+    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B), from the operations of a sample by phase."""
 
     def __init__(self, flops: dict[int, int], peak: float | None):
         self.flops, self.peak = flops, peak

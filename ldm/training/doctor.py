@@ -90,7 +90,10 @@ class Report:
         """Of the whole training, with validations and checkpoints."""
         assert self.trial
         steps, settings = sum(phase.steps * phase.seconds for phase in self.trial.phases), self.settings
-        validations, checkpoints = -(-settings.steps // settings.validate_every), -(-settings.steps // settings.save_every)
+        validations, checkpoints = (
+            -(-settings.steps // settings.validate_every),
+            -(-settings.steps // settings.save_every),
+        )
         return steps + validations * self.trial.validation_seconds + checkpoints * self.trial.checkpoint_seconds
 
     @property

@@ -20,9 +20,7 @@ class Meaning:
     prediction: Part
 
 
-def load_initial_weights(
-    model: Model, loaded: Checkpoint, fingerprint: str | None, file: str, resumed: bool
-) -> None:
+def load_initial_weights(model: Model, loaded: Checkpoint, fingerprint: str | None, file: str, resumed: bool) -> None:
     """Give the denoiser, and the conditioner if the file has one, the weights of a checkpoint.
 
     If the run is `resumed`, the file is its own.

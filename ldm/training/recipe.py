@@ -108,9 +108,7 @@ class Recipe(nn.Module):
         self.counters, self.rank = Counters(), Rank()
 
     @classmethod
-    def build(
-        cls, config: Config, loaded: Mapping[str, Checkpoint], start: Start, settings: TrainerSettings
-    ) -> Recipe:
+    def build(cls, config: Config, loaded: Mapping[str, Checkpoint], start: Start, settings: TrainerSettings) -> Recipe:
         """The recipe that a YAML describes; everything wrong with it is found here."""
         raise NotImplementedError
 

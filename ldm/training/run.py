@@ -121,7 +121,9 @@ def check_config(folder: Path, config: dict[str, Any], resumed: bool) -> None:
         got = ", ".join(f"{key}={shown(now.get(key))} for {shown(before.get(key))}" for key in fixed)
         hint = f"--config {file} to resume, or another --run"
         if all(key.startswith(("optimizer.", "schedule.", "discriminator_optimizer.")) for key in fixed):
-            hint = f"--init-from {weights} and another --run, which starts from its weights; or --config {file} to resume"
+            hint = (
+                f"--init-from {weights} and another --run, which starts from its weights; or --config {file} to resume"
+            )
         raise InputError("--run: started with another configuration", str(file), got, hint=hint)
 
 

@@ -40,7 +40,9 @@ class TrainerSettings:
         if self.devices != "auto":
             check_positive(devices=self.devices)
         if self.keep < 2:
-            raise ValueError(f"keep: the newest one may be incomplete after a crash; got {self.keep}; expected >= 2; try 2")
+            raise ValueError(
+                f"keep: the newest one may be incomplete after a crash; got {self.keep}; expected >= 2; try 2"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip: a norm; got {self.clip}; expected > 0; try 1.0")
         if self.accelerator == "gpu" and not torch.cuda.is_available():

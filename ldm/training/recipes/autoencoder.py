@@ -52,6 +52,7 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 class Schema(TrainingSchema):
     """A YAML that trains a first stage; its `autoencoder` node is stored with the weights."""
 
+    recipe: Part = "autoencoder"  # type: ignore[assignment]  # the name of a part is its default
     autoencoder: Part
     loss: Part
     discriminator: Part | None = None
@@ -73,7 +74,7 @@ class AutoencoderRecipe(Recipe):
         criterion: Loss,
         *,
         train: Literal["all", "decoder"] = "all",  # or only the decoder, of an autoencoder that is trained already
-        sample_from: int = 0,  # step from which latents are sampled (KL) or quantised (VQ); until then they pass through
+        sample_from: int = 0,  # step from which latents are sampled (KL) or quantised (VQ); they pass before it
         two_forwards: bool = False,  # CompVis's order: the discriminator sees the autoencoder after its step
         revive: int = 0,  # steps between revivals of unused codes; 0 is never
     ):
@@ -103,9 +104,7 @@ class AutoencoderRecipe(Recipe):
             torch.manual_seed(stream(config["seed"], "init"))
             autoencoder: Autoencoder = config.build("autoencoder")
             channels = autoencoder.in_channels
-            discriminator = (
-                config.build("discriminator", in_channels=channels) if config["discriminator"] else None
-            )
+            discriminator = config.build("discriminator", in_channels=channels) if config["discriminator"] else None
         check(config, settings, autoencoder)
         criterion: Loss = config.build("loss")
         if start.init_from and not start.resumed:
@@ -307,7 +306,9 @@ def check(config: Config, settings: TrainerSettings, autoencoder: Autoencoder) -
     node, vq = config["recipe"], isinstance(autoencoder.bottleneck, VectorQuantizer)
     if node["revive"] and not vq:
         got = config["autoencoder"]["type"]
-        raise config.source.error("recipe.revive: there are no codes", "recipe.revive", got=got, expected="vq", hint="0")
+        raise config.source.error(
+            "recipe.revive: there are no codes", "recipe.revive", got=got, expected="vq", hint="0"
+        )
     if node["two_forwards"] and settings.accumulate > 1:
         key, got = "trainer.accumulate", f"{settings.accumulate} with two_forwards"
         raise config.source.error(f"{key}: two turns need the whole batch", key, got=got, expected="1")
