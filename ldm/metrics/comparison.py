@@ -16,13 +16,13 @@ from torch import Tensor
 from ldm.checkpoint.files import check_digest, open_file, write_file
 from ldm.data.loader import Data, Loader
 from ldm.data.sampler import SampleId, by_bucket
+from ldm.distributed import Rows, broadcast, map_batches, torchrun_rank
 from ldm.errors import DataError, LdmError
 from ldm.metrics.classes import PARTS, inception_score
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.kernel import kernel_distance
 from ldm.metrics.prdc import NEIGHBOURS, prdc
-from ldm.metrics.sharing import Rows, rank, ranks, shared, told
 from ldm.pictures import to_float
 
 ENOUGH = 5  # samples per dimension, below which a Frechet distance is little more than its bias
@@ -50,8 +50,9 @@ def each(
 ) -> Rows:
     """work(batch, asks) of these samples, the batches made ahead where the data have workers."""
     asked = batches(data, indices)
-    made = iter(Loader(data, seed, asked[rank() :: ranks()]))
-    return shared(asked, lambda sample_ids: work(next(made), sample_ids), what)
+    rank = torchrun_rank()
+    made = iter(Loader(data, seed, asked[rank.number :: rank.of]))
+    return map_batches(asked, lambda sample_ids: work(next(made), sample_ids), rank, what)
 
 
 def true_features(features: Features, data: Data, indices: Sequence[int], seed: int, about: dict[str, Any]) -> Rows:
@@ -60,11 +61,12 @@ def true_features(features: Features, data: Data, indices: Sequence[int], seed: 
     key = [FORMAT, features.identity, features.resize, about, digest, seed, which]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache() / f"{name}.safetensors"
-    kept: Rows | None = told(known(file) if rank() == 0 else None)  # or processes would wait for different things
+    rank = torchrun_rank()
+    kept = broadcast(known(file) if rank.number == 0 else None, rank)  # all must take the same branch
     if kept is not None:
         return kept
     found = each(data, indices, seed, lambda batch, _: read(features, to_float(batch["image"])), "true pictures")
-    if rank() == 0:
+    if rank.number == 0:
         keep(file, found, {"features": features.identity, "data": json.dumps(about)})
     return found
 
