@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,11 +14,9 @@ from ldm.errors import InputError
 if TYPE_CHECKING:
     from ldm.checkpoint import Checkpoint
     from ldm.config.schema import Config
-    from ldm.training.loop import Loop
 
 FOLDERS = {"autoencoder": "autoencoder", "diffusion": "ldm"}  # of the shipped configurations, by recipe
 ENDINGS = {"diffusion": "_ldm"}  # of the run folder's name
-SHIPPED_BOTH = "scenes"  # a name that both folders have
 
 
 class Plan(NamedTuple):
@@ -35,7 +33,7 @@ class Plan(NamedTuple):
         from ldm.config import parts
 
         schema = parts.find("recipe", self.recipe).Schema
-        return assemble.load(self.file, [f"recipe.type={self.recipe}", *self.overrides], schema, self.init_from)
+        return assemble.load(self.file, self.overrides, schema)
 
     def run_folder(self, given: str | None) -> Path:
         """The run folder: runs/NAME, after the configuration."""
@@ -90,14 +88,16 @@ def read_plan(arguments: argparse.Namespace, recipe: str | None) -> Plan:
         expected = "a YAML file, or the name of a shipped one"
         raise InputError("--config: missing", "command line", expected=expected, hint="--config small")
     file = config_file(arguments.config, *([FOLDERS[recipe]] if recipe in FOLDERS else FOLDERS.values()))
-    return Plan(file, arguments.overrides, getattr(arguments, "init_from", None), recipe_of(file, recipe))
+    return Plan(
+        file, arguments.overrides, getattr(arguments, "init_from", None), recipe_of(file, recipe, arguments.overrides)
+    )
 
 
-def recipe_of(file: Path, default: str | None) -> str:
+def recipe_of(file: Path, default: str | None, overrides: Sequence[str] = ()) -> str:
     """The recipe that a YAML names, else the default, else the one that its axes imply."""
     from ldm.config import files
 
-    values = files.read(file, []).values
+    values = files.read(file, overrides).values
     node = values.get("recipe")
     if isinstance(node, dict) and isinstance(node.get("type"), str):
         return node["type"]

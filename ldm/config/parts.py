@@ -80,6 +80,10 @@ TABLES: dict[str, dict[str, str] | str] = {
         "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
         "unipc": "ldm.diffusion.solvers:unipc",
     },
+    "recipe": {
+        "autoencoder": "ldm.training.recipes.autoencoder:AutoencoderRecipe",
+        "diffusion": "ldm.training.recipes.diffusion:DiffusionRecipe",
+    },
     "loss": "ldm.losses.stage_one:Loss",
     "discriminator": "ldm.models.discriminator:PatchDiscriminator",
     "optimizer": {
@@ -92,7 +96,7 @@ TABLES: dict[str, dict[str, str] | str] = {
         "cosine": "ldm.training.optimizers:cosine",
     },
     "ema": "ldm.training.ema:EMA",
-    "trainer": "ldm.training.trainer:Plan",
+    "trainer": "ldm.training.trainer:TrainerSettings",
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
         "images": "ldm.data.images:Images",

@@ -1,8 +1,8 @@
 """Checkpoints of a run: what they hold, when one exists, and which is the newest valid one.
 
 A checkpoint is a folder `checkpoints/STEP` with `state.safetensors` and, written last, a manifest with its digest. It
-holds no random state, since nothing consumes any, and nothing of Lightning's loops. Tensors are gathered from all ranks,
-so that a run can resume on another number of them.
+holds no random state, since nothing consumes any, and nothing of Lightning's loops. Tensors are gathered from all
+ranks, so that a run can resume on another number of them.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ PEAKS = {
 
 
 class Utilisation:
-    """Model FLOPs utilisation (Chowdhery et al. 2022, B): operations of a sample by phase, and the peak of all ranks."""
+    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B), from the operations of a sample by phase."""
 
     def __init__(self, flops: dict[int, int], peak: float | None):
         self.flops, self.peak = flops, peak

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from ldm.training.loss_by_level import BINS, LossByLevel
 from torch import nn
 
 from ldm.cli import main
@@ -17,7 +18,6 @@ from ldm.data.derived import rectangles, with_derived
 from ldm.distributed import Rank
 from ldm.draws import draw, stream
 from ldm.training.loop import SCALE, Stage
-from ldm.training.loss_by_level import BINS, LossByLevel
 from ldm.training.recipes import diffusion as stage_module
 from tests.training.killing import rows
 from tests.training.second_stage import command, stage_of

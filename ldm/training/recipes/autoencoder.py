@@ -52,6 +52,7 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 class Schema(TrainingSchema):
     """A YAML that trains a first stage; its `autoencoder` node is stored with the weights."""
 
+    recipe: Part = "autoencoder"  # type: ignore[assignment]  # the name of a part is its default
     autoencoder: Part
     loss: Part
     discriminator: Part | None = None
@@ -73,7 +74,7 @@ class AutoencoderRecipe(Recipe):
         criterion: Loss,
         *,
         train: Literal["all", "decoder"] = "all",  # or only the decoder, of an autoencoder that is trained already
-        sample_from: int = 0,  # step from which latents are sampled (KL) or quantised (VQ); until then they pass through
+        sample_from: int = 0,  # step from which latents are sampled (KL) or quantised (VQ); they pass before it
         two_forwards: bool = False,  # CompVis's order: the discriminator sees the autoencoder after its step
         revive: int = 0,  # steps between revivals of unused codes; 0 is never
     ):

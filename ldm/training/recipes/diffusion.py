@@ -63,6 +63,7 @@ Weight = Callable[[Target, Level], Tensor]
 class Schema(TrainingSchema, assemble.Schema):
     """A YAML that trains a second stage; the model's part of it is stored with the weights."""
 
+    recipe: Part = "diffusion"  # type: ignore[assignment]  # the name of a part is its default
     draw: Part  # of training levels
     weight: Part
 
@@ -82,8 +83,10 @@ class DiffusionRecipe(Recipe):
         self.loss_by_level = LossByLevel(setup.validation or setup.data, self.settings.validate_images, self.seed)
         if self.autoencoder is not None:
             self.autoencoder.requires_grad_(False)
-        self.external = external.stored_elsewhere(self.conditioner, self.config)
+        encoders = external.encoders(self.conditioner)
+        self.external = tuple(encoder.place for encoder in encoders if encoder.key in self.config["left_out"])
         self.tokenizer = next(iter(captions.tokenizers(self.conditioner)), None)
+        warnings.simplefilter("ignore", TruncatedText)  # a note counts them before training
 
     @classmethod
     def build(
@@ -243,9 +246,8 @@ class DiffusionRecipe(Recipe):
         batch = self.loss_by_level.data.batch(self.loss_by_level.shown, self.seed)
         texts, batch = batch.get("caption", []), batch_to_device(batch, self.device)
         x0 = self.latents(batch)  # (B, C, h, w)
-        true, made = (
-            x if self.autoencoder is None else self.autoencoder.decode(x) for x in (x0, self.sample(batch, x0))
-        )
+        made = self.sample(batch, x0)
+        true, made = (x if self.autoencoder is None else self.autoencoder.decode(x) for x in (x0, made))
         first_process(lambda: draw_pairs(true, made, texts, file), self.rank)
 
     def sample(self, batch: dict[str, Any], x0: Tensor) -> Tensor:
