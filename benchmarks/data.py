@@ -193,21 +193,12 @@ def write_cache(root: Path, count: int, tokens: bool, captions: Sequence[str] = 
         if tokens:
             shard["caption.tokens"] = torch.randn(1024, 77, 768).bfloat16()
         if captions:
-            text = spelled(captions[number * 1024 : (number + 1) * 1024])
-            shard |= text | {
-                "text.offsets": torch.cat((torch.zeros(1, dtype=torch.int64), text["text.offsets"].cumsum(0)))
-            }
+            shard |= joined([spelled(captions[number * 1024 : (number + 1) * 1024])])
         file = f"{number:05}.safetensors"
         write_file(root / file, shard, {})
         rows.append({"file": file, "bucket": 0, "samples": 1024, DIGEST: open_file(root / file).metadata[DIGEST]})
-    texts = {"caption": {}} if tokens else {}
-    key = {
-        "sizes": [[256, 256]],
-        "count": count,
-        "texts": texts,
-        "keeps": ["caption"] if captions else [],
-        "flip": False,
-    }
+    texts, keeps = {"caption": {}} if tokens else {}, ["caption"] if captions else []
+    key = {"sizes": [[256, 256]], "count": count, "texts": texts, "keeps": keeps, "flip": False}
     (root / MANIFEST).write_text(json.dumps({"format": FORMAT, "key": key, "shards": rows}))
 
 
