@@ -1,4 +1,4 @@
-"""Counts what makes a process wait for a device: each time that numbers of a tensor become numbers of Python or NumPy."""
+"""Counts what makes a process wait for a device: each time that a tensor becomes numbers of Python or NumPy."""
 
 from __future__ import annotations
 
