@@ -35,7 +35,7 @@ from ldm.checkpoint.files import DIGEST, open_file, write_file
 from ldm.data.images import Images
 from ldm.data.latents import FORMAT, MANIFEST, Latents
 from ldm.data.loader import Data, Loader, loader
-from ldm.data.sampler import grouped
+from ldm.data.sampler import by_bucket
 from ldm.pictures import to_float
 from ldm.scenes import Scenes
 from tests.data.photographs import encoded, photograph
@@ -136,7 +136,7 @@ def compare_pictures(
         data = Images(
             root=str(root), resolution=SIDE, batch_size=BATCH, workers=options.workers, manifest=f"{name}/index"
         )
-        mine = Loader(data, 0, list(grouped(range(len(data)), BATCH, data.buckets)))
+        mine = Loader(data, 0, list(by_bucket(range(len(data)), BATCH, data.buckets)))
         other = theirs(root, options.workers)
         difference = max(float((a - b).abs().mean()) for a, b in zip(floats(mine), other, strict=True)) * 127.5
         if difference >= 2:

@@ -13,7 +13,7 @@ import ldm
 from ldm import checkpoint, pictures
 from ldm.cli import main
 from ldm.conditioning.tokenizer import BPE, clip_tokenizer
-from ldm.training.recipes.diffusion import LatentDiffusionStage
+from ldm.models.autoencoder import Autoencoder
 from tests.data.photographs import photograph
 from tests.test_pipeline import ask_ours, ask_theirs, distance
 from tests.training.second_stage import command, first_stage
@@ -29,13 +29,13 @@ def same(a, b) -> int:
 
 
 def test_the_file_makes_the_pictures_that_the_averages_made_in_memory(tmp_path, monkeypatch):
-    made, latents = [], LatentDiffusionStage.decode
+    made, decode = [], Autoencoder.decode
 
     def watched(self, z):
-        made.append(latents(self, z))
+        made.append(decode(self, z))
         return made[-1]
 
-    monkeypatch.setattr(LatentDiffusionStage, "decode", watched)
+    monkeypatch.setattr(Autoencoder, "decode", watched)
     assert main(command(tmp_path / "run", "trainer.steps=10", "optimizer.lr=1e-2")[:-1]) == 0
     file = tmp_path / "run" / "model.safetensors"
     shown = pictures.to_pil(made[-1])  # of the last validation
