@@ -78,15 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
     """Part by part, each written as soon as it is known."""
+    from ldm.distributed import torchrun_rank
     from ldm.metrics import report
-    from ldm.metrics.sharing import rank
 
     subject, record = prepare(config, arguments)
     found: dict[str, Any] = {"about": record, "settings": config.values}
     measured = 0
     for name, part in parts(config, subject, arguments.only or PARTS):
         found[name], measured = part, measured + 1
-        if rank() == 0:
+        if torchrun_rank().number == 0:
             report.write(found, out)
             print(report.line(name, part), flush=True)
     if not measured:
@@ -94,7 +94,7 @@ def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
         raise InputError(
             "nothing to measure", "--only", ", ".join(arguments.only or ()), f"one that this model has: {expected}"
         )
-    if rank() == 0:
+    if torchrun_rank().number == 0:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
 
 

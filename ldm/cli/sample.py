@@ -106,8 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
     order = read_order(arguments)
     out = writable(Path(arguments.out))
     from ldm import pictures, pipeline  # torch is only paid for once all options are right
-    from ldm.metrics.sharing import gathered, rank
+    from ldm.distributed import gather, torchrun_rank
 
+    rank = torchrun_rank()
     warnings.showwarning = show_warning
     pipe = pipeline.load(
         order.checkpoint,
@@ -117,17 +118,17 @@ def run(arguments: argparse.Namespace) -> int:
         precision=order.precision,
         offload=arguments.offload,
     )
-    for note in notes(pipe, order) if rank() == 0 else ():
+    for note in notes(pipe, order) if rank.number == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    look = preview(pipe, out, order.tile) if arguments.preview and rank() == 0 else None
+    look = preview(pipe, out, order.tile) if arguments.preview and rank.number == 0 else None
     images = []
     for picture in make(pipe, order, arguments.batch_size, look, silent=arguments.json):
         file = picture.save(out)
         print(json.dumps({"file": str(file), **picture.record}) if arguments.json else file, flush=True)
         images.append(picture.image)
     if arguments.grid:
-        in_order = [image for row in zip_longest(*gathered(images)) for image in row if image is not None]
-        if rank() == 0:
+        in_order = [image for row in zip_longest(*gather(images, rank)) for image in row if image is not None]
+        if rank.number == 0:
             pictures.write(pictures.grid(in_order), out / "grid.png")
     return 0
 
@@ -271,9 +272,10 @@ def make(
     """The pictures of an order, as they are done; under torchrun, this process's share of them."""
     from tqdm import tqdm
 
-    from ldm.metrics.sharing import rank, ranks
+    from ldm.distributed import torchrun_rank
 
-    recipe, requests = read_recipe(pipe, order), read_requests(order)[rank() :: ranks()]
+    rank = torchrun_rank()
+    recipe, requests = read_recipe(pipe, order), read_requests(order)[rank.number :: rank.of]
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     steps = len(recipe.sampler.grid.t) - 1
     with tqdm(total=steps * len(batches), desc="sampling", disable=silent or None, leave=False) as bar:

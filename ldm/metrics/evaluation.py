@@ -17,13 +17,13 @@ from ldm.data.loader import Data
 from ldm.data.sampler import SampleId, evenly_spaced
 from ldm.diffusion.bound import bits_per_dim
 from ldm.diffusion.prediction import LearnedRange
+from ldm.distributed import Rows, concatenate
 from ldm.draws import mix32, stream
 from ldm.metrics.clip_score import CLIPScore
 from ldm.metrics.comparison import compared, each, frechet, read, true_features
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
 from ldm.metrics.prdc import nearest
-from ldm.metrics.sharing import Rows, joined
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
 from ldm.pipeline import Pipeline, Recipe, Request
@@ -243,8 +243,8 @@ def asked(subject: Subject, kinds: Mapping[str, Source], **settings: Any) -> dic
 
 def against(subject: Subject, kinds: Mapping[str, Source], rows: Mapping[str, Rows]) -> dict[str, Any]:
     """The pictures of all kinds of prompts against true renders of the scenes that these prompts tell of."""
-    true = {"vectors": joined([subject.true(source)["vectors"] for source in kinds.values()])}
-    return compared(true, {"vectors": joined([found["vectors"] for found in rows.values()])})
+    true = {"vectors": concatenate([subject.true(source)["vectors"] for source in kinds.values()])}
+    return compared(true, {"vectors": concatenate([found["vectors"] for found in rows.values()])})
 
 
 def bound(subject: Subject, source: Source) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
-from ldm.distributed import by_first
+from ldm.distributed import first_process
 from ldm.errors import InputError
 from ldm.training import checkpointing, lightning_private
 from ldm.training.checkpointing import Found
@@ -41,7 +41,7 @@ class RunCallback(Callback):
             checkpointing.restore(*found, loop)
         utilisation = Utilisation.of(loop)
         with self.explained():
-            by_first(partial(self.start, loop, utilisation), loop.rank)
+            first_process(partial(self.start, loop, utilisation), loop.rank)
         if loop.counters.step >= loop.settings.steps:
             trainer.should_stop = True
 
@@ -100,7 +100,7 @@ class RunCallback(Callback):
         if self.logs:
             self.logs.progress(loop)
         if row_is_due(loop, ended):
-            by_first(partial(self.add_row, loop), loop.rank)
+            first_process(partial(self.add_row, loop), loop.rank)
         if signals or ended or (planned and step % settings.save_every == 0):
             with self.paused_clock():
                 checkpointing.write(self.folder, loop)

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
-from ldm.distributed import Rank, among_others, by_first, gathered, summed, together
+from ldm.distributed import Rank, all_or_none, first_process, gather, launched, sum_over_ranks
 from ldm.errors import CheckpointError, DivergedError
 from ldm.training.loop import Loop
 from ldm.training.recipe import Recipe, full_state
@@ -42,7 +42,7 @@ def write(run: Path, loop: Loop) -> None:
     collect_counts(loop)
     state = full_state(tensors_of(loop), loop.rank)
     try:
-        by_first(partial(write_files, run, loop, state, config, model), loop.rank)
+        first_process(partial(write_files, run, loop, state, config, model), loop.rank)
     except (CheckpointError, OSError) as error:
         raise incomplete(error, run) from error
 
@@ -86,7 +86,7 @@ def check_finite(loop: Loop) -> None:
 def collect_counts(loop: Loop) -> None:
     """Move what every rank counts for itself to the first rank, so that it is saved and still adds up."""
     for x in (getattr(loop.recipe, name) for name in loop.recipe.per_rank):
-        summed(x, loop.rank)
+        sum_over_ranks(x, loop.rank)
         if loop.rank.number:
             x.zero_()
 
@@ -109,7 +109,7 @@ def newest(run: Path) -> Found | None:
     try:
         return newest_valid(run)
     except CheckpointError:
-        if among_others():
+        if launched():
             return None
         raise
 
@@ -139,9 +139,9 @@ def newest_valid(run: Path, known: Found | None = None) -> Found | None:
 
 def agreed(run: Path, known: Found | None, rank: Rank) -> Found | None:
     """The newest valid checkpoint, if every rank finds the same one; every rank calls, and all fail together."""
-    found = together(partial(newest_valid, run, known), rank)
+    found = all_or_none(partial(newest_valid, run, known), rank)
     here = f"step {found[1]['step']} with sha256 {found[1]['sha256'][STATE]:.10}" if found else "none"
-    everyone = gathered(here, rank)
+    everyone = gather(here, rank)
     for number, other in enumerate(everyone):
         if other != everyone[0]:
             what, expected = "--run: processes find different checkpoints", f"{everyone[0]}, as process 0 finds"

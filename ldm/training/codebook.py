@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ldm.distributed import Rank, summed
+from ldm.distributed import Rank, sum_over_ranks
 from ldm.draws import keyed, stream
 from ldm.models.quantize import VectorQuantizer, perplexity
 
@@ -32,7 +32,7 @@ def revive(
 ) -> None:
     """Replace codes that no rank has used by latents of the batch, chosen by the key, with their averages."""
     rows = gather_rows(rows, rank)
-    counts = summed(usage.clone(), rank)  # (K,)
+    counts = sum_over_ranks(usage.clone(), rank)  # (K,)
     generator = keyed(torch.Generator(), stream(key[0], "codes"), key[1])
     chosen = torch.randperm(len(rows), generator=generator)[: len(counts)]
     changed = book.revive(counts, rows[chosen.to(rows.device)])[:, None]  # (K, 1)

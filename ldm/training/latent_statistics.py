@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.data.loader import Data
 from ldm.data.sampler import Order
-from ldm.distributed import Rank, shared, summed
+from ldm.distributed import Rank, share_batches, sum_over_ranks
 from ldm.draws import stream
 
 MOST, BATCH = 4096, 32  # images
@@ -29,11 +29,11 @@ def measure(
     order = Order(len(data), size, stream(seed, "statistics"), data.buckets)
     dims = (0, 2, 3) if like.ndim else (0, 1, 2, 3)
     sums = torch.zeros(3, like.numel(), dtype=torch.float64, device=like.device)  # count, sum, sum of squares
-    for k, counts in shared(count // size, rank):
+    for k, counts in share_batches(count // size, rank):
         z = encode(data.batch(order.batch(k * size), seed)["image"])  # (B, Z, h, w)
         n = torch.full_like(sums[0], z.numel() / sums.shape[1])
         sums += counts * torch.stack((n, z.sum(dims).view(-1), z.square().sum(dims).view(-1)))
-    total, first, second = summed(sums, rank)
+    total, first, second = sum_over_ranks(sums, rank)
     mean = first / total
     std = (second / total - mean.square()).clamp(min=0).sqrt()
     return mean, 1 / std.clamp(min=1e-8)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ldm.condition import to_device
 from ldm.config.schema import Config, Part
 from ldm.data.loader import Data, loader
-from ldm.distributed import Rank, summed
+from ldm.distributed import Rank, sum_over_ranks
 from ldm.training.ema import EMA
 from ldm.training.trainer import TrainerSettings
 
@@ -213,7 +213,7 @@ class Recipe(nn.Module):
 
     def mean(self, x: Tensor) -> Tensor:
         """The average over ranks, in place; every rank calls."""
-        return summed(x, self.rank).div_(self.rank.of)
+        return sum_over_ranks(x, self.rank).div_(self.rank.of)
 
     def memory_format(self, x: Tensor) -> Tensor:
         """A picture or latent in the networks' memory format."""

@@ -19,7 +19,7 @@ from ldm.checkpoint.files import replacing
 from ldm.config import files, parts
 from ldm.config.schema import Config
 from ldm.data.latents import flat
-from ldm.distributed import NUMBERS
+from ldm.distributed import RANK_VARIABLES
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
 from ldm.training.callbacks import CODES, RunCallback
@@ -173,7 +173,7 @@ def is_main() -> bool:
     """True in the process that writes, whichever launcher started it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun orders nodes itself, and SLURM's numbers may differ
         return int(os.environ["RANK"]) == 0
-    return all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)
 
 
 @contextmanager

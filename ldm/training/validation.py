@@ -16,7 +16,7 @@ from ldm import pictures
 from ldm.config import parts
 from ldm.data.loader import Data
 from ldm.data.sampler import by_bucket, evenly_spaced
-from ldm.distributed import Rank, by_first, gathered, shared
+from ldm.distributed import Rank, first_process, gather, share_batches
 from ldm.metrics.features import Features
 from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
@@ -40,7 +40,7 @@ class ReconstructionMetrics:
         """The average of each metric over the images, which ranks share; the first rank draws the grid."""
         sums: dict[str, Any] = {}
         moments: list[tuple[Moments, Moments]] = []
-        for turn, (k, counts) in enumerate(shared(len(self.batches), rank)):
+        for turn, (k, counts) in enumerate(share_batches(len(self.batches), rank)):
             x, y = reconstruct(self.data.batch(self.batches[k], self.seed)["image"])
             found = measures(x, y, lpips) | {"energy": gradient_energy(y) / gradient_energy(x).clamp(min=1e-12)}
             for name, values in found.items():
@@ -48,7 +48,7 @@ class ReconstructionMetrics:
             if counts:
                 moments.append((self.moments(x), self.moments(y)))
             if turn == 0:
-                by_first(partial(draw_reconstructions, x[:SHOWN], y[:SHOWN], file), rank)
+                first_process(partial(draw_reconstructions, x[:SHOWN], y[:SHOWN], file), rank)
         return averages(sums, self.count, rank) | {"val/frechet": distance(moments, rank)}
 
     def moments(self, x: Tensor) -> Moments:
@@ -73,7 +73,7 @@ class LossByLevel:
         `losses(batch, part)` gives (B,) each: weighted and plain at the levels of training, and plain at even levels.
         """
         sums: dict[str, Any] = {}
-        for k, counts in shared(len(self.batches), rank):
+        for k, counts in share_batches(len(self.batches), rank):
             batch = self.data.batch(self.batches[k], self.seed)
             part = torch.from_numpy(np.searchsorted(self.places, np.asarray(batch["number"]))) % BINS  # (B,)
             weighted, plain, even = losses(batch, part)
@@ -110,7 +110,7 @@ def draw_reconstructions(x: Tensor, y: Tensor, file: Path) -> None:
 def distance(moments: list[tuple[Moments, Moments]], rank: Rank) -> float:
     """The Frechet distance between all ranks' images and reconstructions, always summed in the same order."""
     if rank.of > 1:
-        by_rank = gathered(moments, rank)
+        by_rank = gather(moments, rank)
         moments = [pair for k in range(len(by_rank[0])) for part in by_rank for pair in part[k : k + 1]]
     true, made = (reduce(add, side) for side in zip(*moments))
     return frechet_distance(true, made)
@@ -119,6 +119,6 @@ def distance(moments: list[tuple[Moments, Moments]], rank: Rank) -> float:
 def averages(sums: dict[str, Any], count: int, rank: Rank) -> dict[str, float]:
     """Sums over all ranks' samples, divided by the number of samples."""
     if rank.of > 1:
-        by_rank = gathered({name: float(value) for name, value in sums.items()}, rank)
+        by_rank = gather({name: float(value) for name, value in sums.items()}, rank)
         sums = {name: sum(part[name] for part in by_rank) for name in by_rank[0]}
     return {f"val/{name}": float(value) / count for name, value in sums.items()}

@@ -29,7 +29,7 @@ from ldm.diffusion.path import Path as NoisePath
 from ldm.diffusion.prediction import Target
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import Uniform
-from ldm.distributed import by_first
+from ldm.distributed import first_process
 from ldm.draws import draw, stream
 from ldm.models.tiling import sliced
 from ldm.models.transformer import TextTransformer
@@ -246,10 +246,9 @@ class DiffusionRecipe(Recipe):
         batch = self.loss_by_level.data.batch(self.loss_by_level.shown, self.seed)
         texts, batch = batch.get("caption", []), batch_to_device(batch, self.device)
         x0 = self.latents(batch)  # (B, C, h, w)
-        true, made = (
-            x if self.autoencoder is None else self.autoencoder.decode(x) for x in (x0, self.sample(batch, x0))
-        )
-        by_first(lambda: draw_pairs(true, made, texts, file), self.rank)
+        made = self.sample(batch, x0)
+        true, made = (x if self.autoencoder is None else self.autoencoder.decode(x) for x in (x0, made))
+        first_process(lambda: draw_pairs(true, made, texts, file), self.rank)
 
     def sample(self, batch: dict[str, Any], x0: Tensor) -> Tensor:
         """One picture for each condition of a batch, in latents."""
