@@ -47,7 +47,7 @@ def one_process(monkeypatch):
         ([SEGMENTS + "3}", "data.adds=[segmentation]"], 2, "segmentation: no such class; got 0 to 4; expected 0 to 2"),
         ([BOXES + "2, boxes: 8}", "data.adds=[boxes]"], 2, "box_labels: no such class"),
         ([BOXES + "4, boxes: 2}", "data.adds=[boxes]"], 2, "boxes: too many; got 3; expected at most 2"),
-        (["--init-from", "CKPT"], 4, "--init-from: no denoiser inside"),
+        (["--init-from", "CKPT"], 4, "--init-from: no denoiser in this file"),
         (["--run", "CKPT"], 2, "--run: not writable"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_denoiser_of_pictures_is_none_of_latents(tmp_path, capsys):
         checkpoint.save(tmp_path / f"{name}.safetensors", config, loaded.state, loaded.tokenizer)
     begin = [*command(tmp_path / "again")[:-1], "--dry-run", "--init-from"]
     assert main([*begin, str(tmp_path / "ours.safetensors")]) == 4
-    assert "autoencoder: not the one that the denoiser was trained with" in capsys.readouterr().err
+    assert "autoencoder: not the one the denoiser was trained with" in capsys.readouterr().err
     assert main([*begin, str(tmp_path / "theirs.safetensors")]) == 0
 
 
@@ -178,7 +178,7 @@ def test_another_first_stage_than_the_run_s_or_the_cache_s_is_refused(tmp_path, 
     assert main(online) == 0
     first_stage(tmp_path / "first.safetensors", seed=1)
     assert main([*online, "trainer.steps=2"]) == 4
-    assert "autoencoder: not the one that the denoiser was trained with" in capsys.readouterr().err
+    assert "autoencoder: not the one the denoiser was trained with" in capsys.readouterr().err
     assert main(command(tmp_path / "other", *overrides)[:-1]) == 3
     assert "the cache is stale: autoencoder differs" in capsys.readouterr().err
     file = str(tmp_path / "run" / "model.safetensors")

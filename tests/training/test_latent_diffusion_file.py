@@ -110,7 +110,7 @@ def test_init_from_begins_with_the_weights_of_a_file(tmp_path, capsys):
     assert len(table) == 14
     no_denoiser = str(tmp_path / "first.safetensors")
     assert main(command(tmp_path / "none", "--init-from", no_denoiser)[:-1]) == 4
-    assert "--init-from: no denoiser inside" in capsys.readouterr().err
+    assert "--init-from: no denoiser in this file" in capsys.readouterr().err
 
 
 def test_a_published_file_is_believed_no_autoencoder_but_its_own(tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_a_published_file_is_believed_no_autoencoder_but_its_own(tmp_path, capsy
     other = f"autoencoder={tmp_path / 'other.safetensors'}"
     assert main(command(tmp_path / "another", SD[0], other, *begun)[:-1]) == 4
     line = capsys.readouterr().err
-    assert line.startswith(f"error: autoencoder: not the one that the denoiser was trained with ({theirs}); got ")
+    assert line.startswith(f"error: autoencoder: not the one the denoiser was trained with ({theirs}); got ")
     assert line.endswith(f"; try autoencoder={theirs}\n")
     assert main(command(tmp_path / "same", SD[0], other, *begun)[:-1]) == 4
     assert capsys.readouterr().err.endswith("; try another --run\n")
