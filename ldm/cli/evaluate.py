@@ -79,15 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
     """Part by part, each written as soon as it is known."""
+    from ldm.distributed import torchrun_rank
     from ldm.metrics import report
-    from ldm.metrics.sharing import rank
 
     subject, record = prepare(config, arguments)
     found: dict[str, Any] = {"about": record, "settings": config.values}
     measured = 0
     for name, part in parts(config, subject, arguments.only or PARTS):
         found[name], measured = part, measured + 1
-        if rank() == 0:
+        if torchrun_rank().number == 0:
             report.write(found, out)
             print(report.line(name, part), flush=True)
     if not measured:
@@ -95,7 +95,7 @@ def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
         raise InputError(
             "nothing to measure", "--only", ", ".join(arguments.only or ()), f"one that this model has: {expected}"
         )
-    if rank() == 0:
+    if torchrun_rank().number == 0:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
 
 
@@ -242,13 +242,13 @@ def curve(config: Config, name: str) -> list[dict[str, Any]]:
 
 def check_data(config: Config, subject: Subject, source: Source) -> None:
     """Refuse true pictures that do not fit the model, before any work."""
-    from ldm.data.derived import MADE
+    from ldm.data.derived import DERIVED
     from ldm.data.sampler import SampleId
 
     pipe = subject.pipe
     assert pipe is not None
     first = source.data.batch([SampleId(source.indices[0], source.indices[0], 0)], source.seed)
-    if lacking := [name for name in subject.reads if name not in {*first, *MADE}]:
+    if lacking := [name for name in subject.reads if name not in {*first, *DERIVED}]:
         what, expected = "data: lack what this model reads", "data with it"
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(first["caption"])):

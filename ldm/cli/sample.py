@@ -117,21 +117,22 @@ def run(arguments: argparse.Namespace) -> int:
     own_parts(arguments)
     order = read_order(arguments)
     out = writable(Path(arguments.out))
-    from ldm.metrics.sharing import gathered, rank  # torch is imported once all options are right
+    from ldm.distributed import gather, torchrun_rank  # torch is imported once all options are right
 
+    rank = torchrun_rank()
     warnings.showwarning = show_warning
     pipe = open_pipeline(order, arguments.device, arguments.offload)
-    for note in notes(pipe, order) if rank() == 0 else ():
+    for note in notes(pipe, order) if rank.number == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    on_step = preview(pipe, out, order.tile) if arguments.preview and rank() == 0 else None
+    on_step = preview(pipe, out, order.tile) if arguments.preview and rank.number == 0 else None
     made = []
     for picture in make(pipe, order, arguments.batch_size, on_step, progress=not arguments.json):
         file = picture.save(out)
         print(json.dumps({"file": str(file), **picture.record}) if arguments.json else file, flush=True)
         made.append((picture.image, f"seed {picture.request.seed}: {picture.request.prompt}"))
     if arguments.grid:
-        rows = itertools.zip_longest(*gathered(made))
-        if rank() == 0:
+        rows = itertools.zip_longest(*gather(made, rank))
+        if rank.number == 0:
             sheet = write_grid([pair for row in rows for pair in row if pair is not None], out)
             print(json.dumps({"grid": str(sheet)}) if arguments.json else sheet)
     return 0
@@ -274,9 +275,10 @@ def make(
     pipe: Pipeline, order: Order, batch_size: int, on_step: OnStep | None = None, progress: bool = True
 ) -> Iterator[Picture]:
     """The pictures of an order, one batch after the other; under torchrun, this process's share of them."""
-    from ldm.metrics.sharing import rank, ranks
+    from ldm.distributed import torchrun_rank
 
-    settings, requests = read_settings(pipe, order), read_requests(order)[rank() :: ranks()]
+    rank = torchrun_rank()
+    settings, requests = read_settings(pipe, order), read_requests(order)[rank.number :: rank.of]
     for batch, images in pipe.batches(requests, settings, batch_size, on_step, progress):
         for i, image in enumerate(images):
             yield Picture(image, batch[i], record(pipe, order, batch[i], settings), (i, len(batch)))

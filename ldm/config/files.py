@@ -15,6 +15,9 @@ from ldm.config.yaml_text import COMMAND_LINE, NAME, parse
 from ldm.errors import InputError, nearest, shown
 
 FORMAT = 1
+MOVED = {  # keys of version 0.1 -> where they are now
+    name: f"recipe.{name}" for name in ("train", "sample_from", "two_forwards", "revive")
+}
 RENAMES: dict[int, dict[str, str]] = {}  # format n -> {dotted key in it: the same in format n + 1}
 
 
@@ -135,8 +138,8 @@ def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
     if type(written) is not int or not 1 <= written <= newest:
         hint = "a newer ldm" if type(written) is int and written > newest else ""
         raise source.error("format: unknown", "format", got=shown(written), expected=f"at most {newest}", hint=hint)
-    for number in range(written, newest):
-        for old, new in renames.get(number, {}).items():
+    for table in (MOVED, *(renames.get(number, {}) for number in range(written, newest))):
+        for old, new in table.items():
             place = source.where(old)
             try:
                 value = _take(source.values, *old.split("."))

@@ -12,18 +12,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
-from ldm.data.derived import MADE, with_derived
+from ldm.data.derived import DERIVED, with_derived
 from ldm.data.loader import Data
 from ldm.data.sampler import SampleId, evenly_spaced
 from ldm.diffusion.bound import bits_per_dim
 from ldm.diffusion.prediction import LearnedRange
+from ldm.distributed import Rows, concatenate
 from ldm.draws import mix32, stream
 from ldm.metrics.clip_score import CLIPScore
 from ldm.metrics.comparison import compared, each, frechet, read, true_features
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
 from ldm.metrics.prdc import nearest
-from ldm.metrics.sharing import Rows, joined
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
 from ldm.pipeline import Pipeline, Request, SamplingSettings
@@ -75,7 +75,7 @@ class Subject:
     @property
     def promptable(self) -> bool:
         """Whether a caption and what is made from a picture alone are all that the model reads."""
-        return self.captioned and {*self.reads} <= {"caption", *MADE}
+        return self.captioned and {*self.reads} <= {"caption", *DERIVED}
 
     def sampling(self, **settings: Any) -> SamplingSettings:
         """How pictures are made; `settings` win over the subject's own."""
@@ -243,8 +243,8 @@ def asked(subject: Subject, kinds: Mapping[str, Source], **settings: Any) -> dic
 
 def against(subject: Subject, kinds: Mapping[str, Source], rows: Mapping[str, Rows]) -> dict[str, Any]:
     """The pictures of all kinds of prompts against true renders of the scenes that these prompts tell of."""
-    true = {"vectors": joined([subject.true(source)["vectors"] for source in kinds.values()])}
-    return compared(true, {"vectors": joined([found["vectors"] for found in rows.values()])})
+    true = {"vectors": concatenate([subject.true(source)["vectors"] for source in kinds.values()])}
+    return compared(true, {"vectors": concatenate([found["vectors"] for found in rows.values()])})
 
 
 def bound(subject: Subject, source: Source) -> dict[str, float]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from ldm.training.loss_by_level import BINS, LossByLevel
 from torch import nn
 
 from ldm.cli import main
@@ -17,7 +18,6 @@ from ldm.data.derived import rectangles, with_derived
 from ldm.distributed import Rank
 from ldm.draws import draw, stream
 from ldm.training.loop import SCALE, Stage
-from ldm.training.loss_by_level import BINS, LossByLevel
 from ldm.training.recipes import diffusion as stage_module
 from tests.training.killing import rows
 from tests.training.second_stage import command, stage_of
@@ -243,7 +243,7 @@ def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, 
     told = with_derived(batch, stage.conditioner.reads, stage.latents(batch), 3)
     for name in stage.conditioner.reads:  # each that is read counts
         other = told | {name: another(name, told[name])}
-        monkeypatch.setattr(stage_module, "completed", lambda *_, other=other: other)
+        monkeypatch.setattr(stage_module, "with_derived", lambda *_, other=other: other)
         changed, _ = stage.loss(batch, ("denoiser",))
         assert abs(changed - loss) > 1e-7, name
 
