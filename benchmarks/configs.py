@@ -147,7 +147,7 @@ def second_stage(file: Path) -> LatentDiffusionStage:
     weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
     samples = SampleGrid(config, model.denoiser.path)
     stage = LatentDiffusionStage(model=model, level=level, weight=weight, samples=samples, **common(config))
-    stage.left_out = tuple(x.place for x in large)
+    stage.left_out = tuple(x.prefix for x in large)
     return stage
 
 

@@ -18,8 +18,10 @@ NOISIEST = 350  # of 1000 levels, under which a low-resolution picture is hidden
 SMALLEST, LARGEST = 0.25, 0.75  # sides of a random mask, as parts of the picture's
 
 
-def with_derived(batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: int) -> dict[str, Any]:
-    """The batch with what it lacks, beside latents x0."""
+def with_derived(
+    batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: int, factor: int | None = None
+) -> dict[str, Any]:
+    """The batch with what it lacks, beside latents x0; `factor` makes the low-resolution picture smaller."""
     told = dict(batch)
     if "image" not in batch or not {*MADE} & {*reads}:
         return told
@@ -29,7 +31,8 @@ def with_derived(batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, see
     if "mask" in reads and "mask" not in batch:
         told["mask"] = rectangles(u[:, :4], image)
     if "low_resolution" in reads:
-        told["low_resolution"] = F.interpolate(image, x0.shape[2:], mode="area")  # (B, 3, h, w)
+        small = x0.shape[2:] if factor is None else [side // factor for side in image.shape[2:]]
+        told["low_resolution"] = F.interpolate(image, small, mode="area")  # (B, 3, H/f, W/f)
         told["noise_level"] = to_device((u[:, 4] * NOISIEST).long(), image.device)  # (B,)
         told["low_resolution_noise"] = to_device(noise, image.device).to(image.dtype)  # (B, 3, h, w)
     return told

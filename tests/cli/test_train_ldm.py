@@ -101,7 +101,7 @@ def labelled(folder, labels: list[int]) -> str:
     ("label", "words"),
     [
         (9, "label: no such class; got 9; expected 0 to 4"),
-        (4, "label: it is the row that means nothing; got 4"),
+        (4, "label: is the null row; got 4"),
         (3, ""),
     ],
 )
@@ -129,7 +129,7 @@ def test_two_encoders_share_a_tokenizer_that_both_would_learn(tmp_path):
     argv = command(tmp_path / "run", f"conditioner={{type: compose, parts: [{TEXT}600}}, {TEXT}600}}]}}")[:-1]
     assert main([*argv, "trainer.steps=1"]) == 0
     pipe = ldm.load(tmp_path / "run" / "model.safetensors", device="cpu")
-    first, second = (member.known().to_json() for member in pipe.conditioner.members)
+    first, second = (member.require_tokenizer().to_json() for member in pipe.conditioner.members)
     assert first == second
     assert pipe("a red ball", steps=2, cfg=1)
 

@@ -116,7 +116,7 @@ def test_pixels_are_no_latents(tmp_path):
 
 def test_captions_are_counted_in_the_encoder_s_tokens(tmp_path):
     stage = stage_of(tmp_path, "conditioner.length=8")
-    tokenizer = stage.conditioner.known()
+    tokenizer = stage.conditioner.require_tokenizer()
     words = ["a", "red", "cube", "and", "a", "red", "cube", "and", "a", "red", "cube"]
     fits = next(n for n in range(len(words), 0, -1) if len(tokenizer.encode(" ".join(words[:n]))) <= 6)
     captions = ["", " ".join(words[:fits]), " ".join(words[: fits + 1]), " ".join(words)]

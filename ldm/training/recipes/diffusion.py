@@ -17,7 +17,8 @@ from ldm.condition import Condition, to_device
 from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
-from ldm.conditioning.text import TruncatedText, carriers, text_in, texts_in
+from ldm.conditioning.text import text_in, texts_in, tokenizer_owners
+from ldm.conditioning.tokenization import TruncatedText
 from ldm.config.schema import Config
 from ldm.data.derived import MADE, with_derived
 from ldm.data.latents import Latents
@@ -75,7 +76,7 @@ class LatentDiffusionStage(Stage):
             self.autoencoder.requires_grad_(False)
         encoders = [name for name, m in self.named_modules() if isinstance(m, Conditioner) and m.frozen]
         self.frozen = ("autoencoder", *encoders)
-        self.left_out = tuple(x.place for x in external.encoders(self.conditioner) if x.key in config["left_out"])
+        self.left_out = tuple(x.prefix for x in external.encoders(self.conditioner) if x.key in config["left_out"])
         warnings.simplefilter("ignore", TruncatedText)  # `notices` says it once
         self.tokenizer = next(iter(tokenizers(self.conditioner)), None)
 
@@ -125,13 +126,13 @@ class LatentDiffusionStage(Stage):
         text, guided = text_in(self.conditioner), self.samples.guidance.cfg != 1
         if text is None:
             return Told(0, 0, self.drops, guided)
-        return Told(text.room, sum(map(text.too_long, captions)), self.drops, guided)
+        return Told(text.tokenization.max_tokens, sum(map(text.tokenization.truncates, captions)), self.drops, guided)
 
     def condition(self, batch: Mapping[str, Any], x0: Tensor, drop: Mapping[str, Tensor]) -> Condition | None:
         """What the conditioner reads in a batch, without what is dropped."""
         if self.conditioner is None:
             return None
-        told = with_derived(batch, self.conditioner.reads, x0, self.seed)
+        told = with_derived(batch, self.conditioner.reads, x0, self.seed, self.conditioner.low_resolution_factor)
         condition = self.conditioner(told, {part: self.to_device(flags) for part, flags in drop.items()})
         return condition.map(lambda x: self.to_device(x.to(self.dtype) if x.dtype == torch.float32 else x))
 
@@ -233,7 +234,7 @@ def build(
         notes=notes,
         plan=plan,
         seed=config["seed"],
-        config={**external.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint},
+        config={**external.record(portable(config.values), model.conditioner), "fingerprint": fingerprint},
         **learned,
     )
 
@@ -248,7 +249,7 @@ def teach(conditioner: Conditioner | None, data: Data, seed: int) -> None:
 
 def tokenizers(conditioner: Conditioner | None) -> list[str]:
     """The different tokenizers that a checkpoint has to carry."""
-    return list(dict.fromkeys(text.known().to_json() for text in carriers(conditioner)))
+    return list(dict.fromkeys(text.require_tokenizer().to_json() for text in tokenizer_owners(conditioner)))
 
 
 def captions_of(data: Data, seed: int, count: int = CAPTIONS) -> list[str]:
@@ -298,9 +299,9 @@ def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any]
         pixels = batch["image"]
         x0 = torch.zeros(len(pixels), 1, pixels.shape[2] // factor, pixels.shape[3] // factor)
     with warnings.catch_warnings(action="ignore", category=TruncatedText):  # `notices` says that texts are cut off
-        conditioner(with_derived(batch, conditioner.reads, x0, 0))
+        conditioner(with_derived(batch, conditioner.reads, x0, 0, conditioner.low_resolution_factor))
     for label in (leaf for _, leaf in conditioner.leaves() if isinstance(leaf, Label)):
-        label.check_taught(torch.as_tensor(getattr(data, "labels", batch["label"])))
+        label.check_data(torch.as_tensor(getattr(data, "labels", batch["label"])))
 
 
 def notices(stage: LatentDiffusionStage) -> Iterable[str]:
@@ -318,8 +319,9 @@ def notices(stage: LatentDiffusionStage) -> Iterable[str]:
     yield from out_of_scale(stage)
     text = text_in(stage.conditioner)
     captions = captions_of(stage.data, stage.seed, JUDGED) if text and hasattr(stage.data, "captions") else []
-    if text and (longer := sum(map(text.too_long, captions))):
-        yield f"captions: {longer / len(captions):.0%} are longer than the {text.room} tokens that are read of each"
+    if text and (longer := sum(map(text.tokenization.truncates, captions))):
+        limit = text.tokenization.max_tokens
+        yield f"captions: {longer / len(captions):.0%} are longer than the {limit} tokens that are read of each"
 
 
 def out_of_scale(stage: LatentDiffusionStage) -> Iterable[str]:
