@@ -18,7 +18,8 @@ from ldm.condition import Condition
 from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
-from ldm.conditioning.text import Tokenization, TruncatedText, text_in
+from ldm.conditioning.text import text_in
+from ldm.conditioning.tokenization import Tokenization, TruncatedText
 from ldm.config.schema import Config, Part
 from ldm.data.derived import DERIVED, derived_draws, with_derived
 from ldm.data.latents import Latents
@@ -83,7 +84,7 @@ class DiffusionRecipe(Recipe):
         if self.autoencoder is not None:
             self.autoencoder.requires_grad_(False)
         encoders = external.encoders(self.conditioner)
-        self.external = tuple(encoder.place for encoder in encoders if encoder.key in self.config["left_out"])
+        self.external = tuple(encoder.prefix for encoder in encoders if encoder.key in self.config["left_out"])
         self.tokenizer = next(iter(captions.tokenizers(self.conditioner)), None)
         warnings.simplefilter("ignore", TruncatedText)  # a note counts them before training
 
@@ -112,7 +113,7 @@ class DiffusionRecipe(Recipe):
         for key, data in (("data", setup.data), ("validation", setup.validation)):
             if data is not None:
                 check_source(config, key, data, model)
-        stored = {**external.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint}
+        stored = {**external.record(portable(config.values), model.conditioner), "fingerprint": fingerprint}
         sampler = assemble.sampler(config, model.denoiser.path)
         return config.build("recipe")(setup._replace(config=stored), model, levels, weight, sampler, notes)
 
@@ -179,7 +180,8 @@ class DiffusionRecipe(Recipe):
         """The condition of a batch, with the null in place of what is dropped."""
         if self.conditioner is None:
             return None
-        inputs = with_derived(batch, self.conditioner.reads, x0, self.seed)
+        factor = self.conditioner.low_resolution_factor
+        inputs = with_derived(batch, self.conditioner.reads, x0, self.seed, factor)
         condition = self.conditioner(inputs, {part: self.to_device(flags) for part, flags in drop.items()})
         return condition.map(lambda x: self.to_device(x.to(self.dtype) if x.dtype == torch.float32 else x))
 
@@ -216,7 +218,7 @@ class DiffusionRecipe(Recipe):
         text, guided = text_in(self.conditioner), self.sampler.guidance.cfg != 1
         if text is None:
             return CaptionReport(0, 0, self.drops, guided)
-        return CaptionReport(text.max_tokens, sum(map(text.too_long, texts)), self.drops, guided)
+        return CaptionReport(text.tokenization.max_tokens, sum(map(text.tokenization.truncates, texts)), self.drops, guided)
 
     def validate(self, folder: Path) -> dict[str, float]:
         self.draw_samples(folder / f"{self.counters.step:08d}.png")
@@ -337,6 +339,6 @@ def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any]
         height, width = batch["image"].shape[2:]
         x0 = torch.zeros(len(batch["image"]), 1, height // factor, width // factor)
     with warnings.catch_warnings(action="ignore", category=TruncatedText):  # a note counts them
-        conditioner(with_derived(batch, conditioner.reads, x0, 0))
+        conditioner(with_derived(batch, conditioner.reads, x0, 0, conditioner.low_resolution_factor))
     for label in (leaf for _, leaf in conditioner.leaves() if isinstance(leaf, Label)):
-        label.check_taught(torch.as_tensor(getattr(data, "labels", batch["label"])))
+        label.check_data(torch.as_tensor(getattr(data, "labels", batch["label"])))
