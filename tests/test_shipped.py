@@ -10,7 +10,7 @@ import ldm
 from ldm.cli import main
 from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
-from ldm.scenes.alignment import prompts, verdicts
+from ldm.scenes.verifier import PromptSet, Verifier
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def test_words_that_it_cannot_know_are_named(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_one_object_is_as_it_was_told(pipe):
-    texts, right = prompts(200, 1), {}
+    texts, right = PromptSet(200, 1).captions, {}
     for cfg in (1, 4, 7.5):
         made = torch.cat([to_tensor(image) for image in pipe(texts, cfg=cfg, batch_size=50)])
-        right[cfg] = sum(verdict.whole for verdict in verdicts(made, texts)) / len(texts)
+        right[cfg] = sum(score.correct for score in Verifier().scores(made, texts)) / len(texts)
     print("right in everything: " + ", ".join(f"cfg {cfg:g} {share:.1%}" for cfg, share in right.items()))
     assert right[4] >= 0.85
     assert 1 - right[4] <= (1 - right[1]) / 2  # guidance takes away half of what is wrong without it

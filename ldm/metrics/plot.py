@@ -1,4 +1,4 @@
-"""Lines as SVG: small, sharp, and readable in a page or beside one."""
+"""Line plots as SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Points = Sequence[tuple[float, float]]
 
 
 class Scale(NamedTuple):
-    """From values to pixels along one side."""
+    """From values to pixels along one axis."""
 
     low: float
     high: float
@@ -27,7 +27,7 @@ class Scale(NamedTuple):
 
 
 def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: bool = False, zero: bool = True) -> str:
-    """One picture of several lines; `log` is for the axis across, whose marks then are the points themselves."""
+    """A plot of several lines; with `log`, the horizontal axis is logarithmic and its ticks are the points."""
     xs, ys = (sorted({point[axis] for line in lines.values() for point in line}) for axis in (0, 1))
     xs = xs if log else ticks(xs[0], xs[-1])
     marks = ticks(min(ys[0], 0) if zero else ys[0], ys[-1])
@@ -47,7 +47,7 @@ def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: boo
 
 
 def drawn(name: str, points: Points, number: int, count: int) -> list[str]:
-    """One line with its points, and its name where there is more than one."""
+    """One line with its points, and its name if there are several lines."""
     colour = COLOURS[number % len(COLOURS)]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
     found = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
@@ -58,13 +58,13 @@ def drawn(name: str, points: Points, number: int, count: int) -> list[str]:
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", weight: str = "normal", fill: str = "#222") -> str:
-    """Words at a place."""
-    where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}"'
-    return f"<text {where}>{escape(words)}</text>"
+    """A text at a point."""
+    attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}"'
+    return f"<text {attributes}>{escape(words)}</text>"
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers that enclose a range, five or so."""
+    """About five round numbers that enclose a range."""
     if not high > low:
         high = low + (abs(low) or 1)
     rough = (high - low) / 4
