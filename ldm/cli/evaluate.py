@@ -84,13 +84,13 @@ def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
 
     subject, record = prepare(config, arguments)
     evaluation: dict[str, Any] = {"about": record, "settings": config.values}
-    measured, first, wanted = 0, torchrun_rank().number == 0, arguments.only or PARTS
+    first, wanted = torchrun_rank().number == 0, arguments.only or PARTS
     for name, part in parts(config, subject, wanted):
-        evaluation[name], measured = part, measured + 1
+        evaluation[name] = part
         if first:
             report.write(evaluation, out)
             print(report.summary(name, part), flush=True)
-    if not measured:
+    if len(evaluation) == 2:
         expected = f"one that this model has: {', '.join(PARTS)}"
         raise InputError("nothing to measure", "--only", ", ".join(wanted), expected)
     if first:

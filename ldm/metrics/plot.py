@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, DOWN = 460, 300, 56, 16, 34, 46
 COLOURS = ("#1b3a6b", "#c0392b", "#1e8449", "#b9770e", "#6c3483")
 Points = Sequence[tuple[float, float]]
 
 
-class Scale(NamedTuple):
-    """From values to pixels along one axis."""
-
-    low: float
-    high: float
-    first: float
-    last: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return self.first + (value - low) / ((high - low) or 1) * (self.last - self.first)
+def scale(low: float, high: float, first: float, last: float, log: bool = False) -> Callable[[float], float]:
+    """A map from values in [low, high] to pixels in [first, last]."""
+    f: Callable[[float], float] = math.log if log else float
+    return lambda value: first + (f(value) - f(low)) / ((f(high) - f(low)) or 1) * (last - first)
 
 
 def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: bool = False, zero: bool = True) -> str:
@@ -31,8 +22,8 @@ def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: boo
     xs, ys = (sorted({point[axis] for line in lines.values() for point in line}) for axis in (0, 1))
     xs = xs if log else ticks(xs[0], xs[-1])
     marks = ticks(min(ys[0], 0) if zero else ys[0], ys[-1])
-    x = Scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT, log)
-    y = Scale(marks[0], marks[-1], HEIGHT - DOWN, TOP)
+    x = scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT, log)
+    y = scale(marks[0], marks[-1], HEIGHT - DOWN, TOP)
     parts = [text(WIDTH / 2, 18, title, "middle", "bold")]
     for mark in marks:
         parts.append(f'<path d="M{LEFT} {y(mark):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
