@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path as FilePath
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ldm.config import schema as configuration
 from ldm.config.schema import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.path import Level, Path
+from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.solvers import Step, check
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
@@ -43,42 +44,6 @@ class Schema:
     size: int = 512  # of the pictures' sides, where nobody says otherwise
 
 
-@dataclass(kw_only=True)
-class AutoencoderSchema:
-    """What a configuration says of training a first stage; of it, `autoencoder` is what its checkpoint is opened by."""
-
-    seed: int = 0  # of everything random
-    autoencoder: Part
-    train: Literal["all", "decoder"] = "all"  # or the decoder alone, of an autoencoder that is trained
-    sample_from: int = 0  # the step from which latents are sampled (KL) or looked up (VQ); until then as they come
-    two_forwards: bool = False  # CompVis's order: the discriminator sees what the autoencoder makes after its step
-    revive: int = 0  # steps after which unused codes come back; 0 is never
-    loss: Part
-    discriminator: Part | None = None
-    optimizer: Part
-    discriminator_optimizer: Part | None = None  # of the same schedule; without it, one like the autoencoder's
-    schedule: Part
-    ema: Part
-    data: Part
-    validation: Part | None = None  # another source for what is measured; without it, the first images of `data`
-    trainer: Part
-
-
-@dataclass(kw_only=True)
-class DiffusionSchema(Schema):
-    """What a configuration says of training a second stage; Schema's part is what its checkpoint is opened by."""
-
-    seed: int = 0  # of everything random
-    draw: Part  # of the level that a sample is shown
-    weight: Part
-    optimizer: Part
-    schedule: Part
-    ema: Part
-    data: Part
-    validation: Part | None = None  # another source for what is measured; without it, samples spread over `data`
-    trainer: Part
-
-
 class Model(NamedTuple):
     """The networks of a text-to-image model, two of which it may lack."""
 
@@ -96,8 +61,7 @@ class Encoders(NamedTuple):
 
 def configure(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """What the configuration of a checkpoint says of the model, checked, with overrides in the place of it."""
-    trained = {field.name for field in fields(DiffusionSchema)} - {field.name for field in fields(Schema)}
-    known = {key: value for key, value in values.items() if key not in trained | {"fingerprint", "left_out"}}
+    known = {name: values[name] for name in ("format", *(field.name for field in fields(Schema))) if name in values}
     return stored(known, origin, overrides, Schema)
 
 
@@ -225,6 +189,11 @@ def grid(config: Config, path: Path) -> Level:
     spacing = config.build("spacing")
     with config.blame("spacing"):
         return spacing.grid(path)
+
+
+def sampler(config: Config, path: Path) -> Sampler:
+    """The sampling loop that a configuration describes: its guidance, its solver and its grid on this path."""
+    return Sampler(config.build("guidance"), solver(config), grid(config, path))
 
 
 def solver(config: Config) -> Callable[..., Iterator[Step]]:

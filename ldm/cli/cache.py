@@ -39,9 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise InputError("--config: missing", "command line", expected="stage two's configuration")
     own_parts(arguments)
-    from ldm import assemble  # torch is only paid for once all options are right
+    from ldm import assemble  # torch is slow to import
+    from ldm.training.recipes.diffusion import Schema
 
-    config, loaded = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, assemble.DiffusionSchema)
+    config, loaded = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, Schema)
     assemble.check_first_stage(config, loaded)
     check(config)
     if arguments.print_config:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.console import counting_cuts
-from ldm.cli.sample import solver_name, writable
+from ldm.cli.sample import writable
+from ldm.config import samplers
 from ldm.config import schema as configuration
 from ldm.config.parts import TABLES
 from ldm.config.schema import Config, Part
@@ -78,15 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
     """Part by part, each written as soon as it is known."""
+    from ldm.distributed import torchrun_rank
     from ldm.metrics import report
-    from ldm.metrics.sharing import rank
 
     subject, record = prepare(config, arguments)
     found: dict[str, Any] = {"about": record, "settings": config.values}
     measured = 0
     for name, part in parts(config, subject, arguments.only or PARTS):
         found[name], measured = part, measured + 1
-        if rank() == 0:
+        if torchrun_rank().number == 0:
             report.write(found, out)
             print(report.line(name, part), flush=True)
     if not measured:
@@ -94,7 +95,7 @@ def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
         raise InputError(
             "nothing to measure", "--only", ", ".join(arguments.only or ()), f"one that this model has: {expected}"
         )
-    if rank() == 0:
+    if torchrun_rank().number == 0:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
 
 
@@ -133,8 +134,8 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     loaded, pipe = checkpoint.open(path, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
     if loaded.config.get("backbone"):
-        pipe = pipeline.assembled(loaded, str(path), device, dtype)
-        pipe.recipe(**settings)  # settings that cannot be are found now
+        pipe = pipeline.load(loaded, device=arguments.device, precision=arguments.precision)
+        pipe.settings(**settings)  # settings that cannot be are found now
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(loaded.config["autoencoder"], loaded.state).float().to(device)
@@ -148,8 +149,9 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line has in the place of the model's own settings."""
-    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
-    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
+    if arguments.sampler is not None:
+        samplers.parse(arguments.sampler)  # an unknown name is refused before anything is loaded
+    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": arguments.sampler}
     return {name: value for name, value in wanted.items() if value is not None}
 
 
@@ -178,8 +180,8 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     if pipe is not None:
-        settled = pipe.settled(**subject.settings)
-        found["sampling"] = {name: settled[name] for name in ("guidance", "spacing", "solver")}
+        settings = subject.sampling().config
+        found["sampling"] = {name: settings[name] for name in ("guidance", "spacing", "solver")}
     return found
 
 
@@ -240,22 +242,22 @@ def curve(config: Config, name: str) -> list[dict[str, Any]]:
 
 def check_data(config: Config, subject: Subject, source: Source) -> None:
     """Refuse true pictures that do not fit the model, before any work."""
-    from ldm.data.derived import MADE
+    from ldm.data.derived import DERIVED
     from ldm.data.sampler import SampleId
 
     pipe = subject.pipe
     assert pipe is not None
     first = source.data.batch([SampleId(source.indices[0], source.indices[0], 0)], source.seed)
-    if lacking := [name for name in subject.reads if name not in {*first, *MADE}]:
+    if lacking := [name for name in subject.reads if name not in {*first, *DERIVED}]:
         what, expected = "data: lack what this model reads", "data with it"
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(first["caption"])):
         raise config.source.error("clip: scores pictures by their captions", "clip", got="none", hint="clip=null")
-    size, recipe = source.data.sizes[0], pipe.recipe()
-    if size != (recipe.height, recipe.width):
+    size, sampling = source.data.sizes[0], pipe.settings()
+    if size != (sampling.height, sampling.width):
         what, key = "data.resolution: not what the model makes", "data.resolution"
-        got, expected = f"{size[0]}x{size[1]}", f"{recipe.height}x{recipe.width}"
-        raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={recipe.height}")
+        got, expected = f"{size[0]}x{size[1]}", f"{sampling.height}x{sampling.width}"
+        raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={sampling.height}")
 
 
 def check_settings(config: Config, subject: Subject, wanted: Sequence[str]) -> None:
@@ -266,7 +268,7 @@ def check_settings(config: Config, subject: Subject, wanted: Sequence[str]) -> N
     assert pipe is not None
     for name in (name for name in CURVES if name in wanted and subject.promptable):
         for settings in curve(config, name):
-            subject.recipe(**settings)
+            subject.sampling(**settings)
     if config["bound"] and (pipe.autoencoder is not None or not isinstance(pipe.denoiser.path, Table)):
         got = "latents" if pipe.autoencoder is not None else f"path {pipe.config['path']['type']}"
         expected = "a model of pixels on a table of betas"

@@ -22,14 +22,14 @@ COMMENT = re.compile(r"^\s+(\w+): [^#\n]*(?:  # type: ignore\S*)?  # (?!type: )(
 
 def everything() -> Iterator[str]:
     """The kinds of configuration, then every axis with its parts."""
-    from ldm.assemble import AutoencoderSchema, DiffusionSchema
     from ldm.cli import evaluate
     from ldm.cli.demo import Gallery, Schema, Sheet
+    from ldm.training.recipes import autoencoder, diffusion
 
     yield HEAD
     for title, who, schema in (
-        ("Training a first stage", "`ldm train-autoencoder` with `configs/autoencoder/`", AutoencoderSchema),
-        ("Training a second stage", "`ldm train-ldm` with `configs/ldm/`", DiffusionSchema),
+        ("Training a first stage", "`ldm train-autoencoder` with `configs/autoencoder/`", autoencoder.Schema),
+        ("Training a second stage", "`ldm train-ldm` with `configs/ldm/`", diffusion.Schema),
         ("An evaluation", "`ldm evaluate` with `configs/evaluate/`", evaluate.Schema),
         ("The swiss roll", "`ldm demo` with `configs/demo/swiss_roll.yaml`", Schema),
         ("The sheet of scenes", "`ldm demo scenes` with `configs/demo/scenes.yaml`", Sheet),

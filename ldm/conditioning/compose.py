@@ -81,10 +81,11 @@ class Compose(Conditioner):
         drop = drop or {}
         conditions = []
         for member, names in zip(self.members, self.names):
-            states, flags = (
-                {name: x[here] for name, here in names if here in x} for x in (batch.get("states", {}), drop)
+            states, flags, ids = (
+                {name: x[here] for name, here in names if here in x}
+                for x in (batch.get("states", {}), drop, batch.get("ids", {}))
             )
-            conditions.append(member({**batch, "states": states}, flags))
+            conditions.append(member({**batch, "states": states, "ids": ids}, flags))
         self.check_drop(drop, batch_size(conditions[0]))
         return self.join(conditions)
 

@@ -69,6 +69,15 @@ class Conditioner(nn.Module):
         """The conditioners that read something, each with the name of its part in the whole."""
         yield self.part, self
 
+    def tokenizations(self):
+        return {
+            name: each
+            for part, leaf in self.leaves()
+            if leaf is not self
+            for each in leaf.tokenizations().values()
+            for name in [part]
+        }
+
     def guided(self) -> list[str]:
         """The parts that guidance moves away from lacking: what is said, never what is laid beside the latents.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,16 @@ class TruncatedText(UserWarning):
     def __init__(self, message: str, text: str):
         super().__init__(message)
         self.text = text
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    tokenizer: Tokenizer
+    length: int
+    chunks: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor(tokenize(self.tokenizer, texts, self.length, self.chunks))
 
 
 class Text(Conditioner):
@@ -113,8 +124,18 @@ class Text(Conditioner):
         ends = (ids == self.known().end).int()  # (B, L)
         return ends.cumsum(1) - ends == 0  # (B, L)
 
+    def tokenizations(self):
+        return {self.part: Tokenization(self.known(), self.length, self.chunks)}
+
+    require_tokenizer = known
+
+    @property
+    def max_tokens(self):
+        return self.room
+
     def read(self, batch: Mapping[str, Any]) -> Condition:
-        return self.encode(self.tokenize(batch["caption"]))
+        ids = batch.get("ids", {}).get(self.part)
+        return self.encode(self.tokenize(batch["caption"]) if ids is None else ids)
 
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
         return repeat(self.remembered() if self.frozen else self.encode(self.tokenize([""])), count)

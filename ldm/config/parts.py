@@ -80,6 +80,10 @@ TABLES: dict[str, dict[str, str] | str] = {
         "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
         "unipc": "ldm.diffusion.solvers:unipc",
     },
+    "recipe": {
+        "autoencoder": "ldm.training.recipes.autoencoder:AutoencoderRecipe",
+        "diffusion": "ldm.training.recipes.diffusion:DiffusionRecipe",
+    },
     "loss": "ldm.losses.stage_one:Loss",
     "discriminator": "ldm.models.discriminator:PatchDiscriminator",
     "optimizer": {
@@ -92,7 +96,7 @@ TABLES: dict[str, dict[str, str] | str] = {
         "cosine": "ldm.training.optimizers:cosine",
     },
     "ema": "ldm.training.ema:EMA",
-    "trainer": "ldm.training.trainer:Plan",
+    "trainer": "ldm.training.trainer:TrainerSettings",
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
         "images": "ldm.data.images:Images",
@@ -100,11 +104,12 @@ TABLES: dict[str, dict[str, str] | str] = {
         "scenes": "ldm.scenes:Scenes",
     },
     "features": {
-        "judge": "ldm.metrics.features:JudgeFeatures",
+        "judge": "ldm.scenes.features:JudgeFeatures",
         "inception": "ldm.metrics.features:InceptionFeatures",
         "dinov2": "ldm.metrics.features:DINOv2Features",
     },
     "clip": "ldm.metrics.clip_score:CLIPScore",
+    "verifier": {"scenes": "ldm.scenes.verifier:Verifier"},  # by the type of the data
 }
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds
@@ -128,22 +133,6 @@ GIVEN: dict[str, dict[str, str]] = {
         "latent_channels": "the autoencoder",
         "factor": "the autoencoder",
     },
-}
-
-
-# other programs' names of the solvers, in lower case with _ for blanks and hyphens
-SAMPLERS = {
-    "k_euler": "euler",
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "k_heun": "heun",
-    "dpm++_2s": "dpmpp_2s",
-    "dpm++_3s": "dpmpp_3s",
-    "dpm++_2m": "dpmpp_2m",
-    "k_dpmpp_2m": "dpmpp_2m",
-    "dpm++_2m_sde": "dpmpp_2m_sde",
-    "dpm++_3m": "dpmpp_3m",
-    "unipc_2": "unipc",
 }
 
 

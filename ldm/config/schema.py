@@ -84,6 +84,9 @@ class Config:
                 raise self.source.error(f"{full}: unknown key", full, **_one_of(settable, name))
         for name in settable:
             full, default = f"{key}.{name}".lstrip("."), schema[name].default
+            if schema[name].annotation is Part and isinstance(default, str):  # the name of a part
+                own = node.get(name, {})
+                node = {**node, name: {"type": default, **own} if isinstance(own, dict) else own}
             if name in node:
                 checked[name] = self._value(node[name], schema[name].annotation, full, table or name)
             elif default is inspect.Parameter.empty:

@@ -237,8 +237,8 @@ def test_a_shard_of_awkward_members(tmp_path):
         "00.tar/twice.jpg": "a duplicate key",
         "00.tar/twice.txt": "a duplicate key",
         "00.tar/blank.jpg": "an empty file",
-        "00.tar/lonely.txt": "a sample without jpg or jpeg or png or webp",
-        "00.tar/dotted.orig.jpg": "a sample without jpg or jpeg or png or webp",
+        "00.tar/lonely.txt": "a sample without jpg or jpeg or png or webp or gif",
+        "00.tar/dotted.orig.jpg": "a sample without jpg or jpeg or png or webp or gif",
     }
     assert scanned.captions("00.tar/twice.jpg") == ["the first"]
     assert scanned.captions("00.tar/class.jpg") == ["one", "two"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TRUE = """
 import json, os, sys, torch
 from ldm.scenes import Scenes
@@ -23,12 +23,12 @@ print(json.dumps(rows))
 """
 WORK = """
 import json, torch
-from ldm.metrics.sharing import rank, shared
+from ldm.distributed import map_batches, torchrun_rank
 mine = []
 def work(k):
     mine.append(k)
     return {"x": torch.full((k,), k), "words": [f"{k}{i}" for i in range(k)]}
-rows = shared([1, 2, 3, 4, 5], work, "work")
+rows = map_batches([1, 2, 3, 4, 5], work, torchrun_rank(), "work")
 print(json.dumps({"mine": mine, "x": rows["x"].tolist(), "words": rows["words"]}))
 """
 
