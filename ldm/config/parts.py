@@ -104,11 +104,12 @@ TABLES: dict[str, dict[str, str] | str] = {
         "scenes": "ldm.scenes:Scenes",
     },
     "features": {
-        "judge": "ldm.metrics.features:JudgeFeatures",
+        "judge": "ldm.scenes.features:JudgeFeatures",
         "inception": "ldm.metrics.features:InceptionFeatures",
         "dinov2": "ldm.metrics.features:DINOv2Features",
     },
     "clip": "ldm.metrics.clip_score:CLIPScore",
+    "verifier": {"scenes": "ldm.scenes.verifier:Verifier"},  # by the type of the data
 }
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 
 import pytest
 
 from ldm.cli import doctor, main
 from ldm.training import trial
+from tests import waiting
 from tests.training import toy
 from tests.training.killing import toy_data, wait
 
@@ -107,9 +107,6 @@ def test_a_signal_leaves_nothing_behind(number, tmp_path):
             os._exit(main(["doctor", "toy.yaml", "trainer.steps=100000", "--minutes", "5"]))
         finally:
             os._exit(1)
-    patience = time.monotonic() + 60
-    while not list(tmp_path.glob("scratch/*/checkpoints")):
-        assert time.monotonic() < patience
-        time.sleep(0.01)
+    waiting.until(lambda: list(tmp_path.glob("scratch/*/checkpoints")))
     os.kill(pid, number)
     assert wait([pid]) == [128 + number]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -352,16 +350,11 @@ def test_each_process_makes_its_share(run, monkeypatch):
     assert made == [[0, 2], [1]]
 
 
-def test_help_costs_at_most_three_tenths_of_a_second_and_no_torch():
-    def seconds(*arguments: str) -> float:
-        begun = time.perf_counter()
-        assert python(*arguments).returncode == 0
-        return time.perf_counter() - begun
-
-    script = str(ROOT / "sample.py")
-    pairs = [(seconds("-c", "pass"), seconds(script, "--help")) for _ in range(7)]
-    assert statistics.median(ours - bare for bare, ours in pairs) <= 0.3, pairs
-    loaded = python("-X", "importtime", script, "--help").stderr
+def test_help_loads_no_torch():
+    """How long it takes, `python -m benchmarks.start_up` measures."""
+    ended = python("-X", "importtime", str(ROOT / "sample.py"), "--help")
+    assert ended.returncode == 0
+    loaded = ended.stderr
     assert " ldm.conditioning.tokenizer\n" in loaded
     assert not [name for name in ("torch", "numpy", "PIL", "yaml", "omegaconf") if f" {name}\n" in loaded]
 

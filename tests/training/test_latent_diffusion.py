@@ -14,6 +14,7 @@ from ldm.cli import main
 from ldm.data.loader import loader
 from ldm.draws import draw, stream
 from tests.training.killing import assert_same_after_kills, manifest, rows, start, wait
+from tests.training.rounding import drift
 from tests.training.second_stage import cached, command, stage_of
 
 DOUBLE = ["trainer.precision=64-true"]
@@ -86,10 +87,10 @@ def test_training_is_the_loop_written_out_by_hand(formula, overrides, tmp_path):
     overrides = [*DOUBLE, *overrides, "trainer.steps=5"]
     assert main(command(tmp_path / "run", *overrides)[:-1]) == 0
     parameters, averages = by_hand(stage_of(tmp_path, *overrides), 5, formula)
-    trained = state_of(tmp_path / "run")
+    trained, within = state_of(tmp_path / "run"), drift(5, terms=8 * 8 * 8)  # places of a batch's latents
     for name, p in parameters.items():
-        torch.testing.assert_close(trained[f"model/{name}"], p.detach(), rtol=0, atol=1e-10)
-        torch.testing.assert_close(trained[f"ema/{name}"], averages[name], rtol=0, atol=1e-10)
+        torch.testing.assert_close(trained[f"model/{name}"], p.detach(), rtol=0, atol=within)
+        torch.testing.assert_close(trained[f"ema/{name}"], averages[name], rtol=0, atol=within)
     assert {name.partition(".")[0] for name in trained if name.startswith("model/")} == {
         "model/denoiser",
         "model/conditioner",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import checkpoint
 from ldm.cli import main
@@ -19,6 +19,7 @@ from ldm.training.recipes.autoencoder import AutoencoderStage
 from ldm.training.recipes.diffusion import LatentDiffusionStage
 from ldm.training.reconstruction_metrics import ReconstructionMetrics
 from tests.training import second_stage
+from tests.training.host_reads import HostReads
 from tests.training.killing import command, manifest, rows, toy_data
 from tests.training.test_autoencoder import stage_of, state_of
 from tests.training.test_faults import poison
@@ -152,16 +153,34 @@ def test_steps_skipped_apart_end_nothing(tmp_path, monkeypatch):
     assert manifest(tmp_path / "run")["skipped"] == 6
 
 
-class Reads(TorchDispatchMode):
-    """Counts what waits for one number of a device."""
+READS = {
+    "tolist": lambda x: x.tolist(),
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum()),
+    "if": lambda x: 1 if (x > 2).any() else 0,
+    "float": lambda x: float(x.sum()),
+    "int": lambda x: int(x.sum()),
+    "index": lambda x: [1, 2, 3, 4, 5, 6, 7][x.sum().int()],
+    "numpy": lambda x: x.cpu().numpy(),
+    "asarray": lambda x: np.asarray(x, dtype=np.float32),
+    "format": lambda x: f"{x.sum():.3f}",
+    "equal": lambda x: torch.equal(x, x + 1),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 1],
+}
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_read_is_noticed(read):
+    x = torch.arange(4.0)
+    with HostReads() as reads:
+        y = torch.where(x > 1, x, 0).sum()
+        torch.nn.Linear(4, 2)(x).sum().backward()
+        x + y
+    assert reads.count == 0
+    with HostReads() as reads:
+        read(x)
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize("stage", [AutoencoderStage, LatentDiffusionStage])
@@ -169,7 +188,7 @@ def test_a_step_reads_its_row_at_once_and_no_number_alone(stage, tmp_path, monke
     step, counts = stage.training_step, []
 
     def watched(self, batch, index):
-        with Reads() as reads:
+        with HostReads() as reads:
             step(self, batch, index)
         counts.append(reads.count)
 
@@ -177,4 +196,4 @@ def test_a_step_reads_its_row_at_once_and_no_number_alone(stage, tmp_path, monke
     first = stage is AutoencoderStage
     begun = command(tmp_path / "run", "trainer.steps=3", "loss.start=0") if first else None
     assert main((begun or second_stage.command(tmp_path / "run", "trainer.steps=3"))[:-1]) == 0
-    assert counts == [0] * 3
+    assert counts == [1] * 3

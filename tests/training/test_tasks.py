@@ -19,7 +19,7 @@ from ldm.scenes import Scenes
 from ldm.scenes.drawing import draw
 from ldm.scenes.judge_accuracy import overlap
 from ldm.scenes.pretrained import judge
-from ldm.scenes.scoring import CERTAIN
+from ldm.scenes.scoring import THRESHOLD
 from tests.reduced import FILES, words, written
 from tests.training.remembered import remember
 
@@ -97,7 +97,7 @@ def test_objects_lie_in_their_boxes(scenes, tmp_path):
     reading = judge()(pictures)
     found = []
     for boxes, labels, score, mask in zip(told["boxes"], told["box_labels"], reading.score, reading.mask > 0.5):
-        seen = around(mask[(score > CERTAIN) & mask.any((1, 2))])  # (K, 4)
+        seen = around(mask[(score > THRESHOLD) & mask.any((1, 2))])  # (K, 4)
         for box in boxes[labels >= 0]:
             found.append(max((alike(box, other) for other in seen), default=0.0))
     print(f"layout to image: boxes overlap {sum(found) / len(found):.2f}")
