@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.console import counting_cuts
-from ldm.cli.sample import solver_name, writable
+from ldm.cli.sample import writable
+from ldm.config import samplers
 from ldm.config import schema as configuration
 from ldm.config.parts import TABLES
 from ldm.config.schema import Config, Part
@@ -133,8 +134,8 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     loaded, pipe = checkpoint.open(path, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
     if loaded.config.get("backbone"):
-        pipe = pipeline.assembled(loaded, str(path), device, dtype)
-        pipe.recipe(**settings)  # settings that cannot be are found now
+        pipe = pipeline.load(loaded, device=arguments.device, precision=arguments.precision)
+        pipe.settings(**settings)  # settings that cannot be are found now
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(loaded.config["autoencoder"], loaded.state).float().to(device)
@@ -148,8 +149,9 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line has in the place of the model's own settings."""
-    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
-    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
+    if arguments.sampler is not None:
+        samplers.parse(arguments.sampler)  # an unknown name is refused before anything is loaded
+    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": arguments.sampler}
     return {name: value for name, value in wanted.items() if value is not None}
 
 
@@ -178,8 +180,8 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     if pipe is not None:
-        settled = pipe.settled(**subject.settings)
-        found["sampling"] = {name: settled[name] for name in ("guidance", "spacing", "solver")}
+        settings = subject.sampling().config
+        found["sampling"] = {name: settings[name] for name in ("guidance", "spacing", "solver")}
     return found
 
 
@@ -251,11 +253,11 @@ def check_data(config: Config, subject: Subject, source: Source) -> None:
         raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(first["caption"])):
         raise config.source.error("clip: scores pictures by their captions", "clip", got="none", hint="clip=null")
-    size, recipe = source.data.sizes[0], pipe.recipe()
-    if size != (recipe.height, recipe.width):
+    size, sampling = source.data.sizes[0], pipe.settings()
+    if size != (sampling.height, sampling.width):
         what, key = "data.resolution: not what the model makes", "data.resolution"
-        got, expected = f"{size[0]}x{size[1]}", f"{recipe.height}x{recipe.width}"
-        raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={recipe.height}")
+        got, expected = f"{size[0]}x{size[1]}", f"{sampling.height}x{sampling.width}"
+        raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={sampling.height}")
 
 
 def check_settings(config: Config, subject: Subject, wanted: Sequence[str]) -> None:
@@ -266,7 +268,7 @@ def check_settings(config: Config, subject: Subject, wanted: Sequence[str]) -> N
     assert pipe is not None
     for name in (name for name in CURVES if name in wanted and subject.promptable):
         for settings in curve(config, name):
-            subject.recipe(**settings)
+            subject.sampling(**settings)
     if config["bound"] and (pipe.autoencoder is not None or not isinstance(pipe.denoiser.path, Table)):
         got = "latents" if pipe.autoencoder is not None else f"path {pipe.config['path']['type']}"
         expected = "a model of pixels on a table of betas"

@@ -26,7 +26,7 @@ from ldm.metrics.images import measures
 from ldm.metrics.prdc import nearest
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
-from ldm.pipeline import Pipeline, Recipe, Request
+from ldm.pipeline import Pipeline, Request, SamplingSettings
 from ldm.scenes.alignment import Asked, verdicts
 from ldm.scenes.scoring import Verdict, tally
 
@@ -77,10 +77,10 @@ class Subject:
         """Whether a caption and what is made from a picture alone are all that the model reads."""
         return self.captioned and {*self.reads} <= {"caption", *DERIVED}
 
-    def recipe(self, **settings: Any) -> Recipe:
-        """How pictures are made, with these settings before all others."""
+    def sampling(self, **settings: Any) -> SamplingSettings:
+        """How pictures are made; `settings` win over the subject's own."""
         assert self.pipe is not None
-        return self.pipe.recipe(**{**self.settings, **settings})
+        return self.pipe.settings(**{**self.settings, **settings})
 
     def true(self, source: Source) -> Rows:
         """The features of the pictures themselves."""
@@ -149,7 +149,7 @@ def estimate(values: Tensor) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ samples
 
 
-def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) -> Rows:
+def painted(subject: Subject, source: Source, sampling: SamplingSettings, shown: int = 0) -> Rows:
     """What the model makes of what a source says of its pictures: features, verdicts, and the first pictures."""
     pipe = subject.pipe
     assert pipe is not None
@@ -158,7 +158,7 @@ def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) ->
     def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
         """One batch."""
         requests = requested(pipe, batch, [place[sample_id.index] for sample_id in sample_ids], source.seed)
-        made = pipe.images(requests, informed(pipe, recipe, batch, source.seed))
+        made = pipe.images(requests, informed(pipe, sampling, batch, source.seed))
         x = torch.cat([pictures.to_tensor(image) for image in made])  # (B, 3, H, W)
         rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[sample_ids[0].index])]}
         texts = [request.prompt for request in requests]
@@ -180,21 +180,21 @@ def requested(pipe: Pipeline, batch: Mapping[str, Any], numbers: Sequence[int], 
     return [Request(text, "", label, seed) for text, label, seed in zip(texts, labels, seeds)]
 
 
-def informed(pipe: Pipeline, recipe: Recipe, batch: Mapping[str, Any], seed: int) -> Recipe:
+def informed(pipe: Pipeline, sampling: SamplingSettings, batch: Mapping[str, Any], seed: int) -> SamplingSettings:
     """With what a model reads beside text and labels; what a mask leaves does not change."""
     if pipe.conditioner is None:
-        return recipe
-    x0 = torch.empty(0, pipe.channels, recipe.height // pipe.factor, recipe.width // pipe.factor)
+        return sampling
+    x0 = torch.empty(0, pipe.channels, sampling.height // pipe.factor, sampling.width // pipe.factor)
     told = with_derived(batch, pipe.conditioner.reads, x0, seed)
     asked = [name for name in pipe.conditioner.reads if name in told and name not in ("caption", "label")]
     inputs = {name: told[name] for name in asked}
-    return replace(recipe, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
+    return replace(sampling, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
 
 
 def samples(subject: Subject, source: Source) -> dict[str, Any]:
     """Everything about pictures that are made with the model's own settings."""
     start = time.perf_counter()
-    rows = painted(subject, source, subject.recipe(), SHOWN)
+    rows = painted(subject, source, subject.sampling(), SHOWN)
     seconds = time.perf_counter() - start
     found = compared(subject.true(source), rows, source.seed) | {"seconds": seconds, "features": rows["vectors"]}
     if "clip" in rows:
@@ -236,7 +236,7 @@ def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[floa
 
 def asked(subject: Subject, kinds: Mapping[str, Source], **settings: Any) -> dict[str, Any]:
     """What is right of prompts of each kind with these settings, and how far all pictures are from the truth."""
-    rows = {name: painted(subject, source, subject.recipe(**settings)) for name, source in kinds.items()}
+    rows = {name: painted(subject, source, subject.sampling(**settings)) for name, source in kinds.items()}
     right = {name: shares(found["verdicts"]) for name, found in rows.items()}
     return {**settings, "alignment": right} | against(subject, kinds, rows)
 
@@ -257,7 +257,7 @@ def bound(subject: Subject, source: Source) -> dict[str, float]:
         generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), sample_ids[0].index))
         x = pictures.to_float(batch["image"])
         requests = requested(pipe, batch, range(len(sample_ids)), source.seed)
-        condition = pipe.condition(requests, informed(pipe, subject.recipe(), batch, source.seed))
+        condition = pipe.condition(requests, informed(pipe, subject.sampling(), batch, source.seed))
         learned = isinstance(pipe.denoiser.prediction, LearnedRange)
 
         def noise() -> Tensor:
