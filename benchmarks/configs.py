@@ -50,7 +50,7 @@ which needs no memory, and the operations of a training step are counted there, 
 - *trained*: trainable parameters of all networks.
 - *GFLOP*: operations per sample, forward and backward; a multiplication and an addition are two operations. Frozen encoders and the
   perceptual loss are included. The most expensive phase is counted. What checkpointing and fused attention recompute is not.
-- *latents*: the share of these for encoding the picture, which a [cache](latent_diffusion.md#from-a-cache) saves.
+- *latents*: the part of GFLOP that encodes the picture, which a [cache](latent_diffusion.md#from-a-cache) saves.
 - *memory*: weights, gradients, optimiser moments and averages of one process in float32, unsharded. Activations come on top: they
   depend on the device and the precision, and `ldm doctor` measures them.
 - *checkpoint*: size of one checkpoint on disk, with the exported model. The newest `trainer.keep` are kept while the next is written.
