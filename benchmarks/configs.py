@@ -142,7 +142,7 @@ def second_stage(file: Path) -> Loop:
     path = model.denoiser.path
     weight, sampler = assemble.weight(config, path), assemble.sampler(config, path)
     recipe = config.build("recipe")(setup_of(config), model, config.build("draw"), weight, sampler)
-    recipe.external = tuple(x.place for x in large)
+    recipe.external = tuple(x.prefix for x in large)
     return loop_of(config, recipe)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ldm.scenes.alignment import prompts, verdicts
 
 from ldm.cli import main
 from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
-from ldm.scenes.alignment import prompts, verdicts
 
 
 def test_it_paints_what_no_two_prompts_share(shipped):
