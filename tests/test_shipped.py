@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ldm.scenes.alignment import prompts, verdicts
 
 import ldm
 from ldm.cli import main
 from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
-from ldm.scenes.alignment import prompts, verdicts
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ldm.training.loss_by_level import LossByLevel
+from ldm.training.reconstruction_metrics import ReconstructionMetrics
 
 from ldm import checkpoint
 from ldm.cli import main
@@ -14,10 +16,8 @@ from ldm.models.unet import UNet
 from ldm.pictures import to_float
 from ldm.training import utilisation
 from ldm.training.latent_statistics import measured
-from ldm.training.loss_by_level import LossByLevel
 from ldm.training.recipes.autoencoder import AutoencoderStage
 from ldm.training.recipes.diffusion import LatentDiffusionStage
-from ldm.training.reconstruction_metrics import ReconstructionMetrics
 from tests.training import second_stage
 from tests.training.host_reads import HostReads
 from tests.training.killing import command, manifest, rows, toy_data
