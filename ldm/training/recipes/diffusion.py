@@ -96,6 +96,10 @@ class DiffusionRecipe(Recipe):
 
         A run that is resumed takes its frozen encoders from its own exported file.
         """
+        first = start.exported or start.init_from
+        initial = checkpoint.open(first) if first else None
+        if initial and "autoencoder" not in loaded and initial.config.get("autoencoder") == config["autoencoder"]:
+            loaded = {**loaded, "autoencoder": initial}
         assemble.check_first_stage(config, loaded)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config["seed"], "init"))
@@ -103,10 +107,9 @@ class DiffusionRecipe(Recipe):
         weight, levels = assemble.weight(config, model.denoiser.path), config.build("draw")
         fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
         notes: list[str] = []
-        if first := start.exported or start.init_from:
-            loaded_from = checkpoint.open(first)
-            load_initial_weights(model, loaded_from, fingerprint, str(first), resumed=start.exported is not None)
-            notes += config_notes(config, loaded_from, str(first))
+        if initial:
+            load_initial_weights(model, initial, fingerprint, str(first), resumed=start.exported is not None)
+            notes += config_notes(config, initial, str(first))
         assemble.check_encoders(config, model.conditioner)
         setup = prepare(config, settings)
         captions.learn_tokenizers(model.conditioner, setup.data, config)
