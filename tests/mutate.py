@@ -94,7 +94,7 @@ SABOTAGES = [
     Sabotage("names: left-over tensors are passed over", "ldm/checkpoint/rename.py", 'refuse("tensors without a place", [name for name in state if name not in old_names])', "pass", "tests/checkpoint"),
     Sabotage("text: the penultimate layer without its norm", M + "transformer.py", 'last if self.layer == "last" else self.norm(x)', 'last if self.layer == "last" else x', "tests/models"),
     Sabotage("text: nothing is not put in the place of what is dropped", "ldm/conditioning/conditioner.py", "return Condition.choose(drop[self.part], self.null(condition.batch_size), condition)", "return condition", "tests/conditioning"),
-    Sabotage("edit: scaled latents", "ldm/assemble.py", 'names = ("encode", "posterior", "latent_channels", "factor")', 'names = ("encode", "latent_channels", "factor")', "tests/test_pipeline.py"),
+    Sabotage("edit: scaled latents", "ldm/assemble.py", 'for name in ("encode", "posterior", "latent_channels")}', 'for name in ("encode", "latent_channels")}', "tests/test_pipeline.py"),
     Sabotage("order: every epoch is the first", "ldm/data/sampler.py", "mix32(seed, epoch) << 32", "mix32(seed, 0) << 32", "tests/data/test_sampler.py"),
     Sabotage("order: ranks overlap", "ldm/data/sampler.py", "(rank * accumulate + m) * self.share", "(rank + m) * self.share", "tests/data/test_sampler.py"),
     Sabotage("order: shards are not mixed", "ldm/data/sampler.py", "np.arange(len(shuffled)) // WINDOW", "np.arange(len(shuffled))", "tests/data/test_sampler.py"),

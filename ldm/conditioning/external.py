@@ -53,14 +53,18 @@ def record(config: Mapping[str, Any], conditioner: nn.Module | None) -> dict[str
     """
     recorded: dict[str, Any] = {**copy.deepcopy(dict(config)), "left_out": {}}
     for key, _, text in encoders(conditioner):
-        tensors = text.transformer.state_dict().values()
-        if text.weights is not None and sum(x.numel() * x.element_size() for x in tensors) > LARGEST:
+        if text.weights is not None and size(text.transformer) > LARGEST:
             public = on_hub(text.weights)
             name = text.weights if public else Path(text.weights).name
             recorded["left_out"][key] = {"name": name, "sha256": digest(text.transformer)}
             if public:
                 node_of(recorded, key)["weights"] = name
     return recorded
+
+
+def size(module: nn.Module) -> int:
+    """The bytes of a module's tensors."""
+    return sum(x.numel() * x.element_size() for x in module.state_dict().values())
 
 
 def restore(loaded: Checkpoint, conditioner: nn.Module) -> Checkpoint:

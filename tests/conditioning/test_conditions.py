@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -9,13 +10,14 @@ from ldm.condition import Condition
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
 from ldm.conditioning.layout import Layout
-from ldm.conditioning.spatial import Edit, MaskedImage, Segmentation
+from ldm.conditioning.spatial import Edit, LowResolution, MaskedImage, Segmentation
 from ldm.conditioning.text import clip
 from ldm.errors import InputError
 from tests.conditioning.conditions import (
     BOXES,
     KINDS,
     MASKED,
+    OTHER_TEXTS,
     SEGMENTS,
     TEXTS,
     backbone,
@@ -261,6 +263,45 @@ def test_labels_are_integers_or_rows():
     assert Label(classes=10, null=None).drop == 0
 
 
+@pytest.mark.parametrize(("factor", "side"), [(4, 4), (8, 2), (2, 8)])
+def test_a_low_resolution_picture_has_a_factor_of_its_own(factor, side):
+    conditioner = upscaler(factor=factor)
+    batch = KINDS["low_resolution"].batch | {"low_resolution": images(3, 2, 3, side, side)}
+    condition = conditioner(batch)
+    assert conditioner.low_resolution_factor == factor
+    assert condition.concat.shape == (2, 3, 4, 4)
+    resized = batch["low_resolution"]
+    if factor == 8:
+        resized = F.interpolate(resized, scale_factor=2.0, mode="bilinear")
+    if factor == 2:
+        resized = F.avg_pool2d(resized, 2)
+    same_size = upscaler()(batch | {"low_resolution": resized})
+    torch.testing.assert_close(condition.concat, same_size.concat)
+    both = Compose(parts=[small_joint(), conditioner])
+    assert both.low_resolution_factor == factor
+    assert torch.equal(both(TEXTS | batch).concat, condition.concat)
+
+
+def test_a_noise_level_and_a_pooled_text_go_together():
+    both = Compose(parts=[small_joint(projection=6), upscaler()])
+    assert (both.pooled, both.vectors) == (6, {"noise_level": ("index", 1000)})
+    unet = backbone(both)
+    assert unet.time.label.weight.shape == (1000, 256)
+    batch = TEXTS | KINDS["low_resolution"].batch
+    outputs = [output(unet, both(batch | change)) for change in ({}, OTHER_TEXTS, KINDS["noise_level"].other)]
+    assert all((outputs[0] - other).abs().amax() > 1e-4 for other in outputs[1:])
+
+
+def test_a_noise_level_without_a_table_goes_with_labels():
+    level = upscaler(table=False)
+    both = Compose(parts=[Label(classes=7, null=6), level])
+    assert both.vectors == {"noise_level": ("numbers", 1)}
+    unet, batch = backbone(both), KINDS["low_resolution"].batch | {"label": torch.tensor([1, 2])}
+    outputs = [output(unet, both({**batch, "noise_level": torch.tensor([n, n])})) for n in (20, 21)]
+    assert not torch.equal(*outputs)
+    assert torch.equal(level.null(2).vectors["noise_level"], torch.tensor([999.0, 999.0]))
+
+
 # ------------------------------------------------------------------------------------------------------- frozen
 
 
@@ -358,6 +399,18 @@ REFUSALS = [
     (
         lambda: Segmentation(latent_factor=4, classes=3)({"segmentation": torch.zeros(1, 3, 16, 16)}),
         "segmentation: not a map of classes; got float32 of shape (1, 3, 16, 16); expected integers of shape (B, H, W)",
+    ),
+    (
+        lambda: LowResolution(latent_factor=1),
+        "factor: not smaller than the picture; got 1; expected 2 or more, as there is no autoencoder; try 4",
+    ),
+    (
+        lambda: Compose(parts=[Label(), upscaler()]),
+        "parts: vectors need different names, and one label table at most; got noise_level, label",
+    ),
+    (
+        lambda: Compose(parts=[upscaler(table=False), upscaler(table=False)]),
+        "parts: vectors need different names, and one label table at most; got noise_level, noise_level",
     ),
     (
         lambda: upscaler(start=-1.0),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
+from ldm.condition import Vector
 from ldm.models.layers import (
     SHORT,
     Attention,
@@ -112,6 +113,41 @@ def test_labels_and_pooled_vectors_are_added_to_the_time():
     torch.testing.assert_close(pooled(t, vectors), time + pooled.pooled(vectors))
 
 
+def test_vectors_are_embedded_as_in_sdxl():
+    vectors = {"sizes": Vector("numbers", 6), "z": Vector("vector", 3), "level": Vector("index", 4)}
+    layer = TimestepEmbedding(8, 16, pooled=5, vectors=vectors)
+    assert layer.pooled[0].weight.shape == (16, 5 + 6 * 256 + 3)
+    t, pooled = torch.tensor([3.0, 4.0]), torch.randn(2, 5)
+    given = {"sizes": torch.randint(0, 1024, (2, 6)).float(), "z": torch.randn(2, 3), "level": torch.tensor([3, 1])}
+    sinusoids = get_timestep_embedding(given["sizes"].flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    joined = torch.cat((pooled, sinusoids.reshape(2, -1), given["z"]), 1)  # diffusers' text_time
+    expected = layer.time(timestep_embedding(t, 8)) + layer.label.weight[given["level"]] + layer.pooled(joined)
+    torch.testing.assert_close(layer(t, pooled, given), expected)
+    alone = TimestepEmbedding(8, 16, vectors={"level": Vector("numbers", 1)})
+    level = torch.tensor([7.0, 0.5])
+    assert torch.equal(alone(t, None, {"level": level}), alone(t, None, {"level": level[:, None]}))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (None, "sizes: does not fit this network; got None; expected floats of shape (2, 6)"),
+        (
+            {"sizes": torch.ones(2, 5)},
+            "sizes: does not fit this network; got float32 of shape (2, 5); expected floats of",
+        ),
+        (
+            {"sizes": torch.ones(2, 6), "level": torch.ones(2)},
+            "level: does not fit this network; got float32 of shape (2,); expected None",
+        ),
+    ],
+)
+def test_named_vectors_that_do_not_fit_are_refused(vectors, message):
+    with pytest.raises(ValueError, match="fit") as error:
+        TimestepEmbedding(8, 16, vectors={"sizes": Vector("numbers", 6)})(torch.ones(2), None, vectors)
+    assert str(error.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     ("build", "pooled", "message"),
     [
@@ -142,6 +178,10 @@ def test_vectors_that_do_not_fit_are_refused(build, pooled, message):
         (
             lambda: TimestepEmbedding(8, 16, classes=3, pooled=5),
             "classes: cannot be combined with pooled; got 3 and 5; try one of them",
+        ),
+        (
+            lambda: TimestepEmbedding(8, 16, classes=3, vectors={"level": Vector("index", 4)}),
+            "vectors: only one can be an index; got pooled and level; try numbers",
         ),
         (lambda: check_multiple("size", 0, 8, "too small"), "size: too small; got 0; expected a multiple of 8; try 8"),
     ],
