@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.console import counting_cuts
-from ldm.cli.sample import solver_name, writable
+from ldm.cli.sample import writable
+from ldm.config import samplers
 from ldm.config import schema as configuration
 from ldm.config.parts import TABLES
 from ldm.config.schema import Config, Part
@@ -128,15 +129,15 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     from ldm.devices import placement
     from ldm.metrics.evaluation import Subject
 
-    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
-    settings = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
+    settings = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": arguments.sampler}
     settings = {name: value for name, value in settings.items() if value is not None}
-    path = arguments.ckpt or pipeline.SHIPPED
-    loaded, pipe = checkpoint.open(path, vae=arguments.vae), None
+    if arguments.sampler is not None:
+        samplers.parse(arguments.sampler)  # refuses an unknown name before anything is loaded
+    loaded, pipe = checkpoint.open(arguments.ckpt or pipeline.SHIPPED, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
     if loaded.config.get("backbone"):
-        pipe = pipeline.assembled(loaded, str(path), device, dtype)
-        pipe.recipe(**settings)  # refuses impossible settings
+        pipe = pipeline.load(loaded, device=arguments.device, precision=arguments.precision)
+        pipe.settings(**settings)  # refuses impossible settings
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(loaded.config["autoencoder"], loaded.state).float().to(device)
@@ -155,7 +156,7 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
     from ldm.checkpoint.downloads import KNOWN
     from ldm.metrics import feature_metrics as m
 
-    features, pipe, file = subject.features, subject.pipe, " + ".join(x.name for x in loaded.files)
+    features, file = subject.features, " + ".join(x.name for x in loaded.files)
     found: dict[str, Any] = {
         "checkpoint": {"file": file, "family": loaded.family, "sha256": loaded.hash},
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
@@ -166,9 +167,9 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
         "device": str(subject.device),
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    if pipe is not None:
-        settled = pipe.settled(**subject.settings)
-        found["sampling"] = {name: settled[name] for name in ("guidance", "spacing", "solver")}
+    if subject.pipe is not None:
+        settings = subject.sampling().config
+        found["sampling"] = {name: settings[name] for name in ("guidance", "spacing", "solver")}
     return found
 
 
@@ -237,7 +238,7 @@ def check_model(config: Config, subject: Subject, reference: ReferenceSet, wante
     assert pipe is not None
     for points in curves(config, subject, wanted).values():
         for point in points:
-            subject.recipe(**point)
+            subject.sampling(**point)
     if config["bound"] and (pipe.autoencoder is not None or not isinstance(pipe.denoiser.path, Table)):
         got = "latents" if pipe.autoencoder is not None else f"path {pipe.config['path']['type']}"
         expected = "a pixel-space model on a table of betas"
@@ -248,8 +249,8 @@ def check_model(config: Config, subject: Subject, reference: ReferenceSet, wante
         raise error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(batch["caption"])):
         raise error("clip: needs captions", "clip", got="none", hint="clip=null")
-    (height, width), recipe, key = reference.data.sizes[0], pipe.recipe(), "data.resolution"
-    if (height, width) != (recipe.height, recipe.width):
-        expected = f"{recipe.height}x{recipe.width}"
-        hint = f"{key}={recipe.height}"
+    (height, width), settings, key = reference.data.sizes[0], pipe.settings(), "data.resolution"
+    if (height, width) != (settings.height, settings.width):
+        expected = f"{settings.height}x{settings.width}"
+        hint = f"{key}={settings.height}"
         raise error(f"{key}: differs from the model's", key, got=f"{height}x{width}", expected=expected, hint=hint)

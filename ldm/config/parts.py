@@ -136,22 +136,6 @@ GIVEN: dict[str, dict[str, str]] = {
 }
 
 
-# other programs' names of the solvers, in lower case with _ for blanks and hyphens
-SAMPLERS = {
-    "k_euler": "euler",
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "k_heun": "heun",
-    "dpm++_2s": "dpmpp_2s",
-    "dpm++_3s": "dpmpp_3s",
-    "dpm++_2m": "dpmpp_2m",
-    "k_dpmpp_2m": "dpmpp_2m",
-    "dpm++_2m_sde": "dpmpp_2m_sde",
-    "dpm++_3m": "dpmpp_3m",
-    "unipc_2": "unipc",
-}
-
-
 def load(target: str):
     """The object behind "module:name"."""
     module, _, name = target.partition(":")

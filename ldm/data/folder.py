@@ -15,8 +15,8 @@ from ldm.data import source
 from ldm.data.source import LOCK, BadCaption, Entry, mark
 from ldm.errors import DataError
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}  # others may hide behind these names, and are found out
-SUFFIXES |= {".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl"}  # pictures, which are named as skipped
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif"}  # a file's content decides what it is
+SUFFIXES |= {".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl"}  # not read: listed as skipped
 TABLES = ("metadata.jsonl", "metadata.csv")
 NOTES = (".txt", ".json")
 

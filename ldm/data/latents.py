@@ -17,7 +17,7 @@ from ldm.conditioning.compose import Compose
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.pretrained import digest
 from ldm.conditioning.text import Text
-from ldm.data.images import drawn
+from ldm.data.images import uniforms
 from ldm.data.sampler import SampleId
 from ldm.errors import CheckpointError, DataError, shown
 from ldm.models.autoencoder import Autoencoder
@@ -75,6 +75,11 @@ class Latents:
         return self.key["count"]
 
     @property
+    def kind(self) -> str:
+        """The kind of data that the cache was made from."""
+        return self.key.get("data", {}).get("type", "latents")
+
+    @property
     def labels(self) -> Tensor:
         """Those that there are."""
         return torch.cat([self.shard(number)["label"].unique() for number in range(len(self.rows))]).unique()
@@ -128,7 +133,7 @@ class Latents:
         shards = [self.shard(number) for number in numbers]
         ends = [shard["captions"][row : row + 2].tolist() for shard, row in zip(shards, rows)]
         if self.key["flip"] or any(last - first > 1 for first, last in ends):
-            u = drawn(sample_ids, seed)
+            u = uniforms(sample_ids, seed)
         else:
             u = [[0.0, 1.0, 0.0, 0.0]] * len(sample_ids)
         return [

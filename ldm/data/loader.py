@@ -24,8 +24,8 @@ Prepare = Callable[[dict[str, Any]], dict[str, Any]]  # picklable: runs in the w
 class Data(Protocol):
     """What the axis `data` builds; each worker unpickles a copy, so files are opened late and large arrays mapped.
 
-    Optional members: `digest` identifies the samples, `captions(index)` gives all captions of a sample without reading
-    its picture, `validation()` gives the samples that were kept apart from training.
+    Optional members: `kind` names what the samples are made of, `digest` identifies them, `captions(index)` gives a
+    sample's captions without reading its picture, `validation()` gives the samples kept apart from training.
     """
 
     batch_size: int  # over all ranks and micro-batches
@@ -39,6 +39,15 @@ class Data(Protocol):
     def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """These samples, all of one bucket; `number` and `index` (B,) say which they are."""
         ...
+
+
+def check_same_kind(data: Data, validation: Data | None) -> str:
+    """A note if validation measures another kind of data than training learns from, else an empty text."""
+    kinds = [getattr(source, "kind", type(source).__name__.lower()) for source in (data, validation or data)]
+    if kinds[0] == kinds[1]:
+        return ""
+    hint = "data.split=0.05 and validation=null" if kinds[0] == "images" else f"validation.type={kinds[0]}"
+    return f"validation: made of {kinds[1]}, but training uses {kinds[0]}; try {hint}"
 
 
 class Batches(Dataset):

@@ -14,7 +14,7 @@ from ldm.data import source
 from ldm.data.source import BadCaption, Entry, distinct, mark
 from ldm.errors import DataError
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif")
 NOTES = ("txt", "caption", "json", "cls")
 LARGEST_NOTE = 2**24  # bytes of a caption
 OPEN = 32  # shards that a process holds open

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.path import Level, Table, expand
+from ldm.condition import Condition
+from ldm.diffusion.path import Level, Path, Prediction, Table, expand
 from ldm.diffusion.posterior import NoiseVar, large_variance, learned_log_variance, mean_weights, small_variance
 
-if TYPE_CHECKING:
-    from ldm.diffusion.denoiser import Denoiser
-    from ldm.diffusion.prediction import Prediction
+
+class OnPath(Protocol):
+    """A denoiser with its path."""
+
+    path: Path
+
+    def __call__(self, x: Tensor, level: Level, condition: Condition | None) -> Prediction: ...
 
 
 def term(
@@ -23,9 +28,9 @@ def term(
     """L_t in bits per dimension: KL(q(x_s | x_t, x0) || p(x_s | x_t)), and -log p(x0 | x_1) at step 0. (B,)"""
     if noise_var not in get_args(NoiseVar):
         raise ValueError(f"noise_var: unknown; got {noise_var}; expected {', '.join(get_args(NoiseVar))}")
-    next = path.level(now.t / path.steps)  # now.t counts from 0, so this is the step before
+    next = path.level(now.t / path.steps)  # now.t counts from 0, so this is the next step down
     first = now.t == 0
-    # the posterior of step 0 has no width: step 1's stands for it, and for the large variance there, as published
+    # the posterior of step 0 has no width: step 1's replaces it and the large variance there, as published
     floor = small_variance(path.level(now.t * 0 + 2 / path.steps), path.level(now.t * 0 + 1 / path.steps))
     small = torch.where(first, floor, small_variance(now, next))
     if noise_var == "learned":
@@ -38,9 +43,9 @@ def term(
     _, weight = mean_weights(now, next, small_variance(now, next))
     distance = expand(weight, x0) * (x0 - prediction.x0)  # between the two means
     kl = gaussian_kl(distance, expand(small.log(), x0), log_var)
-    here = expand(first, x0).bool()
-    nll = decoder_nll(x0, torch.where(here, prediction.x0, x0), log_var, bins)  # far from x0 its gradient overflows
-    return torch.where(here, nll, kl).flatten(1).mean(1) / math.log(2)
+    last = expand(first, x0).bool()
+    nll = decoder_nll(x0, torch.where(last, prediction.x0, x0), log_var, bins)  # far from x0 its gradient overflows
+    return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def gaussian_kl(distance: Tensor, log_var: Tensor, log_var_model: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ def gaussian_kl(distance: Tensor, log_var: Tensor, log_var_model: Tensor) -> Ten
 
 
 def decoder_nll(x0: Tensor, mean: Tensor, log_var: Tensor, bins: int | None) -> Tensor:
-    """-log p(x0 | x_1) in nats: of one of `bins` equal cells of [-1, 1] (DDPM eq. 13), or of a density if None."""
+    """-log p(x0 | x_1) in nats, of one of `bins` equal cells of [-1, 1] (DDPM eq. 13), or of a density if None."""
     if bins is None:
         return 0.5 * (math.log(2 * math.pi) + log_var + (x0 - mean) ** 2 * (-log_var).exp())
     half, inv_std = 1 / (bins - 1), (-0.5 * log_var).exp()
@@ -57,9 +62,9 @@ def decoder_nll(x0: Tensor, mean: Tensor, log_var: Tensor, bins: int | None) -> 
     lower = torch.special.log_ndtr((x0 - mean - half) * inv_std)
     upper_tail = torch.special.log_ndtr(-(x0 - mean - half) * inv_std)
     lower_tail = torch.special.log_ndtr(-(x0 - mean + half) * inv_std)
-    # the log of a difference, taken on the side where both are small
+    # take the log of the difference on the side where both are small
     inside = torch.where(x0 < mean, _log_minus(upper, lower), _log_minus(upper_tail, lower_tail))
-    inside = torch.where(x0 < -1 + half, upper, inside)  # the outermost cells reach to infinity
+    inside = torch.where(x0 < -1 + half, upper, inside)  # the outermost cells extend to infinity
     return -torch.where(x0 > 1 - half, upper_tail, inside)
 
 
@@ -69,7 +74,7 @@ def _log_minus(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Bound(NamedTuple):
-    """The bound in bits per dimension and what it is made of, each (B,) but `steps`, which is (T, B) from L_0 up."""
+    """The bound in bits per dimension and its terms: (B,) each, and (T, B) for `steps`, from L_0 up."""
 
     total: Tensor
     prior: Tensor
@@ -78,17 +83,17 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def bits_per_dim(
-    denoiser: Denoiser,
+    denoiser: OnPath,
     x0: Tensor,
     noise: Callable[[], Tensor],
-    condition=None,
+    condition: Condition | None = None,
     noise_var: NoiseVar = "large",
     bins: int | None = 256,
 ) -> Bound:
-    """The whole bound for x0 in [-1, 1], one network evaluation per step; `noise()` gives N(0, I) like x0."""
+    """The full bound for x0 in [-1, 1], with one network evaluation per step; `noise()` returns N(0, I) like x0."""
     path = denoiser.path
     if not isinstance(path, Table):
-        raise ValueError("path: the bound is that of a table of betas; try path.type=linear")
+        raise ValueError("path: the bound needs a table of betas; try path.type=linear")
     times = torch.arange(1, path.steps + 1, dtype=torch.float64, device=x0.device) / path.steps
     steps = []
     for t in times:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Scalar = Tensor | float
+
 
 class Level(NamedTuple):
-    """How noisy: alpha and sigma, the scale c_in of the network's input, and t as the network is told it.
+    """A noise level: alpha and sigma, the scale c_in of the network's input, and t as the network receives it.
 
     In training each field is (B,). A grid is a Level with N + 1 rows.
     """
@@ -25,17 +29,17 @@ class Level(NamedTuple):
         """lambda = log(alpha / sigma): -inf at alpha = 0, +inf at sigma = 0."""
         return self.alpha.log() - self.sigma.log()
 
-    def map(self, function) -> Level:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Level:
         """Apply a function (a move, a cast, an index) to each field."""
         return Level(*(function(field) for field in self))
 
     def rows(self) -> list[Row]:
-        """One Row per level, so that a solver computes its coefficients without touching a device."""
+        """One Row per level, from which a solver computes its coefficients without touching a device."""
         return [Row(*values) for values in zip(*(field.tolist() for field in self))]
 
 
 class Row(NamedTuple):
-    """One level of a grid in plain numbers, shared by the whole batch."""
+    """One level of a grid as floats, shared by the whole batch."""
 
     alpha: float
     sigma: float
@@ -50,18 +54,27 @@ class Row(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
 
 
+class Prediction(NamedTuple):
+    """A denoiser's estimate of x0 and eps in x = alpha * x0 + sigma * eps."""
+
+    x0: Tensor
+    eps: Tensor
+    frac: Tensor | None = None  # position of a learned log-variance: 0 = small, 1 = large (Improved DDPM eq. 15)
+    shift: Tensor | None = None  # added to a stochastic step's mean, times its variance
+
+
 def at_least_float32(x: Tensor) -> Tensor:
-    """The state of a sampler is not rounded to half precision, whatever the network computes in."""
+    """Float32 or wider: a sampler's state is never rounded to half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expand(value: Tensor, x: Tensor) -> Tensor:
-    """(B,) beside x of any rank: (B, 1, ..., 1) of its type and device."""
+    """Reshape (B,) to (B, 1, ..., 1), in the rank, type and device of x."""
     return value.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def mix(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """a * x + b * y; with plain numbers, a term that is zero costs nothing."""
+def mix(a: Scalar, x: Tensor, b: Scalar, y: Tensor) -> Tensor:
+    """a * x + b * y; with floats, a term that is zero costs nothing."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         a, b = (expand(torch.as_tensor(value, device=x.device), x) for value in (a, b))
         return a * x + b * y
@@ -71,9 +84,9 @@ def mix(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
 
 
 class Path:
-    """What draws, spacings and denoisers ask of a noise path."""
+    """The interface of a noise path."""
 
-    t_min = 0.0  # where spacings take their last step before the data, and training its first
+    t_min = 0.0  # the least noisy time that is trained, and the last of a spacing before the data
     t_max = 1.0  # the noisiest time at which the log-SNR is finite
     sigma_data = 1.0  # the scale of the data, for EDM's preconditioning
 
@@ -86,20 +99,20 @@ class Path:
         raise NotImplementedError
 
     def time(self, clock: Tensor) -> Tensor:
-        """t in [0, 1] from what the network is told."""
+        """t in [0, 1] from the time as the network receives it."""
         raise NotImplementedError
 
     def data(self) -> Level:
-        """The last row of a grid: alpha = 1, sigma = 0, where no network is asked."""
+        """The last row of a grid: alpha = 1 and sigma = 0, where no network is evaluated."""
         last = self.level(torch.tensor([self.t_min], dtype=torch.float64))
         return last._replace(alpha=torch.ones_like(last.alpha), sigma=torch.zeros_like(last.sigma))
 
     def snap(self, t: Tensor) -> Tensor:
-        """The time nearest to t, and not above 1, at which the network is trained."""
+        """The nearest time to t, at most 1, at which the network is trained."""
         return t.clamp(self.t_min, 1.0)
 
     def trained(self, level: Level) -> Level:
-        """The level nearest to this one at which the network is trained."""
+        """The nearest level at which the network is trained."""
         return level
 
     def prior(self, z: Tensor) -> Tensor:
@@ -114,7 +127,7 @@ class Table(Path):
         self,
         *,
         betas: list[float],  # of the first step and so on
-        zero_terminal_snr: bool = False,  # stretched to end in pure noise (Lin et al. 2023)
+        zero_terminal_snr: bool = False,  # stretch the table to end in pure noise (Lin et al. 2023)
     ):
         beta = torch.as_tensor(betas, dtype=torch.float64)
         if beta.numel() < 2 or not ((beta > 0) & (beta < 1)).all():
@@ -126,24 +139,20 @@ class Table(Path):
         self.sigma = (1 - self.alpha**2).sqrt()
         self.log_snr = self.alpha.log() - self.sigma.log()
         self.steps = len(beta)
-        self.carried: dict[torch.device, list[Tensor]] = {}
+        self.columns: dict[torch.device, list[Tensor]] = {}  # alpha, sigma and log-SNR by device
         self.t_min = 1 / self.steps
         self.t_max = 1 - zero_terminal_snr / self.steps
-
-    def columns(self, device: torch.device) -> list[Tensor]:
-        """alpha, sigma and log-SNR where they are wanted, carried there once: a copy would wait for the device."""
-        if device not in self.carried:
-            self.carried[device] = [column.to(device) for column in (self.alpha, self.sigma, self.log_snr)]
-        return self.carried[device]
 
     def level(self, t: Tensor) -> Level:
         """Exact at the integer steps; between two of them the log-SNR is interpolated."""
         position = (t.double() * self.steps).clamp(0, self.steps)
-        alphas, sigmas, log_snrs = self.columns(t.device)
+        if t.device not in self.columns:  # copied once, because a copy waits for the device
+            self.columns[t.device] = [column.to(t.device) for column in (self.alpha, self.sigma, self.log_snr)]
+        alphas, sigmas, log_snrs = self.columns[t.device]
         nearest, low, high = (index.long() for index in (position.round(), position.floor(), position.ceil()))
-        exact = (position - nearest).abs() < 1e-3  # what float32 makes of a whole number
+        exact = (position - nearest).abs() < 1e-3  # a whole number in float32
         log_snr = torch.lerp(log_snrs[low], log_snrs[high], position - low)
-        beside_end = ~(log_snrs[low].isfinite() & log_snrs[high].isfinite())  # of a table that ends in infinity
+        beside_end = ~(log_snrs[low].isfinite() & log_snrs[high].isfinite())  # only in a table with zero terminal SNR
         straight = torch.lerp(alphas[low], alphas[high], position - low)
         alpha = torch.where(exact, alphas[nearest], torch.where(beside_end, straight, _vp_alpha(log_snr)))
         between = torch.where(beside_end, (1 - straight**2).sqrt(), _vp_alpha(-log_snr))
@@ -152,7 +161,7 @@ class Table(Path):
         return Level(alpha, sigma, torch.ones_like(alpha), clock.clamp(min=0).to(alpha))
 
     def at(self, log_snr: Tensor) -> Level:
-        """The level at a log-SNR, told to the network as a step between two of the table's."""
+        """The level at a log-SNR; the network receives a step between two of the table's."""
         known = self.log_snr[1:]  # (T,) falling
         known = known[known.isfinite()].flip(0).to(log_snr)
         high = torch.searchsorted(known, log_snr.contiguous()).clamp(1, len(known) - 1)
@@ -169,12 +178,12 @@ class Table(Path):
         return (t * self.steps - 1e-9).ceil().clamp(1, self.steps) / self.steps
 
     def trained(self, level: Level) -> Level:
-        """The step that is meant by a level between two."""
+        """The nearest step to a level between two."""
         return self.level(self.time(level.t.round()))
 
 
 def _vp_alpha(log_snr: Tensor) -> Tensor:
-    """alpha with alpha^2 + sigma^2 = 1; sigma is the same of -lambda."""
+    """alpha of lambda where alpha^2 + sigma^2 = 1; sigma is the same function of -lambda."""
     return torch.sigmoid(2 * log_snr).sqrt()
 
 
@@ -183,7 +192,7 @@ def linear(
     start: float = 1e-4,  # the first beta
     end: float = 0.02,  # the last
     steps: int = 1000,  # of the table
-    zero_terminal_snr: bool = False,  # stretched to end in pure noise (Lin et al. 2023)
+    zero_terminal_snr: bool = False,  # stretch the table to end in pure noise (Lin et al. 2023)
 ) -> Table:
     """DDPM's betas, equally spaced."""
     return Table(betas=_spaced(start, end, steps).tolist(), zero_terminal_snr=zero_terminal_snr)
@@ -194,7 +203,7 @@ def scaled_linear(
     start: float = 0.00085,  # the first beta
     end: float = 0.012,  # the last
     steps: int = 1000,  # of the table
-    zero_terminal_snr: bool = False,  # stretched to end in pure noise (Lin et al. 2023)
+    zero_terminal_snr: bool = False,  # stretch the table to end in pure noise (Lin et al. 2023)
 ) -> Table:
     """Latent diffusion's betas, equally spaced in their square roots."""
     betas = _spaced(start, end, steps, power=0.5)
@@ -220,7 +229,7 @@ def cosine(
 
 
 def _spaced(start: float, end: float, steps: int, power: float = 1.0) -> Tensor:
-    """Numbers from start to end whose powers are equally spaced."""
+    """Numbers from start to end, equally spaced after raising to a power."""
     if steps < 2:
         raise ValueError(f"steps: must be at least 2, got {steps}")
     if not 0 < start < end < 1:
@@ -228,21 +237,21 @@ def _spaced(start: float, end: float, steps: int, power: float = 1.0) -> Tensor:
     return torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
 
 
+@dataclass(kw_only=True, eq=False)
 class VPSDE(Path):
     """The continuous variance preserving SDE (Song et al. 2021, eq. 33), beta from beta_min to beta_max."""
 
-    clock_scale = 999.0  # what the published continuous networks were told
+    clock_scale = 999.0  # the time scale of the published continuous networks
     t_min = 1e-3
 
-    def __init__(
-        self,
-        *,
-        beta_min: float = 0.1,  # at the data
-        beta_max: float = 20.0,  # at the noise
-    ):
-        if not 0 < beta_min <= beta_max:
-            raise ValueError(f"beta_min: must be above 0 and at most beta_max, got {beta_min} and {beta_max}")
-        self.linear, self.quadratic = beta_min / 2, (beta_max - beta_min) / 4
+    beta_min: float = 0.1  # at the data
+    beta_max: float = 20.0  # at the noise
+
+    def __post_init__(self) -> None:
+        low, high = self.beta_min, self.beta_max
+        if not 0 < low <= high:
+            raise ValueError(f"beta_min: must be above 0 and at most beta_max, got {low} and {high}")
+        self.linear, self.quadratic = low / 2, (high - low) / 4
 
     def level(self, t: Tensor) -> Level:
         """-log alpha is a quadratic in t."""
@@ -256,25 +265,24 @@ class VPSDE(Path):
         return Level(_vp_alpha(log_snr), _vp_alpha(-log_snr), torch.ones_like(t), self.clock_scale * t)
 
     def time(self, clock: Tensor) -> Tensor:
-        """t as the published networks count it."""
+        """t = clock / 999."""
         return clock / self.clock_scale
 
 
+@dataclass(kw_only=True, eq=False)
 class VE(Path):
     """Variance exploding: alpha = 1, sigma geometric in t; the network's input and clock are EDM's (table 1)."""
 
-    def __init__(
-        self,
-        *,
-        sigma_min: float = 0.002,  # the least noise
-        sigma_max: float = 80.0,  # the most
-        sigma_data: float = 0.5,  # deviation of the data, by which the input is scaled
-    ):
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma_min: must lie between 0 and sigma_max, got {sigma_min} and {sigma_max}")
-        if sigma_data <= 0:
-            raise ValueError(f"sigma_data: must be above 0, got {sigma_data}")
-        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+    sigma_min: float = 0.002  # sigma at t = 0
+    sigma_max: float = 80.0  # sigma at t = 1
+    sigma_data: float = 0.5  # standard deviation of the data, which scales the input
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            got = f"{self.sigma_min} and {self.sigma_max}"
+            raise ValueError(f"sigma_min: must lie between 0 and sigma_max, got {got}")
+        if self.sigma_data <= 0:
+            raise ValueError(f"sigma_data: must be above 0, got {self.sigma_data}")
 
     def level(self, t: Tensor) -> Level:
         """sigma = sigma_min^(1 - t) * sigma_max^t."""
@@ -289,29 +297,27 @@ class VE(Path):
         return Level(torch.ones_like(sigma), sigma, c_in, sigma.log() / 4)
 
     def time(self, clock: Tensor) -> Tensor:
-        """The network is told c_noise = log(sigma) / 4."""
+        """The network receives c_noise = log(sigma) / 4."""
         return (4 * clock - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
     def prior(self, z: Tensor) -> Tensor:
-        """Noise of the largest scale."""
+        """Noise of standard deviation sigma_max."""
         return super().prior(z) * self.sigma_max
 
 
+@dataclass(kw_only=True, eq=False)
 class Flow(Path):
-    """Rectified flow: a straight line from data to noise, alpha = 1 - t and sigma = t; the network is told 1000 t."""
+    """Rectified flow: a straight line from data to noise, alpha = 1 - t and sigma = t; the network gets 1000 t."""
 
-    def __init__(
-        self,
-        *,
-        last: float = 1.0,  # sigma at t = 1; below 1, an eps-prediction can be inverted there
-    ):
-        if not 1e-3 < last <= 1:
-            raise ValueError(f"last: must lie between 0.001 and 1, got {last}")
-        self.last = last  # sigma at t = 1; below 1, an eps-prediction can be inverted there
-        self.t_min, self.t_max = 1e-3 / last, min(1.0, 0.999 / last)
+    last: float = 1.0  # sigma at t = 1; below 1, an eps-prediction can be inverted there
+
+    def __post_init__(self) -> None:
+        if not 1e-3 < self.last <= 1:
+            raise ValueError(f"last: must lie between 0.001 and 1, got {self.last}")
+        self.t_min, self.t_max = 1e-3 / self.last, min(1.0, 0.999 / self.last)
 
     def level(self, t: Tensor) -> Level:
-        """(1 - t, t), with t counted to `last`."""
+        """alpha = 1 - sigma and sigma = last * t."""
         sigma = self.last * t
         return Level(1 - sigma, sigma, torch.ones_like(sigma), 1000 * sigma)
 
@@ -321,5 +327,5 @@ class Flow(Path):
         return Level(torch.sigmoid(log_snr), sigma, torch.ones_like(sigma), 1000 * sigma)
 
     def time(self, clock: Tensor) -> Tensor:
-        """t from a thousandth."""
+        """t = clock / 1000 / last."""
         return clock / 1000 / self.last

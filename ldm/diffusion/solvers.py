@@ -1,7 +1,7 @@
-"""Solvers: generators that walk down a grid and yield a Step at each of its points.
+"""Solvers: generators that go down a grid and yield one Step per interval.
 
-Each is one first-order step, `ddim_step`, with a better guess of x0 than the last prediction alone gives.
-`denoise(x, row) -> Prediction` has its condition bound; `noise()` gives N(0, I) like x, where it is needed.
+Each solver uses the same first-order step, `ddim_step`, with its own estimate of x0. `denoise(x, row) -> Prediction`
+has its condition bound; `noise()` returns N(0, I) like x.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Noise = Callable[[], Tensor] | None
 
 
 class Step(NamedTuple):
-    """x at the next point of the grid, the normal distribution it was drawn from, and the belief behind it."""
+    """x at the next point of the grid, the normal distribution it was drawn from, and the prediction used."""
 
     x: Tensor
     mean: Tensor
@@ -42,14 +42,16 @@ def ddim_step(
     noise_var: NoiseVar = "small",
     x0: Tensor | None = None,
 ) -> Step:
-    """DDIM eq. 12: eta = 0 is deterministic, 1 is ancestral; `x0` replaces the prediction's in higher orders."""
+    """DDIM eq. 12: eta = 0 is deterministic, 1 is ancestral; higher orders pass their own `x0`."""
     variance = eta**2 * small_variance(now, next)
     a, b = mean_weights(now, next, variance)
     mean = mix(a, x, b, prediction.x0 if x0 is None else x0)
     if eta > 0 and noise_var != "small":
         variance = eta**2 * noise_variance(noise_var, now, next, prediction.frac)
     if prediction.shift is not None:
-        mean = mean + _shift(prediction.shift, variance, eta)
+        if eta == 0:
+            raise ValueError("eta: guidance of the mean needs a stochastic solver; try ddpm, or the form 'score'")
+        mean = mean + prediction.shift * variance
     if next.sigma == 0 or eta == 0:
         return Step(mean, mean, 0.0, prediction)
     std = variance**0.5
@@ -57,7 +59,7 @@ def ddim_step(
 
 
 def check(order: int = 1, eta: float = 0.0, noise_var: NoiseVar = "small", noise: Noise = None) -> None:
-    """Refuse a solver's numbers that mean nothing."""
+    """Refuse invalid settings of a solver."""
     if order not in (1, 2, 3):
         raise ValueError(f"order: unknown; got {order}; expected 1, 2 or 3")
     if not 0 <= eta <= 1:
@@ -65,13 +67,7 @@ def check(order: int = 1, eta: float = 0.0, noise_var: NoiseVar = "small", noise
     if noise_var not in get_args(NoiseVar):
         raise ValueError(f"noise_var: unknown; got {noise_var}; expected {', '.join(get_args(NoiseVar))}")
     if eta > 0 and noise is None:
-        raise ValueError("noise: a stochastic solver needs a source of it; expected a function; try eta=0")
-
-
-def _shift(shift: Tensor, variance, eta: float) -> Tensor:
-    if eta == 0:
-        raise ValueError("eta: guidance of the mean needs a stochastic solver; try ddpm, or the form 'score'")
-    return shift * variance
+        raise ValueError("noise: a stochastic solver needs noise; expected a function; try eta=0")
 
 
 def ddim(
@@ -80,8 +76,8 @@ def ddim(
     grid: Level,
     noise: Noise = None,
     *,
-    eta: float = 0.0,  # how much of each step is fresh noise: none (0) to all (1)
-    noise_var: NoiseVar = "small",  # the noise's: the posterior's, beta, or one that the network learned
+    eta: float = 0.0,  # share of fresh noise in each step, 0 (none) to 1
+    noise_var: NoiseVar = "small",  # variance of the noise: the posterior's, beta, or learned by the network
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021); on rectified flow with eta = 0, Euler's method."""
     check(eta=eta, noise_var=noise_var, noise=noise)
@@ -102,14 +98,14 @@ def ddpm(
     grid: Level,
     noise: Noise = None,
     *,
-    noise_var: NoiseVar = "large",  # the noise's: the posterior's, beta, or one that the network learned
+    noise_var: NoiseVar = "large",  # variance of the noise: the posterior's, beta, or learned by the network
 ) -> Iterator[Step]:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2), with the small, the large or a learned variance."""
     return ddim(denoise, x, grid, noise, eta=1.0, noise_var=noise_var)
 
 
 def _at_edge(now: Row, next: Row) -> bool:
-    """Where the log-SNR is infinite, higher orders have nothing to extrapolate in."""
+    """True where the log-SNR is infinite, so that higher orders cannot extrapolate."""
     return now.alpha == 0 or next.sigma == 0
 
 
@@ -127,7 +123,7 @@ def heun(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None) -> Itera
 
 
 def singlestep(denoise: Denoise, x: Tensor, grid: Level, noise: Noise = None, *, order: int) -> Iterator[Step]:
-    """DPM-Solver++ 2S and 3S (Lu et al. 2022): `order` steps of the grid are one Runge-Kutta step from their start."""
+    """DPM-Solver++ 2S and 3S (Lu et al. 2022): every `order` steps of the grid form one Runge-Kutta step."""
     check(order=order)
     x = at_least_float32(x)
     for group in _groups(grid.rows(), order):
@@ -150,7 +146,7 @@ dpmpp_3s = partial(singlestep, order=3)
 
 
 def _groups(rows: list[Row], order: int) -> Iterator[list[Row]]:
-    """Runs of order + 1 points, each beginning where the last ended; a rest is shorter, an edge stands alone."""
+    """Runs of order + 1 points, each starting at the end of the last; an interval at an edge is a run of its own."""
     group = rows[:1]
     for now, next in pairwise(rows):
         edge = _at_edge(now, next)
@@ -176,8 +172,8 @@ def multistep(
     grid: Level,
     noise: Noise = None,
     *,
-    order: int,  # of the polynomial through the last predictions
-    eta: float = 0.0,  # how much of each step is fresh noise: none (0) to all (1)
+    order: int,  # order of the polynomial through the last predictions
+    eta: float = 0.0,  # share of fresh noise in each step, 0 (none) to 1
 ) -> Iterator[Step]:
     """DPM-Solver++ 2M and 3M (Lu et al. 2022): x0 extrapolated from the last steps; eta = 1 is the SDE's solver."""
     check(order=order, eta=eta, noise=noise)
@@ -200,9 +196,9 @@ dpmpp_3m = partial(multistep, order=3)
 
 
 def _extrapolate(past: list[tuple[float, Tensor]], log_snr: float, eta: float = 0.0) -> Tensor:
-    """The x0 whose first-order step is the step of order len(past); the third as published.
+    """The x0 whose first-order step equals the step of order len(past); order 3 as published.
 
-    With noise, x is forgotten sooner than the log-SNR rises: by exp(-k), k = h for eta = 0 and 2h for eta = 1.
+    The weight of the old x decays by exp(-k), with k = h for eta = 0 and 2h for eta = 1.
     """
     (now, m0), *older = past
     h = log_snr - now
@@ -227,13 +223,13 @@ def unipc(
     grid: Level,
     noise: Noise = None,
     *,
-    order: int = 2,  # of the predictor; the corrector has one more
+    order: int = 2,  # of the predictor; the corrector's is one higher
 ) -> Iterator[Step]:
-    """UniPC with B2 (Zhao et al. 2023): each prediction first corrects the step that led to it, at no evaluation."""
+    """UniPC with B2 (Zhao et al. 2023): each prediction first corrects the step before, at no extra cost."""
     check(order=order)
     x, rows = at_least_float32(x), grid.rows()
     past: list[tuple[float, Tensor]] = []  # (log-SNR, x0), newest first
-    last, last_x = rows[0], x  # where the step to here began
+    last, last_x = rows[0], x  # the start of the last step
     for now, next in pairwise(rows):
         prediction = denoise(x, now)
         if past:
@@ -258,7 +254,7 @@ def _unified(past: list[tuple[float, Tensor]], log_snr: float, current: Tensor |
 
 
 def _unified_weights(ratios: list[float], h: float) -> list[float]:
-    """The rho that make the sum exact for polynomials, R rho = b; for a single point 1/2, as published."""
+    """The rho that make the sum exact for polynomials, R rho = b; 1/2 for a single point, as published."""
     if len(ratios) < 2:
         return [0.5] * len(ratios)
     phi, factorial, b = math.expm1(-h) / -h - 1, 1, []
@@ -267,4 +263,4 @@ def _unified_weights(ratios: list[float], h: float) -> list[float]:
         factorial *= n + 1
         phi = phi / -h - 1 / factorial
     powers = torch.tensor([[r**n for r in ratios] for n in range(len(ratios))], dtype=torch.float64)
-    return torch.linalg.solve(powers, torch.tensor(b, dtype=torch.float64)).tolist()
+    return [float(rho) for rho in torch.linalg.solve(powers, torch.tensor(b, dtype=torch.float64))]

@@ -1,8 +1,9 @@
-"""Spacings: how many steps, and where. `grid(path)` gives the N + 1 levels that a solver walks down, in float64."""
+"""Spacings: the number of steps and their levels. `grid(path)` returns the N + 1 levels of a solver in float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -15,29 +16,26 @@ from ldm.diffusion.times import positive, shifted
 End = Literal["zero", "table"]
 
 
+@dataclass(kw_only=True)
 class Spacing:
-    """The common part: N levels from the rule, then the end: sigma = 0, or the least noisy level trained (`table`)."""
+    """Levels by a rule, then the end: sigma = 0, or the least noisy level trained (`table`)."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,  # levels at which the network is asked
-        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
-    ):
-        if end not in ("zero", "table"):
-            raise ValueError(f"end: must be zero or table, got {end}")
-        self.steps, self.end = at_least("steps", steps, 1), end
+    end: End = "zero"  # stop at no noise, or at the least noisy level trained
+
+    def __post_init__(self) -> None:
+        if self.end not in ("zero", "table"):
+            raise ValueError(f"end: must be zero or table, got {self.end}")
 
     def levels(self, path: Path) -> Level:
-        """The N levels at which the network is asked."""
+        """The N levels at which the network is evaluated."""
         raise NotImplementedError
 
     def grid(self, path: Path) -> Level:
-        """(N + 1,) levels of falling noise, or N where the rule ends at the end itself."""
+        """(N + 1,) levels of falling noise, or N where the rule already stops at the end."""
         levels = self.levels(path)
         last = path.data() if self.end == "zero" else path.level(torch.tensor([path.t_min], dtype=torch.float64))
-        there = self.steps > 1 and bool((last.log_snr - levels.log_snr[-1]).abs() < 1e-9)
-        grid = levels if there else Level(*(torch.cat(pair) for pair in zip(levels, last)))
+        ended = len(levels.t) > 1 and bool((last.log_snr - levels.log_snr[-1]).abs() < 1e-9)
+        grid = levels if ended else Level(*(torch.cat(pair) for pair in zip(levels, last)))
         falling = grid.log_snr.diff() > 0
         if not falling.all():
             row = int((~falling).nonzero()[0])
@@ -45,18 +43,26 @@ class Spacing:
         return grid
 
 
-class Trailing(Spacing):
-    """Equal steps of t that begin at pure noise (Lin et al. 2023); `shift` moves them towards it for large images."""
+@dataclass(kw_only=True)
+class Counted(Spacing):
+    """A rule for any number of levels."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,  # levels at which the network is asked
-        shift: float = 1.0,  # above 1, towards the noise, as large images want it
-        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
-    ):
-        super().__init__(steps=steps, end=end)
-        self.shift = positive("shift", shift)
+    steps: int  # number of network evaluations
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("steps", self.steps, 1)
+
+
+@dataclass(kw_only=True)
+class Trailing(Counted):
+    """Equal steps of t from pure noise (Lin et al. 2023); `shift` moves them towards the noise for large images."""
+
+    shift: float = 1.0  # above 1, more steps at high noise, for large images
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("shift", self.shift)
 
     def levels(self, path: Path) -> Level:
         """t = 1, 1 - 1/N, ..., 1/N."""
@@ -64,18 +70,15 @@ class Trailing(Spacing):
         return path.level(_rounded(path, t, first=1))
 
 
-class Linspace(Spacing):
-    """Equal steps of t from the noisiest to the least noisy level trained; `spare` more than N, and then left out."""
+@dataclass(kw_only=True)
+class Linspace(Counted):
+    """Equal steps of t from the noisiest to the least noisy level trained."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,  # levels at which the network is asked
-        spare: int = 0,  # levels more that are counted and left out
-        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
-    ):
-        super().__init__(steps=steps, end=end)
-        self.spare = at_least("spare", spare, 0)
+    spare: int = 0  # further levels that are spaced with the others and then removed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("spare", self.spare, 0)
 
     def levels(self, path: Path) -> Level:
         """t = 1, ..., t_min."""
@@ -83,27 +86,25 @@ class Linspace(Spacing):
         return path.level(_rounded(path, t, first=0))
 
 
-class Leading(Spacing):
-    """Stable Diffusion's own: every (T // N)-th step of a table, counted from `offset`.
+@dataclass(kw_only=True)
+class Leading(Counted):
+    """Stable Diffusion's spacing: every (T // N)-th step of a table, from `offset` on.
 
-    diffusers' multistep solvers have one to `spare`: every (T // (N + 1))-th step, but for the last.
+    diffusers' multistep solvers have `spare` = 1: every (T // (N + 1))-th step without the last.
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int,  # levels at which the network is asked
-        offset: int = 1,  # the first step that is counted from
-        spare: int = 0,  # levels more that are counted and left out
-        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
-    ):
-        super().__init__(steps=steps, end=end)
-        self.offset, self.spare = at_least("offset", offset, 0), at_least("spare", spare, 0)
+    offset: int = 1  # the first step of the table
+    spare: int = 0  # further levels that are spaced with the others and then removed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("offset", self.offset, 0)
+        at_least("spare", self.spare, 0)
 
     def levels(self, path: Path) -> Level:
         """k = offset + (T // N) * (N - 1, ..., 0)."""
         if not isinstance(path, Table):
-            raise ValueError("type: leading counts the steps of a table of betas; this path has none; try trailing")
+            raise ValueError("type: leading needs a table of betas; this path has none; try trailing")
         stride = path.steps // (self.steps + self.spare)
         first, last = (self.offset + stride * row for row in (self.steps + self.spare - 1, self.spare))
         if stride == 0 or first >= path.steps:
@@ -111,48 +112,41 @@ class Leading(Spacing):
         return path.level(path.time(_line(self.steps - 1, first, last)))
 
 
-class LogSNR(Spacing):
+class LogSNR(Counted):
     """Equal steps of the log-SNR (Lu et al. 2022)."""
 
     def levels(self, path: Path) -> Level:
         """lambda from the noisiest finite level to the least noisy trained."""
-        high, low = _log_snr(path, path.t_max), _log_snr(path, path.t_min)
-        return _from_the_top(path, path.at(_line(self.steps - 1, high, low)))
+        return _from_the_top(path, path.at(_line(self.steps - 1, *_ends(path))))
 
 
-class Karras(Spacing):
-    """EDM eq. 5: equal steps of (sigma / alpha)^(1 / rho), dense near the data."""
+@dataclass(kw_only=True)
+class Karras(Counted):
+    """EDM eq. 5: equal steps of (sigma / alpha)^(1 / rho), denser near the data."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,  # levels at which the network is asked
-        rho: float = 7.0,  # how dense they are near the data
-        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
-    ):
-        super().__init__(steps=steps, end=end)
-        self.rho = positive("rho", rho)
+    rho: float = 7.0  # density near the data
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("rho", self.rho)
 
     def levels(self, path: Path) -> Level:
-        """sigma / alpha between those of the noisiest finite level and the least noisy trained."""
-        ends = [math.exp(-_log_snr(path, t) / self.rho) for t in (path.t_max, path.t_min)]
-        sigma = _line(self.steps - 1, *ends) ** self.rho
+        """sigma / alpha from the noisiest finite level to the least noisy trained."""
+        first, last = (math.exp(-log_snr / self.rho) for log_snr in _ends(path))
+        sigma = _line(self.steps - 1, first, last) ** self.rho
         return _from_the_top(path, path.at(-sigma.log()))
 
 
+@dataclass(kw_only=True)
 class Explicit(Spacing):
-    """The times listed, as the network is told them: steps k of a table, 1000 t of a flow."""
+    """A list of times as the network receives them: steps k of a table, 1000 t of a flow."""
 
-    def __init__(
-        self,
-        *,
-        times: list[float],  # falling
-        end: End = "zero",  # where it stops: without noise, or at the least noisy level that is trained
-    ):
-        if not times or any(later >= earlier for earlier, later in pairwise(times)):
-            raise ValueError(f"times: must be numbers that fall, got {times}")
-        super().__init__(steps=len(times), end=end)
-        self.times = times
+    times: list[float]  # falling
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.times or any(later >= earlier for earlier, later in pairwise(self.times)):
+            raise ValueError(f"times: must be numbers that fall, got {self.times}")
 
     def levels(self, path: Path) -> Level:
         """The levels at these times."""
@@ -164,31 +158,32 @@ class Explicit(Spacing):
 
 
 def at_least(name: str, number: int, least: int) -> int:
-    """A number that is not too small."""
+    """The number; refuses one below `least`."""
     if number < least:
         raise ValueError(f"{name}: must be at least {least}, got {number}")
     return number
 
 
 def _line(steps: int, start: float, stop: float) -> Tensor:
-    """steps + 1 equally spaced numbers, exact where they are whole; the start alone for no step."""
+    """steps + 1 equally spaced numbers, exact where they are whole; only the start if steps is 0."""
     index = torch.arange(steps + 1, dtype=torch.float64)
     return start + (stop - start) * (index / max(steps, 1))
 
 
 def _rounded(path: Path, t: Tensor, first: int) -> Tensor:
-    """On a table, the nearest step; a half goes to the even one, as they are counted from `first`. Elsewhere t."""
+    """The nearest step on a table, counted from `first`, with halves rounded to even; t on other paths."""
     if not isinstance(path, Table):
         return t
-    count = (t * path.steps).round(decimals=6) - 1 + first  # a half is one only without the noise of t * T
+    count = (t * path.steps).round(decimals=6) - 1 + first  # t * T is not exact, so halves would be lost
     return path.time((count.round() - first).clamp(min=0))
 
 
-def _log_snr(path: Path, t: float) -> float:
-    return path.level(torch.tensor([t], dtype=torch.float64)).log_snr.item()
+def _ends(path: Path) -> list[float]:
+    """The log-SNR of the noisiest finite level and of the least noisy trained."""
+    return [path.level(torch.tensor([t], dtype=torch.float64)).log_snr.item() for t in (path.t_max, path.t_min)]
 
 
 def _from_the_top(path: Path, levels: Level) -> Level:
-    """Begin at t = 1 exactly, where the prior is, also when its log-SNR is infinite."""
+    """Start exactly at t = 1, where the prior is, even if its log-SNR is infinite."""
     top = path.level(torch.ones(1, dtype=torch.float64))
     return Level(*(torch.cat([first, rest[1:]]) for first, rest in zip(top, levels)))

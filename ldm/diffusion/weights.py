@@ -1,6 +1,8 @@
-"""Weights of the loss by level: each is one of |x0 - x0_hat|^2, times (sigma / det)^2 to be one of |y - y_hat|^2."""
+"""Loss weights by level: each weights |x0 - x0_hat|^2, times (sigma / det)^2 to weight |y - y_hat|^2."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def det(prediction: Target, level: Level) -> Tensor:
 
 
 class Constant:
-    """The output's own squared error."""
+    """1 on the network's output."""
 
     def __call__(self, prediction: Target, level: Level) -> Tensor:
         """(B,)"""
@@ -32,26 +34,25 @@ class SNR:
         return (level.alpha / det(prediction, level)) ** 2
 
 
+@dataclass(kw_only=True, frozen=True)
 class MinSNR:
     """min(SNR, gamma) on x0 (Hang et al. 2023)."""
 
-    def __init__(
-        self,
-        *,
-        gamma: float = 5.0,  # where the signal-to-noise ratio is cut off
-    ):
-        self.gamma = positive("gamma", gamma)
+    gamma: float = 5.0  # the largest signal-to-noise ratio
+
+    def __post_init__(self) -> None:
+        positive("gamma", self.gamma)
 
     def __call__(self, prediction: Target, level: Level) -> Tensor:
         """(B,), finite wherever the output can be inverted: min(alpha^2, gamma * sigma^2) / det^2."""
         return torch.minimum(level.alpha**2, self.gamma * level.sigma**2) / det(prediction, level) ** 2
 
 
+@dataclass(kw_only=True, frozen=True)
 class EDM:
     """(sigma^2 + d^2) / (sigma * d)^2 on x0, which is 1 on EDM's own output (EDM table 1)."""
 
-    def __init__(self, *, sigma_data: float):
-        self.sigma_data = positive("sigma_data", sigma_data)
+    sigma_data: float
 
     def __call__(self, prediction: Target, level: Level) -> Tensor:
         """(B,)"""

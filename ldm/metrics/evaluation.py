@@ -27,7 +27,7 @@ from ldm.metrics.images import measures
 from ldm.metrics.verifier import find_verifier
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
-from ldm.pipeline import Pipeline, Recipe, Request
+from ldm.pipeline import Pipeline, Request, SamplingSettings
 
 SHOWN, PAIRS = 64, 8  # samples and reconstructions in a report
 
@@ -59,10 +59,10 @@ class Subject:
         """True if all conditions are a caption or derived from the picture."""
         return self.captioned and {*self.reads} <= {"caption", *DERIVED}
 
-    def recipe(self, **settings: Any) -> Recipe:
-        """The sampling recipe with these settings, then the command line's, then the model's own."""
+    def sampling(self, **settings: Any) -> SamplingSettings:
+        """How pictures are sampled: with these settings, then the command line's, then the model's own."""
         assert self.pipe is not None
-        return self.pipe.recipe(**{**self.settings, **settings})
+        return self.pipe.settings(**{**self.settings, **settings})
 
     def reference(self, reference: ReferenceSet) -> Tensor:
         """The feature vectors of reference pictures."""
@@ -111,7 +111,7 @@ def first_stage(subject: Subject, reference: ReferenceSet) -> dict[str, Any]:
     return {**means, **found, "pictures": rows["pictures"]}
 
 
-def sample(subject: Subject, reference: ReferenceSet, recipe: Recipe, shown: int = 0) -> Rows:
+def sample(subject: Subject, reference: ReferenceSet, settings: SamplingSettings, shown: int = 0) -> Rows:
     """Features and scores of pictures sampled with the conditions of reference pictures, and the first pictures."""
     pipe, verifier = subject.pipe, reference.verifier
     assert pipe is not None
@@ -120,7 +120,7 @@ def sample(subject: Subject, reference: ReferenceSet, recipe: Recipe, shown: int
     def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
         numbers = [number[sample_id.index] for sample_id in sample_ids]
         requests = make_requests(subject, batch, numbers, reference.seed)
-        made = pipe.images(requests, with_inputs(subject, recipe, batch, reference.seed))
+        made = pipe.images(requests, with_inputs(subject, settings, batch, reference.seed))
         x, texts = torch.cat([pictures.to_tensor(image) for image in made]), [request.prompt for request in requests]
         rows = compute_features(subject.features, x) | {"pictures": made[: max(0, shown - numbers[0])]}
         if subject.captioned:
@@ -140,21 +140,21 @@ def make_requests(subject: Subject, batch: Rows, numbers: Sequence[int], seed: i
     return [Request(text, "", label, seed) for text, label, seed in zip(texts, labels, seeds)]
 
 
-def with_inputs(subject: Subject, recipe: Recipe, batch: Rows, seed: int) -> Recipe:
-    """The recipe with all other conditions of a batch; outside its mask, a picture does not change."""
+def with_inputs(subject: Subject, settings: SamplingSettings, batch: Rows, seed: int) -> SamplingSettings:
+    """The settings with all other conditions of a batch; outside its mask, a picture does not change."""
     pipe, reads = subject.pipe, subject.reads
     if pipe is None or not reads:
-        return recipe
-    x0 = torch.empty(0, pipe.channels, recipe.height // pipe.factor, recipe.width // pipe.factor)
+        return settings
+    x0 = torch.empty(0, pipe.channels, settings.height // pipe.factor, settings.width // pipe.factor)
     derived = with_derived(batch, reads, x0, seed)
     inputs = {name: derived[name] for name in reads if name in derived and name not in ("caption", "label")}
-    return replace(recipe, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
+    return replace(settings, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
 
 
 def samples(subject: Subject, reference: ReferenceSet) -> dict[str, Any]:
     """Everything about pictures sampled with the model's own settings."""
     start = time.perf_counter()
-    rows = sample(subject, reference, subject.recipe(), SHOWN)
+    rows = sample(subject, reference, subject.sampling(), SHOWN)
     seconds = time.perf_counter() - start
     found = compare(reference_features(subject.features, reference), rows, reference.seed)
     found |= {"seconds": seconds, "features": rows["vectors"]}
@@ -188,7 +188,7 @@ def nearest_pictures(subject: Subject, made: Tensor, training: ReferenceSet) -> 
 
 def prompts(subject: Subject, sets: Mapping[str, ReferenceSet], **settings: Any) -> dict[str, Any]:
     """What is correct in pictures of each kind of prompt, and their distance to true pictures of these prompts."""
-    rows = {kind: sample(subject, reference, subject.recipe(**settings)) for kind, reference in sets.items()}
+    rows = {kind: sample(subject, reference, subject.sampling(**settings)) for kind, reference in sets.items()}
     alignment = {kind: each.verifier.tally(rows[kind]["scores"]) for kind, each in sets.items() if each.verifier}
     true = {"vectors": concatenate([subject.reference(reference) for reference in sets.values()])}
     made = {"vectors": concatenate([found["vectors"] for found in rows.values()])}
@@ -205,7 +205,7 @@ def bound(subject: Subject, reference: ReferenceSet) -> dict[str, float]:
         generator = torch.Generator().manual_seed(mix32(stream(reference.seed, "bound"), sample_ids[0].index))
         x = pictures.to_float(batch["image"])
         requests = make_requests(subject, batch, range(len(sample_ids)), reference.seed)
-        condition = pipe.condition(requests, with_inputs(subject, subject.recipe(), batch, reference.seed))
+        condition = pipe.condition(requests, with_inputs(subject, subject.sampling(), batch, reference.seed))
 
         def noise() -> Tensor:
             return pipe.to_device(torch.randn(x.shape, generator=generator))

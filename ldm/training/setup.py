@@ -100,7 +100,8 @@ def prepare(config: Config, settings: TrainerSettings) -> Setup:
     """The data, if their batches can be split among the ranks, and what else a recipe needs."""
     data = config.build("data")
     Stream(Order(len(data), data.batch_size, 0), ranks=settings.ranks, accumulate=settings.accumulate)  # or an error
-    validation = config.build("validation") if config["validation"] else None
+    kept_apart = getattr(data, "validation", lambda: None)  # by data.split
+    validation = config.build("validation") if config["validation"] else kept_apart()
     return Setup(config["seed"], settings, data, validation, portable(config.values))
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -177,7 +175,7 @@ def test_ctrl_c_ends_a_running_command_with_130_and_leaves_nothing_behind(tmp_pa
         while b"learning" not in said:  # the progress bar: torch is here and the loop runs
             said += process.stderr.read(1) or pytest.fail(said.decode())
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate()
     assert process.returncode == 130
     assert rest.decode().endswith("error: interrupted\n")
     assert "Traceback" not in rest.decode()
@@ -206,13 +204,9 @@ def test_what_needs_no_network_imports_none_of_the_heavy_packages(statement, all
     assert HEAVY & set(names) <= allowed
 
 
-def test_importing_ldm_costs_at_most_a_tenth_of_a_second():
-    """Above a bare interpreter, in pairs that alternate, so that a busy machine slows both."""
-
-    def seconds(statement: str) -> float:
-        begun = time.perf_counter()
-        assert python("-c", statement).returncode == 0
-        return time.perf_counter() - begun
-
-    pairs = [(seconds("pass"), seconds("import ldm")) for _ in range(9)]
-    assert statistics.median(ours - bare for bare, ours in pairs) <= 0.1, pairs
+def test_importing_ldm_imports_little():
+    """How long it takes, `python -m benchmarks.start_up` measures."""
+    ended = python("-c", "import sys; before = {*sys.modules}; import ldm; print(*{*sys.modules} - before)")
+    names = ended.stdout.split()
+    assert {name for name in names if name.split(".")[0] not in {"ldm", *sys.stdlib_module_names}} == set()
+    assert [name for name in names if name.startswith("ldm")] == ["ldm"]

@@ -110,7 +110,7 @@ def test_the_decoder_stays_finite_far_from_its_mean():
 
 
 def test_the_bound_wants_a_table():
-    with pytest.raises(ValueError, match="path: the bound is that of a table of betas"):
+    with pytest.raises(ValueError, match="path: the bound needs a table of betas"):
         bound.bits_per_dim(ExactDenoiser(1.0, path.Flow()), torch.zeros(1, 1), lambda: torch.zeros(1, 1))
 
 

@@ -110,7 +110,7 @@ def test_rescale_acts_on_the_networks_output(kind, amount):
 
 
 def test_rescale_needs_to_know_the_output():
-    with pytest.raises(ValueError, match="rescale: needs a denoiser that names its kind"):
+    with pytest.raises(ValueError, match="rescale: needs a denoiser with a `prediction`"):
         Guidance(cfg=2.0, rescale=0.5)(lambda x, *_: Prediction(x, x), NULL)(X, ROW, WANTED)
 
 

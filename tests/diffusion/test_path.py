@@ -286,7 +286,7 @@ def test_impossible_numbers(make, message):
 
 @pytest.mark.parametrize("where", ["zero_terminal_snr", "flow"])
 def test_eps_is_refused_where_alpha_is_zero(where):
-    with pytest.raises(ValueError, match="eps says nothing of x0 where alpha = 0"):
+    with pytest.raises(ValueError, match="eps does not determine x0 where alpha = 0"):
         prediction.Eps().check(PATHS[where])
     for kind in ("v", "flow"):
         PREDICTIONS[kind].check(PATHS[where])

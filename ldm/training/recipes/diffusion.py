@@ -29,7 +29,7 @@ from ldm.diffusion.path import Path as NoisePath
 from ldm.diffusion.prediction import Target
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import Uniform
-from ldm.distributed import first_process
+from ldm.distributed import first_process, full_state
 from ldm.draws import draw, stream
 from ldm.models.tiling import sliced
 from ldm.models.transformer import TextTransformer
@@ -47,7 +47,6 @@ from ldm.training.recipe import (
     TrainingSchema,
     Turn,
     batch_to_device,
-    full_state,
 )
 from ldm.training.setup import check_divisible, portable, prepare
 from ldm.training.trainer import TrainerSettings
@@ -131,7 +130,6 @@ class DiffusionRecipe(Recipe):
         return networks
 
     def turns(self) -> list[Turn]:
-        """All together."""
         return [(DENOISER,)]
 
     def blocks(self) -> list[nn.Module]:
@@ -142,14 +140,12 @@ class DiffusionRecipe(Recipe):
         return [block for blocks in lists for block in blocks]
 
     def roots(self) -> list[nn.Module]:
-        """The backbone, and the conditioner if it is trained."""
         trained = self.conditioner is not None and any(p.requires_grad for p in self.conditioner.parameters())
         return [self.denoiser.backbone, *([self.conditioner] if self.conditioner is not None and trained else [])]
 
     # ---------------------------------------------------------------------------------------------------- the loss
 
     def preparation(self) -> Prepare:
-        """Everything random about a sample, and its token ids."""
         conditioner, autoencoder = self.conditioner, self.autoencoder
         return Preparation(
             seed=self.seed,
@@ -163,7 +159,6 @@ class DiffusionRecipe(Recipe):
         )
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
-        """The weighted mean of the samples' losses."""
         x0 = self.latents(batch)  # (B, C, h, w)
         condition = self.condition(batch, x0, batch["drop"])
         plain = self.denoiser.loss(x0, batch["level"], batch["noise"].to(x0.dtype), condition)  # (B,)
@@ -191,7 +186,6 @@ class DiffusionRecipe(Recipe):
     # --------------------------------------------------------------------------------------- what others see of it
 
     def notes(self) -> Iterable[str]:
-        """Dropout, guidance, sizes, and captions that are too long."""
         yield from self.initial_notes
         if self.drops:
             rates = ", ".join(f"{part} {rate:.0%}" for part, rate in self.drops.items())
@@ -217,7 +211,6 @@ class DiffusionRecipe(Recipe):
             yield "weight: the loss at pure noise, where sampling starts, has weight 0; try weight.type=constant"
 
     def caption_report(self, texts: Sequence[str]) -> CaptionReport | None:
-        """How the text encoder reads these captions."""
         if self.conditioner is None:
             return None
         text, guided = text_in(self.conditioner), self.sampler.guidance.cfg != 1
@@ -226,7 +219,6 @@ class DiffusionRecipe(Recipe):
         return CaptionReport(text.max_tokens, sum(map(text.too_long, texts)), self.drops, guided)
 
     def validate(self, folder: Path) -> dict[str, float]:
-        """The loss by noise level, and pictures beside the samples whose conditions made them."""
         self.draw_samples(folder / f"{self.counters.step:08d}.png")
         return self.loss_by_level.measure(self.validation_losses, self.rank)
 
@@ -333,7 +325,6 @@ def check_source(config: Config, key: str, data: Data, model: Model) -> None:
 
 
 def first_samples(data: Data) -> list[SampleId]:
-    """Some samples of one size, spread over a source."""
     return next(by_bucket(evenly_spaced(len(data), CHECKED), CHECKED, data.buckets))
 
 
