@@ -129,12 +129,11 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     from ldm.devices import placement
     from ldm.metrics.evaluation import Subject
 
-    if arguments.sampler is not None:
-        samplers.parse(arguments.sampler)  # refuses an unknown name before anything is loaded
     settings = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": arguments.sampler}
     settings = {name: value for name, value in settings.items() if value is not None}
-    path = arguments.ckpt or pipeline.SHIPPED
-    loaded, pipe = checkpoint.open(path, vae=arguments.vae), None
+    if arguments.sampler is not None:
+        samplers.parse(arguments.sampler)  # refuses an unknown name before anything is loaded
+    loaded, pipe = checkpoint.open(arguments.ckpt or pipeline.SHIPPED, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
     if loaded.config.get("backbone"):
         pipe = pipeline.load(loaded, device=arguments.device, precision=arguments.precision)
@@ -157,7 +156,7 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
     from ldm.checkpoint.downloads import KNOWN
     from ldm.metrics import feature_metrics as m
 
-    features, pipe, file = subject.features, subject.pipe, " + ".join(x.name for x in loaded.files)
+    features, file = subject.features, " + ".join(x.name for x in loaded.files)
     found: dict[str, Any] = {
         "checkpoint": {"file": file, "family": loaded.family, "sha256": loaded.hash},
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
@@ -168,9 +167,9 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
         "device": str(subject.device),
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    if pipe is not None:
-        sampling = pipe.settings(**subject.settings).config
-        found["sampling"] = {name: sampling[name] for name in ("guidance", "spacing", "solver")}
+    if subject.pipe is not None:
+        settings = subject.sampling().config
+        found["sampling"] = {name: settings[name] for name in ("guidance", "spacing", "solver")}
     return found
 
 
@@ -250,8 +249,8 @@ def check_model(config: Config, subject: Subject, reference: ReferenceSet, wante
         raise error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(batch["caption"])):
         raise error("clip: needs captions", "clip", got="none", hint="clip=null")
-    (height, width), sampling, key = reference.data.sizes[0], pipe.settings(), "data.resolution"
-    if (height, width) != (sampling.height, sampling.width):
-        expected = f"{sampling.height}x{sampling.width}"
-        hint = f"{key}={sampling.height}"
+    (height, width), settings, key = reference.data.sizes[0], pipe.settings(), "data.resolution"
+    if (height, width) != (settings.height, settings.width):
+        expected = f"{settings.height}x{settings.width}"
+        hint = f"{key}={settings.height}"
         raise error(f"{key}: differs from the model's", key, got=f"{height}x{width}", expected=expected, hint=hint)

@@ -60,7 +60,7 @@ class Subject:
         return self.captioned and {*self.reads} <= {"caption", *DERIVED}
 
     def sampling(self, **settings: Any) -> SamplingSettings:
-        """The sampling settings: these, then the command line's, then the model's own."""
+        """How pictures are sampled: with these settings, then the command line's, then the model's own."""
         assert self.pipe is not None
         return self.pipe.settings(**{**self.settings, **settings})
 
@@ -111,7 +111,7 @@ def first_stage(subject: Subject, reference: ReferenceSet) -> dict[str, Any]:
     return {**means, **found, "pictures": rows["pictures"]}
 
 
-def sample(subject: Subject, reference: ReferenceSet, sampling: SamplingSettings, shown: int = 0) -> Rows:
+def sample(subject: Subject, reference: ReferenceSet, settings: SamplingSettings, shown: int = 0) -> Rows:
     """Features and scores of pictures sampled with the conditions of reference pictures, and the first pictures."""
     pipe, verifier = subject.pipe, reference.verifier
     assert pipe is not None
@@ -120,7 +120,7 @@ def sample(subject: Subject, reference: ReferenceSet, sampling: SamplingSettings
     def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
         numbers = [number[sample_id.index] for sample_id in sample_ids]
         requests = make_requests(subject, batch, numbers, reference.seed)
-        made = pipe.images(requests, with_inputs(subject, sampling, batch, reference.seed))
+        made = pipe.images(requests, with_inputs(subject, settings, batch, reference.seed))
         x, texts = torch.cat([pictures.to_tensor(image) for image in made]), [request.prompt for request in requests]
         rows = compute_features(subject.features, x) | {"pictures": made[: max(0, shown - numbers[0])]}
         if subject.captioned:
@@ -140,15 +140,16 @@ def make_requests(subject: Subject, batch: Rows, numbers: Sequence[int], seed: i
     return [Request(text, "", label, seed) for text, label, seed in zip(texts, labels, seeds)]
 
 
-def with_inputs(subject: Subject, sampling: SamplingSettings, batch: Rows, seed: int) -> SamplingSettings:
+def with_inputs(subject: Subject, settings: SamplingSettings, batch: Rows, seed: int) -> SamplingSettings:
     """The settings with all other conditions of a batch; outside its mask, a picture does not change."""
     pipe, reads = subject.pipe, subject.reads
     if pipe is None or not reads:
-        return sampling
-    x0 = torch.empty(0, pipe.channels, sampling.height // pipe.factor, sampling.width // pipe.factor)
-    derived = with_derived(batch, reads, x0, seed)
+        return settings
+    x0 = torch.empty(0, pipe.channels, settings.height // pipe.factor, settings.width // pipe.factor)
+    factor = pipe.conditioner.low_resolution_factor if pipe.conditioner else None
+    derived = with_derived(batch, reads, x0, seed, factor)
     inputs = {name: derived[name] for name in reads if name in derived and name not in ("caption", "label")}
-    return replace(sampling, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
+    return replace(settings, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
 
 
 def samples(subject: Subject, reference: ReferenceSet) -> dict[str, Any]:
