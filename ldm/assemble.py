@@ -15,8 +15,8 @@ from ldm import checkpoint
 from ldm.checkpoint import Checkpoint, load_weights
 from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner
-from ldm.conditioning.text import carriers
-from ldm.conditioning.tokenizer import carried
+from ldm.conditioning.text import tokenizer_owners
+from ldm.conditioning.tokenizer import from_checkpoint
 from ldm.config import files
 from ldm.config import schema as configuration
 from ldm.config.schema import Config, Part, stored
@@ -123,7 +123,7 @@ def check_first_stage(config: Config, loaded: Checkpoints) -> None:
 def check_encoders(config: Config, conditioner: Conditioner | None) -> None:
     """Refuse a frozen text encoder without weights; random weights must be asked for."""
     for key, _, text in external.encoders(conditioner):
-        if text.unfilled:
+        if text.needs_weights:
             what, expected = f"{key}: missing, and the encoder is not trained", "a folder, a file, a Hub id or random"
             raise config.source.error(what, key, got="none", expected=expected, hint=f"{key}=FOLDER")
 
@@ -141,10 +141,13 @@ def build(config: Config, loaded: Checkpoints, key: str, **given: Any) -> Any:
 def model(config: Config, loaded: Checkpoints = NONE) -> Model:
     """All networks of a configuration; under `torch.device("meta")`, without memory for their weights."""
     autoencoder, conditioner = encoders(config, loaded)
-    shapes = {name: getattr(conditioner, name, None) for name in ("context", "pooled", "classes")}
+    shapes = {name: getattr(conditioner, name, None) for name in ("context", "pooled", "classes", "vectors")}
     shapes["extra_channels"] = 0 if conditioner is None else conditioner.concat_channels
     shapes["in_channels"] = config["channels"] if autoencoder is None else autoencoder.latent_channels
-    return Model(denoiser(config, loaded, **shapes), conditioner, autoencoder)
+    built = denoiser(config, loaded, **shapes)
+    with config.blame("backbone"):
+        built.check([] if conditioner is None else conditioner.gives())
+    return Model(built, conditioner, autoencoder)
 
 
 def encoders(config: Config, loaded: Checkpoints = NONE) -> Encoders:
@@ -156,9 +159,10 @@ def encoders(config: Config, loaded: Checkpoints = NONE) -> Encoders:
 def first_stage(autoencoder: Autoencoder | None, channels: int) -> dict[str, Any]:
     """What conditions on images need of the autoencoder; without one, pictures are their own latents."""
     if autoencoder is None:
-        return {"encode": lambda x: x, "posterior": lambda x: (x, None), "latent_channels": channels, "factor": 1}
-    names = ("encode", "posterior", "latent_channels", "factor")
-    return {name: getattr(autoencoder, name) for name in names}
+        identity = {"encode": lambda x: x, "posterior": lambda x: (x, None)}
+        return {**identity, "latent_channels": channels, "latent_factor": 1}
+    given = {name: getattr(autoencoder, name) for name in ("encode", "posterior", "latent_channels")}
+    return {**given, "latent_factor": autoencoder.factor}
 
 
 def fill(model: Model, loaded: Checkpoint) -> None:
@@ -171,14 +175,14 @@ def fill(model: Model, loaded: Checkpoint) -> None:
 
 def fill_part(module: nn.Module, loaded: Checkpoint, prefix: str) -> None:
     """Load a network's weights and tokenizer; an encoder that the file leaves out has read its own by name."""
-    load_weights(module, external.whole(loaded, module).state if prefix == "conditioner" else loaded.state, prefix)
+    load_weights(module, external.restore(loaded, module).state if prefix == "conditioner" else loaded.state, prefix)
     for encoder in external.encoders(module):
-        encoder.text.unfilled = False
+        encoder.text.needs_weights = False
         if encoder.key not in loaded.config.get("left_out", ()):
             encoder.text.weights = None  # the file has them
-    for text in carriers(module):
+    for text in tokenizer_owners(module):
         if loaded.tokenizer is not None:
-            text.use(carried(loaded.tokenizer))
+            text.use(from_checkpoint(loaded.tokenizer))
 
 
 def whole(loaded: Checkpoint, overrides: Sequence[str]) -> Checkpoint:
@@ -188,7 +192,7 @@ def whole(loaded: Checkpoint, overrides: Sequence[str]) -> Checkpoint:
     with empty():
         conditioner = encoders(configure(loaded.config, str(loaded.files[0]), overrides)).conditioner
     assert conditioner is not None
-    return external.whole(loaded, conditioner)
+    return external.restore(loaded, conditioner)
 
 
 def denoiser(config: Config, loaded: Checkpoints = NONE, **shapes: Any) -> Denoiser:

@@ -15,9 +15,7 @@ from ldm import pictures, pipeline
 from ldm.data.sampler import SampleId
 from ldm.devices import visiting
 from ldm.diffusion import sampler
-from ldm.distributed import Rank
 from ldm.pipeline import Pipeline, Request
-from ldm.training.recipes.autoencoder import AutoencoderStage
 from tests import small_models
 from tests.test_pipeline import PROMPT, SIZE, mask, picture
 from tests.training import second_stage, test_autoencoder
@@ -109,29 +107,30 @@ def test_no_model_meets_tensors_of_another_device(name, offload, pretended, tmp_
 @pytest.mark.parametrize(("conditioner", "adds"), [("null", "[]"), (TEXT, "[]"), *CONDITIONS])
 def test_no_training_of_a_denoiser_meets_them(conditioner, adds, pretended, tmp_path):
     backbone = f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"
-    stage = second_stage.stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", backbone)
-    batch = stage.transfer_batch_to_device(stage.data.batch(ASKED, 3), GPU, 0)
-    stage.__dict__["_device"] = GPU
+    loop = second_stage.loop_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", backbone)
+    recipe = loop.recipe
+    fetched = recipe.data.batch(ASKED, 3)
+    batch = loop.transfer_batch_to_device(recipe.preparation()(fetched), GPU, 0)
     with pytest.raises(RuntimeError, match="same device"):
-        stage.loss(batch, ("denoiser",))
-    with visiting(stage, GPU):
-        loss, report = stage.loss(batch, ("denoiser",))
+        recipe.loss(batch, ("denoiser",))
+    with visiting(loop, GPU):
+        loss, report = recipe.loss(batch, ("denoiser",))
         assert {x.device for x in (loss, *report.values())} == {GPU}
-        assert {x.device for x in stage.loss_by_level.losses(stage, batch).values()} == {GPU}
+        assert {x.device for x in recipe.validation_losses(fetched, torch.arange(8))} == {GPU}
 
 
 @pytest.mark.parametrize("more", [[], VQ, ["loss.perceptual=judge"]], ids=["KL", "VQ", "judge"])
 def test_no_training_of_a_first_stage_meets_them(more, pretended, tmp_path, toy_data, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda y, x, *_, **__: (torch.zeros_like(x),))  # which needs a driver
-    monkeypatch.setattr(AutoencoderStage, "rank", Rank())
-    stage = test_autoencoder.stage_of(tmp_path, *more, "loss.start=0")
-    batch = stage.transfer_batch_to_device(stage.data.batch(ASKED, 3), GPU, 0)
-    stage.__dict__["_device"] = GPU
-    with visiting(stage, GPU):
-        for turn in stage.turns():
-            loss, report = stage.loss(batch, turn)
+    loop = test_autoencoder.loop_of(tmp_path, *more, "loss.start=0")
+    recipe = loop.recipe
+    fetched, prepare = recipe.data.batch(ASKED, 3), recipe.preparation() or dict
+    batch = loop.transfer_batch_to_device(prepare(fetched), GPU, 0)
+    with visiting(loop, GPU):
+        for turn in recipe.turns():
+            loss, report = recipe.loss(batch, turn)
             assert {x.device for x in (loss, *report.values())} == {GPU}
-        assert {x.device for x in stage.reconstruct(stage.data.batch(ASKED, 3)["image"])} == {GPU}
+        assert {x.device for x in recipe.reconstruct_pixels(fetched["image"])} == {GPU}
 
 
 def test_what_visits_is_there_for_its_turn_and_comes_home_after_an_error():

@@ -12,12 +12,13 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm import assemble, checkpoint
-from ldm.assemble import AutoencoderSchema, DiffusionSchema
 from ldm.cli import main
 from ldm.config import schema as configuration
 from ldm.diffusion.guidance import Guidance
 from ldm.models.empty import empty
-from ldm.training.recipes.diffusion import LatentDiffusionStage
+from ldm.training.recipes.autoencoder import Schema as AutoencoderSchema
+from ldm.training.recipes.diffusion import DiffusionRecipe
+from ldm.training.recipes.diffusion import Schema as DiffusionSchema
 from tests.checkpoint.made_up import make
 from tests.data.photographs import photograph
 from tests.reduced import FILES, ROOT, reads_images, small, stage_of, words, written
@@ -211,14 +212,14 @@ def test_it_takes_a_step_at_reduced_width(name, train, tmp_path):
 )
 def test_what_is_never_dropped_is_not_guided_away_from(name, rate, parts, train, monkeypatch, capsys):
     """Nor what lies beside the latents: samples are made without guidance, whatever cfg says, and that is said."""
-    seen, condition = [], LatentDiffusionStage.condition
+    seen, condition = [], DiffusionRecipe.condition
 
-    def watched(stage, batch, x0, drop):
-        if not stage.training:
+    def watched(recipe, batch, x0, drop):
+        if not recipe.training:
             seen.append(drop)
-        return condition(stage, batch, x0, drop)
+        return condition(recipe, batch, x0, drop)
 
-    monkeypatch.setattr(LatentDiffusionStage, "condition", watched)
+    monkeypatch.setattr(DiffusionRecipe, "condition", watched)
     guide, guided = Guidance.__call__, []
     monkeypatch.setattr(Guidance, "__call__", lambda *args: guided.append(1) or guide(*args))
     assert train(name, **{"guidance.cfg": 3, "conditioner.drop": rate}) == 0

@@ -7,19 +7,13 @@ import pytest
 import torch
 from ldm.scenes.alignment import prompts, verdicts
 
-import ldm
 from ldm.cli import main
 from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return ldm.load(device="cpu")
-
-
-def test_it_paints_what_no_two_prompts_share(pipe):
-    red, blue = pipe(["a large red sphere", "a large blue sphere"], cfg=4, steps=8)
+def test_it_paints_what_no_two_prompts_share(shipped):
+    red, blue = shipped(["a large red sphere", "a large blue sphere"], cfg=4, steps=8)
     assert red.size == blue.size == (64, 64)
     first, second = (np.asarray(image, dtype=float).mean((0, 1)) for image in (red, blue))
     assert first[0] - first[2] > second[0] - second[2] + 5  # redder
@@ -41,10 +35,10 @@ def test_words_that_it_cannot_know_are_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_object_is_as_it_was_told(pipe):
+def test_one_object_is_as_it_was_told(shipped):
     texts, right = prompts(200, 1), {}
     for cfg in (1, 4, 7.5):
-        made = torch.cat([to_tensor(image) for image in pipe(texts, cfg=cfg, batch_size=50)])
+        made = torch.cat([to_tensor(image) for image in shipped(texts, cfg=cfg, batch_size=50)])
         right[cfg] = sum(verdict.whole for verdict in verdicts(made, texts)) / len(texts)
     print("right in everything: " + ", ".join(f"cfg {cfg:g} {share:.1%}" for cfg, share in right.items()))
     assert right[4] >= 0.85

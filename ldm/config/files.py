@@ -64,7 +64,7 @@ def amend(source: Source, overrides: Sequence[str]) -> Source:
     """Another source with its old keys renamed, the overrides in their places, and each ${KEY} by its value."""
     source = Source(copy.deepcopy(source.values), dict(source.origin))
     _upgrade(source, RENAMES)
-    for override in sorted(overrides, key=_rank):
+    for override in sorted(map(_moved, overrides), key=_rank):
         _override(source, override)
     source.values = _resolved(source)
     return source
@@ -81,6 +81,12 @@ def _text(file: Path) -> str:
         beside = {} if file.exists() else {path.stem: str(path) for path in file.parent.glob("*.yaml")}
         hint = beside.get(nearest(file.stem, beside), "")
         raise InputError(f"cannot read the configuration: {error.strerror}", str(file), hint=hint) from None
+
+
+def _moved(override: str) -> str:
+    """An override of a key of version 0.1 with its present name."""
+    key, equals, value = override.partition("=")
+    return f"{MOVED.get(key, key)}{equals}{value}"
 
 
 def _rank(override: str) -> tuple[int, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -40,7 +41,7 @@ def test_it_prints_what_it_found(capsys):
     ]
     assert lines[0] == "plan        7 steps of 8 images on 1 CPU process, 32-true"
     assert "4 from 0 (no discriminator): " in "\n".join(lines)
-    assert "3 from 4 (against it): " in "\n".join(lines)
+    assert "3 from 4 (adversarial): " in "\n".join(lines)
 
 
 def test_the_same_as_json_with_an_error(capsys, monkeypatch):
@@ -48,9 +49,9 @@ def test_the_same_as_json_with_an_error(capsys, monkeypatch):
     assert main(["doctor", "--config", "toy.yaml", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert found["batch_size"] == 8
-    assert found["plan"]["steps"] == 10
+    assert found["settings"]["steps"] == 10
     assert found["survey"]["samples"] == 40
-    assert [verdict["kind"] for verdict in found["verdicts"]] == ["ok", "error"]
+    assert [finding["kind"] for finding in found["findings"]] == ["ok", "error"]
 
 
 def test_print_config_stops(capsys):
@@ -59,19 +60,21 @@ def test_print_config_stops(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "folder", "stage"),
+    ("name", "stage", "folder", "recipe"),
     [
-        ("scenes", None, "autoencoder", 1),
-        ("scenes", 1, "autoencoder", 1),
-        ("scenes", 2, "ldm", 2),
-        ("kl_f8", None, "autoencoder", 1),
-        ("sd15", None, "ldm", 2),
-        ("sd15", 2, "ldm", 2),
+        ("scenes", None, "autoencoder", "autoencoder"),
+        ("scenes", 1, "autoencoder", "autoencoder"),
+        ("scenes", 2, "ldm", "diffusion"),
+        ("kl_f8", None, "autoencoder", "autoencoder"),
+        ("sd15", None, "ldm", "diffusion"),
+        ("sd15", 2, "ldm", "diffusion"),
     ],
 )
-def test_a_name_means_the_first_stage_that_has_it(name, said, folder, stage):
-    file, found = doctor.which(name, said)
-    assert (file.parent.name, file.stem, found) == (folder, name, stage)
+def test_a_name_means_the_first_stage_that_has_it(name, stage, folder, recipe):
+    parser = argparse.ArgumentParser()
+    doctor.options(parser)
+    plan = doctor.read_plan(parser.parse_args([name, *(["--stage", str(stage)] if stage else [])]))
+    assert (plan.file.parent.name, plan.file.stem, plan.recipe) == (folder, name, recipe)
 
 
 @pytest.mark.parametrize(

@@ -12,4 +12,4 @@ def test_an_encoder_of_a_gigabyte_is_still_carried(size, left, monkeypatch):
     text.weights = "somebody/clip"
     monkeypatch.setattr(external, "size", lambda module: size)
     monkeypatch.setattr(external, "digest", lambda module: "0")
-    assert bool(external.remember({"conditioner": {"type": "clip"}}, text)["left_out"]) == left
+    assert bool(external.record({"conditioner": {"type": "clip"}}, text)["left_out"]) == left

@@ -127,7 +127,7 @@ def test_another_encoder_is_refused_and_so_is_none(tmp_path, monkeypatch, capsys
     sample = ("sample", "--ckpt", file, "--prompt", "a ball", "--out", str(tmp_path / "out"), "--device", "cpu")
     wanted = checkpoint.open(file).config["left_out"]["conditioner.weights"]
     expected = f"expected a-clip, sha256 {wanted['sha256'][:10]}; try conditioner.weights=FOLDER"
-    start = f"error: conditioner.weights: not the encoder that the file leaves out ({file})"
+    start = f"error: conditioner.weights: not the encoder that the file needs ({file})"
     assert refusal(capsys, *sample) == f"{start}; got none; {expected}"
     line = refusal(capsys, *sample, f"conditioner.weights={other}")
     assert line.startswith(f"{start}; got sha256 ")
@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_the_encoder_that_it_began_with(tmp_path, capsys):
     assert main([*argv, "trainer.steps=2"]) == 0
     (tmp_path / "texts").rename(tmp_path / "before")
     clip_in(tmp_path / "texts", seed=1)
-    assert "not the encoder that the file leaves out" in refusal(capsys, *argv, "trainer.steps=3")
+    assert "not the encoder that the file needs" in refusal(capsys, *argv, "trainer.steps=3")
 
 
 def test_what_has_no_name_stays_inside(tmp_path):

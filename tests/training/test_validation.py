@@ -10,7 +10,7 @@ from ldm.pictures import to_float
 from ldm.scenes import Scenes
 from ldm.scenes.judge_accuracy import blurred
 from ldm.scenes.pretrained import judge
-from ldm.training.reconstruction_metrics import ReconstructionMetrics
+from ldm.training.validation import ReconstructionMetrics
 
 SCENES = Scenes(resolution=64, batch_size=8, size=80, split="validation")
 

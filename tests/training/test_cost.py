@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from ldm.cli import main
-from ldm.training import needs, utilisation
-from ldm.training.trainer import Plan
+from ldm.training import cost
+from ldm.training.cost import Utilisation, flops_by_phase, peak_flops
+from ldm.training.trainer import TrainerSettings
 from ldm.training.trial import follow
-from ldm.training.utilisation import Utilisation, counted, peak_of
 from tests.training import killing, second_stage
 from tests.training.killing import manifest, rows, start, toy_data, wait
-from tests.training.second_stage import stage_of
+from tests.training.second_stage import loop_of
 
 __all__ = ["toy_data"]
 VQ = ["autoencoder={type: vq, channels: 32, multipliers: [1, 1], blocks: 1, mid_attention: false, codes: 32}"]
-VQ += ["sample_from=0", "revive=5", "loss.penalty_weight=1", "loss.start=2"]
+VQ += ["recipe.sample_from=0", "recipe.revive=5", "loss.penalty_weight=1", "loss.start=2"]
 BATCH_NORM = ["discriminator={channels: 16, layers: 1, norm: batch}", "loss.start=2"]
 DROPOUT = ["backbone.dropout=0.3", "backbone.checkpointing=true"]
 COMPILED = ["trainer.compile=true", "trainer.steps=2"]
@@ -28,7 +28,7 @@ def both(tmp_path, monkeypatch, begin, overrides, ranks=1):
     """The same training with and without a count of its operations: the runs' folders."""
     more = [*overrides, f"trainer.devices={ranks}"]
     assert wait(start(begin(tmp_path / "counted", *more), ranks)) == [0] * ranks, (tmp_path / "counted.log").read_text()
-    monkeypatch.setattr(utilisation, "counted", lambda stage: {})
+    monkeypatch.setattr(cost, "flops_by_phase", lambda loop: {})
     assert wait(start(begin(tmp_path / "plain", *more), ranks)) == [0] * ranks, (tmp_path / "plain.log").read_text()
     return tmp_path / "counted", tmp_path / "plain"
 
@@ -58,25 +58,25 @@ def test_counting_changes_nothing(begin, overrides, ranks, tmp_path, monkeypatch
 def test_nothing_is_left_of_a_count(tmp_path):
     """Neither gradients nor a step, and random numbers go on where they were."""
 
-    def course(stage):
-        before = {name: x.clone() for name, x in stage.state_dict().items()}
-        state, here = torch.get_rng_state(), stage.step
-        assert list(counted(stage)) == [0]
-        assert all(p.grad is None for p in stage.parameters())
+    def script(loop):
+        before = {name: x.clone() for name, x in loop.state_dict().items()}
+        state, step = torch.get_rng_state(), loop.counters.step
+        assert list(flops_by_phase(loop)) == [0]
+        assert all(p.grad is None for p in loop.parameters())
         assert torch.equal(torch.get_rng_state(), state)
-        assert stage.step == here
-        assert stage.denoiser.backbone.checkpointing
-        for name, x in stage.state_dict().items():
+        assert loop.counters.step == step
+        assert loop.recipe.denoiser.backbone.checkpointing
+        for name, x in loop.state_dict().items():
             assert torch.equal(x, before[name])
         yield
 
-    follow(stage_of(tmp_path, *DROPOUT), course)
+    follow(loop_of(tmp_path, *DROPOUT), script)
 
 
 def test_the_log_says_what_is_done_by_hand(tmp_path):
     assert main(second_stage.command(tmp_path / "run", "trainer.steps=3")[:-1]) == 0
     found = []
-    follow(stage_of(tmp_path), lambda stage: found.append(needs.flops_of(stage)) or iter([None]))
+    follow(loop_of(tmp_path), lambda loop: found.append(cost.flops_of(loop)) or iter([None]))
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             said = float(row["images_per_second"]) * found[0] / 1e12
@@ -106,14 +106,14 @@ def test_each_phase_has_its_own_count_and_mfu_is_a_part_of_the_peak():
     ],
 )
 def test_peaks_are_of_whole_devices_that_we_know(device, precision, ranks, expected):
-    plan = Plan(steps=1, accelerator="cpu", devices=ranks, precision=precision)
-    assert peak_of(plan, device) == (None if expected is None else pytest.approx(expected))
+    settings = TrainerSettings(steps=1, accelerator="cpu", devices=ranks, precision=precision)
+    assert peak_flops(settings, device) == (None if expected is None else pytest.approx(expected))
 
 
 def test_where_memory_is_short_nothing_is_said(tmp_path, monkeypatch):
-    def short(stage):
+    def short(loop):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(utilisation, "flops_of", short)
+    monkeypatch.setattr(cost, "flops_of", short)
     assert main(second_stage.command(tmp_path / "run", "trainer.steps=1")[:-1]) == 0
     assert "tflops_per_second" not in (tmp_path / "run" / "metrics.csv").read_text()
