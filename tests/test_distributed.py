@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 TRUE = """
 import json, os, sys, torch
 from ldm.scenes import Scenes
-from ldm.metrics.comparison import true_features
-from ldm.metrics.features import JudgeFeatures
+from ldm.metrics.comparison import ReferenceSet, reference_features
+from ldm.scenes.features import JudgeFeatures
 os.environ["XDG_CACHE_HOME"] = sys.argv[1] + os.environ["RANK"] * (sys.argv[2] == "apart")
 torch.set_num_threads(1)
 features, data = JudgeFeatures(), Scenes(resolution=64, batch_size=2, size=100, workers=0)
-rows = [true_features(features, data, range(k, k + 5), 0, {})["vectors"].tolist() for k in (0, 5, 0)]
+sets = [ReferenceSet(data, {}, range(k, k + 5), 0) for k in (0, 5, 0)]
+rows = [reference_features(features, each)["vectors"].tolist() for each in sets]
 print(json.dumps(rows))
 """
 WORK = """

@@ -218,7 +218,9 @@ class DiffusionRecipe(Recipe):
         text, guided = text_in(self.conditioner), self.sampler.guidance.cfg != 1
         if text is None:
             return CaptionReport(0, 0, self.drops, guided)
-        return CaptionReport(text.tokenization.max_tokens, sum(map(text.tokenization.truncates, texts)), self.drops, guided)
+        return CaptionReport(
+            text.tokenization.max_tokens, sum(map(text.tokenization.truncates, texts)), self.drops, guided
+        )
 
     def validate(self, folder: Path) -> dict[str, float]:
         self.draw_samples(folder / f"{self.counters.step:08d}.png")
