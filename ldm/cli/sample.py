@@ -172,7 +172,7 @@ def unseen_words(pipe: Pipeline, prompts: Sequence[str]) -> list[str]:
     from ldm.conditioning.tokenizer import BPE, words
 
     text = text_in(pipe.conditioner)
-    tokenizer = None if text is None or text.published else text.tokenizer
+    tokenizer = None if text is None or text.standard_tokenizer else text.tokenizer
     if text is None or not isinstance(tokenizer, BPE) or tokenizer.vocabulary or tokenizer.size >= text.vocabulary:
         return []
     split = [tokenizer.word(word) for prompt in prompts for word in words(prompt)]

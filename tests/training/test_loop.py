@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ldm.training.reconstruction_metrics import ReconstructionMetrics
 
 from ldm import checkpoint
 from ldm.cli import main
