@@ -371,7 +371,7 @@ def assembled(
     if loaded.config.get("backbone") is None:
         raise CheckpointError("a first stage alone makes no pictures", path, "an autoencoder", hint="it as --vae")
     config = assemble.configure(loaded.config, path, overrides)
-    channels = checkpoint.latents(loaded)
+    channels = checkpoint.latent_channels(loaded)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
         raise CheckpointError("no first stage inside to make pictures of latents", path, got, hint="--vae PATH")

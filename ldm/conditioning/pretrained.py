@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.checkpoint.files import raw
-from ldm.checkpoint.hub import brought, on_hub
+from ldm.checkpoint.hub import download, on_hub
 from ldm.checkpoint.text_keys import find_text, read_text
 from ldm.errors import CheckpointError
 from ldm.models.transformer import TextTransformer
@@ -69,7 +69,7 @@ def fetch(identity: str) -> Path:
 def hub_folder(identity: str, chosen: Callable[[list[str]], list[str]]) -> Path:
     """The folder of a model on a hub, or an error about the setting that names it."""
     try:
-        return brought(identity, chosen)
+        return download(identity, chosen)
     except CheckpointError as error:
         raise ValueError(f"weights: {error}; try a folder that has the weights") from error
 

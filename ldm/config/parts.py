@@ -109,6 +109,18 @@ TABLES: dict[str, dict[str, str] | str] = {
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds
 
+# families of published checkpoints; the last is asked first, so that a plugin's are asked before these
+FAMILIES: dict[str, str] = {
+    "first_stage": "ldm.checkpoint.families.first_stage:FIRST_STAGES",
+    "ldm_kl": "ldm.checkpoint.families.ldm:KL",
+    "ldm_vq": "ldm.checkpoint.families.ldm:VQ",
+    "ldm_class": "ldm.checkpoint.families.ldm:CLASS",
+    "ldm_text": "ldm.checkpoint.families.ldm:TEXT",
+    "sd2": "ldm.checkpoint.families.sd:SD2",
+    "sd1": "ldm.checkpoint.families.sd:SD1",
+    "dit": "ldm.checkpoint.families.dit:DIT",
+}
+
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {
     "prediction": {"sigma_data": "path.sigma_data"},
@@ -169,7 +181,7 @@ def plug(module: str) -> None:
     except Exception as error:  # whatever a user's module does on import
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
-        known = TABLES.setdefault(axis, {})
+        known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})
         if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):
             raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
         known.update(table)
