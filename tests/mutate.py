@@ -87,10 +87,10 @@ SABOTAGES = [
     Sabotage("VQ: gradients do not pass", M + "quantize.py", "return (z - z.detach()) + e.detach()", "return e.detach()", "tests/models"),
     Sabotage("fingerprint: forgets the scale", M + "autoencoder.py", '{**tensors, "shift": self.shift, "scale": self.scale}', '{**tensors, "shift": self.shift}', "tests/models/test_autoencoder.py"),
     Sabotage("latents: scale divides on the way in", M + "autoencoder.py", "(z - self.shift) * self.scale", "(z - self.shift) / self.scale", "tests/models/test_autoencoder.py"),
-    Sabotage("names: q and k swapped", "ldm/checkpoint/backbone_keys.py", '"q": "to_q", "k": "to_k"', '"q": "to_k", "k": "to_q"', "tests/checkpoint"),
+    Sabotage("names: q and k swapped", "ldm/checkpoint/unet_keys.py", '"q": "to_q", "k": "to_k"', '"q": "to_k", "k": "to_q"', "tests/checkpoint"),
     Sabotage("pipeline: every picture has the same seed", "ldm/pipeline.py", "Request(text, negative, label, seed + i)", "Request(text, negative, label, seed)", "tests/test_pipeline.py"),
     Sabotage("inpainting: mask the other way", D + "inpaint.py", "torch.lerp(self.known, prediction.x0, self.mask)", "torch.lerp(prediction.x0, self.known, self.mask)", "tests/test_pipeline.py"),
-    Sabotage("one file: the digest is not compared", "ldm/checkpoint/formats/native.py", "digest = check_digest(tensors.path)", "digest = tensors.metadata.get(DIGEST, '')", "tests/checkpoint"),
+    Sabotage("one file: the digest is not compared", "ldm/checkpoint/formats/native.py", "digest = check_ours(tensors)", "digest = tensors.metadata.get(DIGEST, '')", "tests/checkpoint"),
     Sabotage("names: left-over tensors are passed over", "ldm/checkpoint/rename.py", 'refuse("tensors without a place", [name for name in state if name not in old_names])', "pass", "tests/checkpoint"),
     Sabotage("text: the penultimate layer without its norm", M + "transformer.py", 'last if self.layer == "last" else self.norm(x)', 'last if self.layer == "last" else x', "tests/models"),
     Sabotage("text: nothing is not put in the place of what is dropped", "ldm/conditioning/conditioner.py", "return Condition.choose(drop[self.part], self.null(condition.batch_size), condition)", "return condition", "tests/conditioning"),
@@ -157,8 +157,8 @@ SABOTAGES = [
     Sabotage("files: a rounded first stage keeps its old name", "ldm/checkpoint/formats/native.py", "fingerprint(config[\"autoencoder\"], rounded(own, dtype))", "fingerprint(config[\"autoencoder\"], own)", "tests/checkpoint/test_files.py"),
     Sabotage("hub: all copies of the weights come", "ldm/checkpoint/hub.py", "(plain or half or weights)", "weights", "tests/test_hub.py"),
     Sabotage("hub: a missing file is asked for", "ldm/checkpoint/hub.py", " and not name.endswith(WEIGHTS)", "", "tests/test_hub.py"),
-    Sabotage("hub: a folder's hash is of all that lies there", "ldm/checkpoint/formats/diffusers.py", "files = [file for part in WEIGHTED if part in parts for file in weights_of(folder / part)]", "files = sorted(folder.glob('*/*.safetensors'))", "tests/test_hub.py"),
-    Sabotage("own first stage: its latents are not counted", "ldm/checkpoint/__init__.py", "if latent not in (None, offered):", "if False:", "tests/test_extending.py"),
+    Sabotage("hub: a folder's hash is of all that lies there", "ldm/checkpoint/latent_diffusion.py", "files = [file for part in weighted for file in folder.files(part)]", "files = sorted(folder.path.glob('*/*.safetensors'))", "tests/test_hub.py"),
+    Sabotage("own first stage: its latents are not counted", "ldm/checkpoint/__init__.py", "if channels not in (None, offered):", "if False:", "tests/test_extending.py"),
     Sabotage("captions cut off: counted by what is lost", "ldm/cli/console.py", "cut.add(message.text)", "cut.add(str(message))", "tests/cli/test_console.py"),
 ]  # fmt: skip
 

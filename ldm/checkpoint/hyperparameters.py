@@ -1,4 +1,4 @@
-"""Constructor numbers read off the names and shapes of other people's weights, with plain arithmetic."""
+"""Hyperparameters of networks, inferred from the names and shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ldm.models.dit import SIZES
-
 Shapes = Mapping[str, tuple[int, ...]]
+Node = dict[str, Any]
 
-# Patterns with a group count distinct numbers; {l} is a level, {i} a block in it, {n} a row of CompVis's flat list.
+CONTEXT = ("attn2.to_k.weight", "cross_attention.k.weight")  # read the tokens; in all layouts
+# A pattern's group counts distinct numbers; {l} is a level, {i} a block in it, {n} a row of CompVis's flat list.
 UNETS: dict[str, dict[str, str]] = {
     "compvis": {
         "first": "input_blocks.0.0.weight",
@@ -38,6 +38,12 @@ UNETS: dict[str, dict[str, str]] = {
         "label": "class_embedding.weight",
         "pooled": "class_embedding.linear_1.weight",
     },
+    "ours": {
+        "first": "encoder.0.main.weight",
+        "last": "out.weight",
+        "label": "time.label.weight",
+        "pooled": "time.pooled.0.weight",
+    },
 }
 AUTOENCODERS: dict[str, dict[str, str]] = {
     "compvis": {
@@ -53,20 +59,6 @@ AUTOENCODERS: dict[str, dict[str, str]] = {
         "conv": "encoder.down_blocks.{l}.resnets.0.conv1.weight",
         "attend": "encoder.down_blocks.{l}.attentions.",
         "middle": "encoder.mid_block.attentions.0.",
-    },
-}
-DITS: dict[str, dict[str, str]] = {
-    "dit": {
-        "first": "x_embedder.proj.weight",
-        "last": "final_layer.linear.weight",
-        "blocks": r"blocks\.(\d+)\.",
-        "label": "y_embedder.embedding_table.weight",
-    },
-    "diffusers": {
-        "first": "pos_embed.proj.weight",
-        "last": "proj_out_2.weight",
-        "blocks": r"transformer_blocks\.(\d+)\.",
-        "label": "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
     },
 }
 TEXTS: dict[str, dict[str, str]] = {
@@ -90,85 +82,65 @@ TEXTS: dict[str, dict[str, str]] = {
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """How many different things the pattern's group finds at the beginnings of names."""
+    """The number of distinct groups that the pattern matches at the beginnings of names."""
     return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
-def beginning(shapes: Shapes, prefix: str) -> list[str]:
-    """The names that begin so."""
+def beginning_with(shapes: Shapes, prefix: str) -> list[str]:
+    """The names that begin with a prefix."""
     return [name for name in shapes if name.startswith(prefix)]
 
 
-def unet_numbers(shapes: Shapes, layout: str) -> dict[str, Any]:
-    """What a U-Net's names and shapes say of its constructor's arguments: all but its heads."""
+def unet_numbers(shapes: Shapes, layout: str) -> Node:
+    """A U-Net's constructor arguments but its heads, which no shape tells."""
     names = UNETS[layout]
     levels = 1 + count(shapes, names["ups"])
     blocks = count(shapes, names["rows"]) // levels - 1
-    channels, total = shapes[names["first"]][:2]
-    places = [{"l": level, "i": 0, "n": 1 + level * (blocks + 1)} for level in range(levels)]
-    widths = [shapes[names["conv"].format(**place)][0] for place in places]
-    attentions = [beginning(shapes, names["attend"].format(**place)) for place in places]
-    middle = beginning(shapes, names["middle"])
+    channels = shapes[names["first"]][0]
+    firsts = [{"l": level, "i": 0, "n": 1 + level * (blocks + 1)} for level in range(levels)]
+    widths = [shapes[names["conv"].format(**first)][0] for first in firsts]
+    attentions = [beginning_with(shapes, names["attend"].format(**first)) for first in firsts]
+    middle = beginning_with(shapes, names["middle"])
     depths = [count(found, r".*transformer_blocks\.(\d+)\.") or 1 for found in [*attentions[:-1], middle]]
-    projection = next((shapes[name] for name in middle if name.endswith("proj_in.weight")), (0, 0))
+    projections = [shapes[name] for name in middle if name.endswith("proj_in.weight")]
     numbers = {
         "channels": channels,
         "multipliers": [width // channels for width in widths],
         "blocks": blocks,
         "attend": [2**level for level, found in enumerate(attentions) if found],
         "depth": depths[0] if len(set(depths)) == 1 else depths,
-        "linear": middle_is_linear(projection),
-        "scale_shift": shapes[names["embed"].format(**places[0])][0] == 2 * channels,
+        "linear": any(len(projection) == 2 for projection in projections),  # as in Stable Diffusion 2
+        "scale_shift": shapes[names["embed"].format(**firsts[0])][0] == 2 * channels,
         "resample": "residual" if count(shapes, names["residual_ups"]) else "conv",
     }
     defaults = {"depth": 1, "linear": False, "scale_shift": False, "resample": "conv"}
-    numbers = {name: number for name, number in numbers.items() if defaults.get(name) != number}
-    out, context = shapes[names["last"]][0], [shapes[name][1] for name in middle if name.endswith("attn2.to_k.weight")]
-    return numbers | {
-        "given": given(
-            total,
-            out,
-            context=context[0] if context else None,
-            classes=shapes.get(names["label"], (None,))[0],
-            pooled=shapes.get(names["pooled"], (0, None))[1],
-        )
-    }
+    return {name: number for name, number in numbers.items() if defaults.get(name) != number}
 
 
-def middle_is_linear(projection: tuple[int, ...]) -> bool:
-    """Whether the projection around a transformer is a linear layer's, as in SD 2, or a convolution's."""
-    return len(projection) == 2 and projection != (0, 0)
+def unet_given(shapes: Shapes, layout: str) -> Node:
+    """What the assembly gives a U-Net."""
+    names = UNETS[layout]
+    return given(shapes, names["first"], names["last"], names["label"], names["pooled"])
 
 
-def given(total: int, out: int, **others: int | None) -> dict[str, Any]:
-    """What a backbone is given by the assembly, from its first and last layers' channels."""
+def given(shapes: Shapes, first: str, last: str, label: str, pooled: str = "", patch: int = 1) -> Node:
+    """What the assembly gives a backbone, from the names of its first and last layer and of its embeddings."""
+    total, out = shapes[first][1], shapes[last][0] // patch**2
     learned = out == 2 * total
     latent = total if learned else out
-    return {"in_channels": latent, "extra_channels": total - latent, "learned_sigma": learned, **others}
-
-
-def dit_numbers(shapes: Shapes, layout: str) -> dict[str, Any]:
-    """What a DiT's names and shapes say; its heads are the paper's, 64 wide but for the largest."""
-    names = DITS[layout]
-    width, total, patch, _ = shapes[names["first"]]
-    paper = {size["width"]: size["heads"] for size in SIZES.values()}
+    contexts = [shape[1] for name, shape in shapes.items() if name.endswith(CONTEXT)]
     return {
-        "width": width,
-        "depth": count(shapes, names["blocks"]),
-        "heads": paper.get(width, max(1, width // 64)),
-        "patch": patch,
-        "given": given(
-            total,
-            shapes[names["last"]][0] // patch**2,
-            context=None,
-            classes=shapes.get(names["label"], (None,))[0],
-            pooled=None,
-        ),
+        "in_channels": latent,
+        "extra_channels": total - latent,
+        "learned_sigma": learned,
+        "context": contexts[0] if contexts else None,
+        "classes": shapes.get(label, (None,))[0],
+        "pooled": shapes.get(pooled, (0, None))[1],
     }
 
 
-def autoencoder_numbers(shapes: Shapes, layout: str) -> dict[str, Any]:
-    """The configuration of an autoencoder, from its names and shapes."""
+def autoencoder_numbers(shapes: Shapes, layout: str) -> Node:
+    """An autoencoder's node in a configuration."""
     names = AUTOENCODERS[layout]
     levels = range(count(shapes, names["levels"]))
     channels = shapes["encoder.conv_in.weight"][0]
@@ -180,13 +152,13 @@ def autoencoder_numbers(shapes: Shapes, layout: str) -> dict[str, Any]:
         "channels": channels,
         "multipliers": [shapes[names["conv"].format(l=level)][0] // channels for level in levels],
         "blocks": count(shapes, names["blocks"]),
-        "attend": [2**level for level in levels if beginning(shapes, names["attend"].format(l=level))],
-        "mid_attention": bool(beginning(shapes, names["middle"])),
+        "attend": [2**level for level in levels if beginning_with(shapes, names["attend"].format(l=level))],
+        "mid_attention": bool(beginning_with(shapes, names["middle"])),
     }
 
 
-def text_numbers(shapes: Shapes, layout: str) -> dict[str, Any]:
-    """What a text encoder's names and shapes say: all but its heads, which are 64 wide where nobody says otherwise."""
+def text_numbers(shapes: Shapes, layout: str) -> Node:
+    """A text encoder's arguments; where the layout does not fix them, heads are 64 wide."""
     shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     names = TEXTS[layout]
     vocabulary, width = shapes[names["tokens"]]
@@ -198,6 +170,5 @@ def text_numbers(shapes: Shapes, layout: str) -> dict[str, Any]:
         "vocabulary": vocabulary,
     }
     if layout == "ldm":  # heads of 64 whatever the width, and no mask
-        heads = shapes[names["query"]][0] // 64
-        numbers |= {"heads": heads, "head_width": 64, "masked": False}
+        numbers |= {"heads": shapes[names["query"]][0] // 64, "head_width": 64, "masked": False}
     return numbers
