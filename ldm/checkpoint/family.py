@@ -63,7 +63,6 @@ class Backbone:
     type: str  # in our configurations
     title: str
     folder: str  # in a diffusers pipeline
-    layout: str  # of single files
     numbers: Callable[[Mapping[str, tuple[int, ...]], str], Node]  # our arguments from shapes and their layout
     given: Callable[[Mapping[str, tuple[int, ...]], str], Node]  # what the assembly gives, likewise; also of "ours"
     keys: Callable[[Any, str], KeyMap]  # of a network in a layout

@@ -6,84 +6,50 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.checkpoint.rename import columns
+
 Shapes = Mapping[str, tuple[int, ...]]
 Node = dict[str, Any]
 
 CONTEXT = ("attn2.to_k.weight", "cross_attention.k.weight")  # read the tokens; in all layouts
-# A pattern's group counts distinct numbers; {l} is a level, {i} a block in it, {n} a row of CompVis's flat list.
-UNETS: dict[str, dict[str, str]] = {
-    "compvis": {
-        "first": "input_blocks.0.0.weight",
-        "last": "out.2.weight",
-        "rows": r"input_blocks\.(\d+)\.",
-        "ups": r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers\.2)\.weight",
-        "residual_ups": r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight",
-        "conv": "input_blocks.{n}.0.out_layers.3.weight",
-        "embed": "input_blocks.{n}.0.emb_layers.1.weight",
-        "attend": "input_blocks.{n}.1.",
-        "middle": "middle_block.1.",
-        "label": "label_emb.weight",
-        "pooled": "label_emb.0.0.weight",
-    },
-    "diffusers": {
-        "first": "conv_in.weight",
-        "last": "conv_out.weight",
-        "rows": r"(down_blocks\.\d+\.(?:resnets|downsamplers)\.\d+|conv_in)\.",
-        "ups": r"up_blocks\.(\d+)\.upsamplers\.0\.(?:conv|conv1)\.weight",
-        "residual_ups": r"up_blocks\.(\d+)\.upsamplers\.0\.conv1\.weight",
-        "conv": "down_blocks.{l}.resnets.{i}.conv2.weight",
-        "embed": "down_blocks.{l}.resnets.{i}.time_emb_proj.weight",
-        "attend": "down_blocks.{l}.attentions.{i}.",
-        "middle": "mid_block.attentions.0.",
-        "label": "class_embedding.weight",
-        "pooled": "class_embedding.linear_1.weight",
-    },
-    "ours": {
-        "first": "encoder.0.main.weight",
-        "last": "out.weight",
-        "label": "time.label.weight",
-        "pooled": "time.pooled.0.weight",
-    },
-}
-AUTOENCODERS: dict[str, dict[str, str]] = {
-    "compvis": {
-        "levels": r"encoder\.down\.(\d+)\.",
-        "blocks": r"encoder\.down\.0\.block\.(\d+)\.",
-        "conv": "encoder.down.{l}.block.0.conv1.weight",
-        "attend": "encoder.down.{l}.attn.",
-        "middle": "encoder.mid.attn_1.",
-    },
-    "diffusers": {
-        "levels": r"encoder\.down_blocks\.(\d+)\.",
-        "blocks": r"encoder\.down_blocks\.0\.resnets\.(\d+)\.",
-        "conv": "encoder.down_blocks.{l}.resnets.0.conv1.weight",
-        "attend": "encoder.down_blocks.{l}.attentions.",
-        "middle": "encoder.mid_block.attentions.0.",
-    },
-}
-TEXTS: dict[str, dict[str, str]] = {
-    "clip": {
-        "tokens": "embeddings.token_embedding.weight",
-        "positions": "embeddings.position_embedding.weight",
-        "blocks": r"encoder\.layers\.(\d+)\.",
-    },
-    "open_clip": {
-        "tokens": "token_embedding.weight",
-        "positions": "positional_embedding",
-        "blocks": r"transformer\.resblocks\.(\d+)\.",
-    },
-    "ldm": {
-        "tokens": "transformer.token_emb.weight",
-        "positions": "transformer.pos_emb.emb.weight",
-        "blocks": r"transformer\.attn_layers\.layers\.(\d+)\.1\.to_q\.",
-        "query": "transformer.attn_layers.layers.0.1.to_q.weight",
-    },
-}
+LDM_QUERY = "transformer.attn_layers.layers.0.1.to_q.weight"
+# `#` counts distinct numbers; {l} is a level, {i} a block in it, {n} a row of CompVis's flat list
+UNETS = columns(r"""
+    what          compvis                                            diffusers
+    first         input_blocks.0.0.weight                            conv_in.weight
+    last          out.2.weight                                       conv_out.weight
+    rows          input_blocks.#.                                    (down_blocks.\d+.(?:res|downs)\w+.\d+|conv_in).
+    ups           output_blocks.#.[12].(?:conv|in_layers.2).weight   up_blocks.#.upsamplers.0.conv1?.weight
+    residual_ups  output_blocks.#.[12].in_layers.2.weight            up_blocks.#.upsamplers.0.conv1.weight
+    conv          input_blocks.{n}.0.out_layers.3.weight             down_blocks.{l}.resnets.{i}.conv2.weight
+    embed         input_blocks.{n}.0.emb_layers.1.weight             down_blocks.{l}.resnets.{i}.time_emb_proj.weight
+    attend        input_blocks.{n}.1.                                down_blocks.{l}.attentions.{i}.
+    middle        middle_block.1.                                    mid_block.attentions.0.
+    label         label_emb.weight                                   class_embedding.weight
+    pooled        label_emb.0.0.weight                               class_embedding.linear_1.weight
+""")
+UNETS["ours"] = {"first": "encoder.0.main.weight", "last": "out.weight"}
+UNETS["ours"] |= {"label": "time.label.weight", "pooled": "time.pooled.0.weight"}
+AUTOENCODERS = columns("""
+    what    compvis                                diffusers
+    levels  encoder.down.#.                        encoder.down_blocks.#.
+    blocks  encoder.down.0.block.#.                encoder.down_blocks.0.resnets.#.
+    conv    encoder.down.{l}.block.0.conv1.weight  encoder.down_blocks.{l}.resnets.0.conv1.weight
+    attend  encoder.down.{l}.attn.                 encoder.down_blocks.{l}.attentions.
+    middle  encoder.mid.attn_1.                    encoder.mid_block.attentions.0.
+""")
+TEXTS = columns("""
+    layout     tokens                             positions                             blocks
+    clip       embeddings.token_embedding.weight  embeddings.position_embedding.weight  encoder.layers.#.
+    open_clip  token_embedding.weight             positional_embedding                  transformer.resblocks.#.
+    ldm        transformer.token_emb.weight       transformer.pos_emb.emb.weight        .*layers.#.1.to_q
+""")
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """The number of distinct groups that the pattern matches at the beginnings of names."""
-    return len({match[1] for match in map(re.compile(pattern).match, names) if match})
+    """The number of distinct groups, `#` or in parentheses, that the pattern matches at the beginnings of names."""
+    find = re.compile(pattern.replace(".", r"\.").replace(r"\.*", ".*").replace("#", r"(\d+)")).match
+    return len({match[1] for match in map(find, names) if match})
 
 
 def beginning_with(shapes: Shapes, prefix: str) -> list[str]:
@@ -101,7 +67,7 @@ def unet_numbers(shapes: Shapes, layout: str) -> Node:
     widths = [shapes[names["conv"].format(**first)][0] for first in firsts]
     attentions = [beginning_with(shapes, names["attend"].format(**first)) for first in firsts]
     middle = beginning_with(shapes, names["middle"])
-    depths = [count(found, r".*transformer_blocks\.(\d+)\.") or 1 for found in [*attentions[:-1], middle]]
+    depths = [count(found, ".*transformer_blocks.#.") or 1 for found in [*attentions[:-1], middle]]
     projections = [shapes[name] for name in middle if name.endswith("proj_in.weight")]
     numbers = {
         "channels": channels,
@@ -160,15 +126,14 @@ def autoencoder_numbers(shapes: Shapes, layout: str) -> Node:
 def text_numbers(shapes: Shapes, layout: str) -> Node:
     """A text encoder's arguments; where the layout does not fix them, heads are 64 wide."""
     shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
-    names = TEXTS[layout]
-    vocabulary, width = shapes[names["tokens"]]
+    vocabulary, width = shapes[TEXTS["tokens"][layout]]
     numbers = {
         "width": width,
-        "layers": count(shapes, names["blocks"]),
+        "layers": count(shapes, TEXTS["blocks"][layout]),
         "heads": max(1, width // 64),
-        "length": shapes[names["positions"]][0],
+        "length": shapes[TEXTS["positions"][layout]][0],
         "vocabulary": vocabulary,
     }
     if layout == "ldm":  # heads of 64 whatever the width, and no mask
-        numbers |= {"heads": shapes[names["query"]][0] // 64, "head_width": 64, "masked": False}
+        numbers |= {"heads": shapes[LDM_QUERY][0] // 64, "head_width": 64, "masked": False}
     return numbers

@@ -42,9 +42,7 @@ from ldm.errors import CheckpointError
 Node = dict[str, Any]
 Part = tuple[Node, State]  # a node of a conditioner and its weights
 
-UNET_BACKBONE = Backbone(
-    "unet", "U-Net", "unet", "compvis", unet_numbers, unet_given, unet_keys, unet_heads, unet_settings
-)
+UNET_BACKBONE = Backbone("unet", "U-Net", "unet", unet_numbers, unet_given, unet_keys, unet_heads, unet_settings)
 EXTRAS = {"inpainting": "masked_image", "edit": "edit"}  # what extra channels are for, and our conditioner for them
 
 

@@ -95,6 +95,12 @@ def expand(network: nn.Module, modules: Pairs) -> Pairs:
     return [(ours, theirs) for ours, theirs in pairs if ours in parameters]
 
 
+def columns(table: str) -> dict[str, dict[str, str]]:
+    """Names in several layouts, from a table with a column for each; the first column is the key, `-` is no name."""
+    layouts, *rows = (line.split() for line in table.strip().splitlines())
+    return {layout: {row[0]: row[i] for row in rows if row[i] != "-"} for i, layout in enumerate(layouts)}
+
+
 def under(state: Mapping[str, Tensor], prefix: str) -> State:
     """The tensors below a prefix, without it."""
     return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}

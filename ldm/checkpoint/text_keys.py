@@ -6,33 +6,32 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ldm.checkpoint.rename import Joint, KeyMap, State, expand, under
+from ldm.checkpoint.rename import Joint, KeyMap, Pairs, State, columns, expand, under
 from ldm.errors import CheckpointError
 from ldm.models.transformer import ACTIVATIONS, TextTransformer
 
-ENDS = {
-    "clip": {
-        "tokens": "text_model.embeddings.token_embedding",
-        "norm": "text_model.final_layer_norm",
-        "projection": "text_projection",
-    },
-    "open_clip": {"tokens": "token_embedding", "norm": "ln_final"},
-    "ldm": {"tokens": "transformer.token_emb", "norm": "transformer.norm"},
-}
+ENDS = columns("""
+    ours        clip                                   open_clip        ldm
+    tokens      text_model.embeddings.token_embedding  token_embedding  transformer.token_emb
+    norm        text_model.final_layer_norm            ln_final         transformer.norm
+    projection  text_projection                        -                -
+""")
 POSITIONS = {
     "clip": "text_model.embeddings.position_embedding.weight",
     "open_clip": "positional_embedding",
     "ldm": "transformer.pos_emb.emb.weight",
 }
-BLOCK_NAMES = ("norm1", "attention.q", "attention.k", "attention.v", "attention.out", "norm2", "fc1", "fc2")
-BLOCK = {
-    "clip": (
-        *("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-        *("layer_norm2", "mlp.fc1", "mlp.fc2"),
-    ),
-    "open_clip": ("ln_1", "attn.q", "attn.k", "attn.v", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"),
-    "ldm": ("0", "1.to_q", "1.to_k", "1.to_v", "1.to_out", "0", "1.net.0.0", "1.net.2"),
-}
+BLOCK = columns("""
+    ours           clip                open_clip      ldm
+    norm1          layer_norm1         ln_1           0
+    attention.q    self_attn.q_proj    attn.q         1.to_q
+    attention.k    self_attn.k_proj    attn.k         1.to_k
+    attention.v    self_attn.v_proj    attn.v         1.to_v
+    attention.out  self_attn.out_proj  attn.out_proj  1.to_out
+    norm2          layer_norm2         ln_2           0
+    fc1            mlp.fc1             mlp.c_fc       1.net.0.0
+    fc2            mlp.fc2             mlp.c_proj     1.net.2
+""")
 BLOCKS = {"clip": "text_model.encoder.layers", "open_clip": "transformer.resblocks"}
 UNREAD = ("position_ids", "logit_scale", "attn_mask", "to_logits.weight", "to_logits.bias")  # no part of an encoder
 MARKS = {  # the name that identifies each layout, after any prefix
@@ -51,8 +50,7 @@ def text_keys(transformer: TextTransformer, layout: str) -> KeyMap:
         raise CheckpointError(f"no {layout} layout for this text encoder", got=f"queries {got}", expected=expected)
     modules = list(ENDS[layout].items())
     for number in range(len(transformer.blocks)):
-        names = block_names(number, layout)
-        modules += [(f"blocks.{number}.{ours}", theirs) for ours, theirs in zip(BLOCK_NAMES, names)]
+        modules += [(f"blocks.{number}.{ours}", theirs) for ours, theirs in block_names(number, layout)]
     pairs = [("positions", POSITIONS[layout]), *expand(transformer, modules)]
     if layout != "open_clip":
         return KeyMap(pairs)
@@ -65,12 +63,13 @@ def text_keys(transformer: TextTransformer, layout: str) -> KeyMap:
     return KeyMap(pairs, joints, transposed=("text_projection",))
 
 
-def block_names(number: int, layout: str) -> list[str]:
-    """Their names of one block's modules; LDM counts attention and feed-forward layers in one list."""
+def block_names(number: int, layout: str) -> Pairs:
+    """The modules of one block in both layouts; LDM counts attention and feed-forward layers in one list."""
     if layout != "ldm":
-        return [f"{BLOCKS[layout]}.{number}.{name}" for name in BLOCK[layout]]
-    layers = "transformer.attn_layers.layers"
-    return [f"{layers}.{2 * number + (place > 4)}.{name}" for place, name in enumerate(BLOCK[layout])]
+        return [(ours, f"{BLOCKS[layout]}.{number}.{theirs}") for ours, theirs in BLOCK[layout].items()]
+    layers, feed_forward = "transformer.attn_layers.layers", ("norm2", "fc1", "fc2")
+    places = [(ours, 2 * number + (ours in feed_forward), theirs) for ours, theirs in BLOCK[layout].items()]
+    return [(ours, f"{layers}.{place}.{theirs}") for ours, place, theirs in places]
 
 
 def find_text(state: Mapping[str, Tensor]) -> tuple[str, State]:

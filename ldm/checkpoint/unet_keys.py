@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ldm.checkpoint.rename import Joint, KeyMap, Pairs, expand
+from ldm.checkpoint.rename import Joint, KeyMap, Pairs, columns, expand
 from ldm.errors import CheckpointError
 from ldm.models.transformer import AttentionPool
 from ldm.models.unet import Row, UNet
 
-BLOCK_NAMES = ("norm1", "conv1", "embed", "norm2", "conv2", "skip")
-RESIDUAL_BLOCK = {
-    "compvis": ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection"),
-    "diffusers": ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"),
-}
+RESIDUAL_BLOCK = columns("""
+    ours   compvis          diffusers
+    norm1  in_layers.0      norm1
+    conv1  in_layers.2      conv1
+    embed  emb_layers.1     time_emb_proj
+    norm2  out_layers.0     norm2
+    conv2  out_layers.3     conv2
+    skip   skip_connection  conv_shortcut
+""")
 RESAMPLING = {"compvis": {"down": "op", "up": "conv"}, "diffusers": {"down": "conv", "up": "conv"}}
 SPATIAL_TRANSFORMER = ("norm", "proj_in", "proj_out")  # in both layouts
-TRANSFORMER_BLOCK = {
-    "norm1": "norm1",
-    "self_attention": "attn1",
-    "norm2": "norm2",
-    "cross_attention": "attn2",
-    "norm3": "norm3",
-    "feed_forward.proj": "ff.net.0.proj",
-    "feed_forward.out": "ff.net.2",
-}
+TRANSFORMER_BLOCK = columns("""
+    ours               theirs
+    norm1              norm1
+    self_attention     attn1
+    norm2              norm2
+    cross_attention    attn2
+    norm3              norm3
+    feed_forward.proj  ff.net.0.proj
+    feed_forward.out   ff.net.2
+""")["theirs"]
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-END_NAMES = ("time.time.0", "time.time.2", "time.label", "time.pooled.0", "time.pooled.2", "out_norm", "out")
-ENDS = {
-    "compvis": (
-        *("time_embed.0", "time_embed.2", "label_emb", "label_emb.0.0", "label_emb.0.2"),
-        *("out.0", "out.2"),
-    ),
-    "diffusers": (
-        *("time_embedding.linear_1", "time_embedding.linear_2", "class_embedding"),
-        *("class_embedding.linear_1", "class_embedding.linear_2", "conv_norm_out", "conv_out"),
-    ),
-}
+ENDS = columns("""
+    ours           compvis        diffusers
+    time.time.0    time_embed.0   time_embedding.linear_1
+    time.time.2    time_embed.2   time_embedding.linear_2
+    time.label     label_emb      class_embedding
+    time.pooled.0  label_emb.0.0  class_embedding.linear_1
+    time.pooled.2  label_emb.0.2  class_embedding.linear_2
+    out_norm       out.0          conv_norm_out
+    out            out.2          conv_out
+""")
 
 
 def unet_keys(unet: UNet, layout: str) -> KeyMap:
@@ -44,7 +48,7 @@ def unet_keys(unet: UNet, layout: str) -> KeyMap:
     if layout == "diffusers" and not len(unet.decoder):
         what = "no diffusers layout for a noisy classifier"
         raise CheckpointError(what, got=layout, expected="compvis", hint="compvis")
-    modules, fused = list(zip(END_NAMES, ENDS[layout])), []
+    modules, fused = list(ENDS[layout].items()), []
     for row, main, attend in {"compvis": compvis_names, "diffusers": diffusers_names}[layout](unet.plan):
         modules += main_modules(unet, row, main, layout) + attention_modules(unet, row, attend, layout)
         if layout == "compvis" and row.attend and unet.context is None:
@@ -108,7 +112,7 @@ def main_modules(unet: UNet, row: Row, theirs: str, layout: str) -> Pairs:
         return [(f"{row.name}.main", theirs)]
     if row.kind != "res" and unet.resample == "conv":
         return [(f"{row.name}.main.conv", f"{theirs}.{RESAMPLING[layout][row.kind]}")]
-    return [(f"{row.name}.main.{a}", f"{theirs}.{b}") for a, b in zip(BLOCK_NAMES, RESIDUAL_BLOCK[layout])]
+    return [(f"{row.name}.main.{a}", f"{theirs}.{b}") for a, b in RESIDUAL_BLOCK[layout].items()]
 
 
 def attention_modules(unet: UNet, row: Row, theirs: str, layout: str) -> Pairs:

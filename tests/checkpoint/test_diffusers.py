@@ -258,7 +258,7 @@ def test_schedulers(scheduler, expected, tmp_path):
     path.write_text(json.dumps(settings))
     loaded = checkpoint.open(folder)
     assert {name: loaded.config[name] for name in expected} == expected
-    note = "PNDMScheduler is not here: DPM-Solver++ 2M takes its place"
+    note = "PNDMScheduler is not supported: DPM-Solver++ 2M replaces it"
     assert (note in loaded.notes) is (settings["_class_name"] == "PNDMScheduler")
 
 
@@ -273,7 +273,7 @@ def test_pixels_have_no_factor(tmp_path):
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pixels")
     loaded = checkpoint.open(tmp_path / "pixels")
     assert loaded.config["size"] == 32
-    assert "the scheduler's clip_sample=True does nothing here" in loaded.notes
+    assert "the scheduler's clip_sample=True is ignored" in loaded.notes
 
 
 def test_shards_of_a_variant_and_several_variants(tmp_path):

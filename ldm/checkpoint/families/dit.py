@@ -16,7 +16,7 @@ from ldm.checkpoint.files import Tensors
 from ldm.checkpoint.formats.diffusers import Folder
 from ldm.checkpoint.hyperparameters import Shapes, count, given
 from ldm.checkpoint.latent_diffusion import LatentDiffusion, Node, Part
-from ldm.checkpoint.rename import Joint, KeyMap, State, expand
+from ldm.checkpoint.rename import Joint, KeyMap, State, columns, expand
 from ldm.errors import CheckpointError
 from ldm.models.dit import SIZES, DiT, DiTBlock, sincos_positions
 
@@ -24,38 +24,25 @@ POSITIONS = {"dit": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # a fixed 
 NO_STAGE = "no first stage inside: give Stable Diffusion's with --vae"
 FACTOR = 8  # pixels to a latent of the published first stage
 
-ENDS: dict[str, dict[str, str]] = {
-    "dit": {
-        "embed": "x_embedder.proj",
-        "time.time.0": "t_embedder.mlp.0",
-        "time.time.2": "t_embedder.mlp.2",
-        "time.label": "y_embedder.embedding_table",
-        "modulation": "final_layer.adaLN_modulation.1",
-        "out": "final_layer.linear",
-    },
-    "diffusers": {"embed": "pos_embed.proj", "modulation": "proj_out_1", "out": "proj_out_2"},
-    "ours": {"embed": "embed", "time.label": "time.label", "out": "out"},
-}
-BLOCK = {
-    "dit": {
-        "modulation": "adaLN_modulation.1",
-        "fc1": "mlp.fc1",
-        "fc2": "mlp.fc2",
-        "attention.q": "attn.q",
-        "attention.k": "attn.k",
-        "attention.v": "attn.v",
-        "attention.out": "attn.proj",
-    },
-    "diffusers": {
-        "modulation": "norm1.linear",
-        "fc1": "ff.net.0.proj",
-        "fc2": "ff.net.2",
-        "attention.q": "attn1.to_q",
-        "attention.k": "attn1.to_k",
-        "attention.v": "attn1.to_v",
-        "attention.out": "attn1.to_out.0",
-    },
-}
+ENDS = columns("""
+    ours         dit                               diffusers
+    embed        x_embedder.proj                   pos_embed.proj
+    time.time.0  t_embedder.mlp.0                  -
+    time.time.2  t_embedder.mlp.2                  -
+    time.label   y_embedder.embedding_table        -
+    modulation   final_layer.adaLN_modulation.1    proj_out_1
+    out          final_layer.linear                proj_out_2
+""")
+BLOCK = columns("""
+    ours           dit                 diffusers
+    modulation     adaLN_modulation.1  norm1.linear
+    fc1            mlp.fc1             ff.net.0.proj
+    fc2            mlp.fc2             ff.net.2
+    attention.q    attn.q              attn1.to_q
+    attention.k    attn.k              attn1.to_k
+    attention.v    attn.v              attn1.to_v
+    attention.out  attn.proj           attn1.to_out.0
+""")
 EMBEDDER = {  # one here, one per block in diffusers
     "time.time.0": "norm1.emb.timestep_embedder.linear_1",
     "time.time.2": "norm1.emb.timestep_embedder.linear_2",
@@ -65,9 +52,9 @@ EMBEDDER = {  # one here, one per block in diffusers
 
 def dit_keys(dit: DiT, layout: str) -> KeyMap:
     """A class-conditional DiT's names in its own repository ("dit"), or in diffusers' DiTTransformer2DModel."""
-    if layout not in BLOCK:
-        expected = " or ".join(sorted(BLOCK))
-        raise CheckpointError(f"no {layout} layout for a DiT", got=layout, expected=expected, hint="diffusers")
+    if layout not in ("diffusers", "dit"):
+        what = f"no {layout} layout for a DiT"
+        raise CheckpointError(what, got=layout, expected="diffusers or dit", hint="diffusers")
     modules, joints = list(ENDS[layout].items()), []
     for number in range(len(dit.blocks)):
         theirs = f"{'transformer_' * (layout == 'diffusers')}blocks.{number}"
@@ -82,7 +69,7 @@ def dit_numbers(shapes: Shapes, layout: str) -> Node:
     """A DiT's constructor arguments; its heads are the paper's, 64 wide in all but the largest."""
     width, _, patch, _ = shapes[f"{ENDS[layout]['embed']}.weight"]
     paper = {size["width"]: size["heads"] for size in SIZES.values()}
-    depth = count(shapes, r"(?:transformer_)?blocks\.(\d+)\.")
+    depth = count(shapes, "(?:transformer_)?blocks.#.")
     return {"width": width, "depth": depth, "heads": paper.get(width, max(1, width // 64)), "patch": patch}
 
 
@@ -178,5 +165,5 @@ def grid_side(positions: Tensor, where: str) -> int:
     return side
 
 
-DIT_BACKBONE = Backbone("dit", "DiT", "transformer", "dit", dit_numbers, dit_given, dit_keys, dit_heads, dit_settings)
+DIT_BACKBONE = Backbone("dit", "DiT", "transformer", dit_numbers, dit_given, dit_keys, dit_heads, dit_settings)
 DIT = DiTFamily(name="DiT", backbone=DIT_BACKBONE, cfg=4.0, factor=FACTOR, pipelines={"": "DiTPipeline"})
