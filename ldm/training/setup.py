@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ldm.config.schema import Config
-from ldm.data.sampler import Order, Stream
+from ldm.data.sampler import MicroBatches, Order
 from ldm.errors import InputError
 from ldm.training.trainer import Plan
 
@@ -105,7 +105,7 @@ def tried(config: Config, key: str, *sample: Any) -> Any:
 def sources(config: Config, plan: Plan) -> Sources:
     """The data, if their batches can be split."""
     data = config.build("data")
-    Stream(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
+    MicroBatches(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
     return Sources(data, config.build("validation") if config["validation"] else None)
 
 
