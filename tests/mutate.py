@@ -96,7 +96,7 @@ SABOTAGES = [
     Sabotage("text: nothing is not put in the place of what is dropped", "ldm/conditioning/conditioner.py", "return Condition.choose(drop[self.part], self.null(condition.batch_size), condition)", "return condition", "tests/conditioning"),
     Sabotage("edit: scaled latents", "ldm/assemble.py", 'for name in ("encode", "posterior", "latent_channels")}', 'for name in ("encode", "latent_channels")}', "tests/test_pipeline.py"),
     Sabotage("order: every epoch is the first", "ldm/data/sampler.py", "mix32(seed, epoch) << 32", "mix32(seed, 0) << 32", "tests/data/test_sampler.py"),
-    Sabotage("order: ranks overlap", "ldm/data/sampler.py", "(rank * accumulate + m) * self.share", "(rank + m) * self.share", "tests/data/test_sampler.py"),
+    Sabotage("order: ranks overlap", "ldm/data/sampler.py", "(rank * accumulate + m) * self.size", "(rank + m) * self.size", "tests/data/test_sampler.py"),
     Sabotage("order: shards are not mixed", "ldm/data/sampler.py", "np.arange(len(shuffled)) // WINDOW", "np.arange(len(shuffled))", "tests/data/test_sampler.py"),
     Sabotage("decoding: mirrored and turned swapped", "ldm/data/decode.py", "5: (), 6: (2,), 7: (1, 2), 8: (1,)", "5: (2,), 6: (), 7: (1, 2), 8: (1,)", "tests/data/test_decode.py"),
     Sabotage("decoding: over black", "ldm/data/decode.py", 'image.size, "white")', 'image.size, "black")', "tests/data/test_decode.py"),
