@@ -18,7 +18,7 @@ from ldm import assemble, checkpoint, pictures
 from ldm.checkpoint import Checkpoint
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import unguided
-from ldm.conditioning.external import whole
+from ldm.conditioning.external import restore
 from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.text import Text, text_in
 from ldm.config import parts, samplers
@@ -181,9 +181,9 @@ class Pipeline(Placed):
         if "segmentation" in self.reads:
             return {"segmentation": pictures.to_classes(condition, size)}
         names = [name for name in ("source", "low_resolution") if name in self.reads]
-        if not names:
+        if not names or self.conditioner is None:
             raise InputError("condition: this model reads no picture", expected=", ".join(self.reads) or "nothing")
-        unit = self.factor if names[0] == "low_resolution" else 1  # its pixels are concatenated to the latents
+        unit = 1 if names[0] == "source" else self.conditioner.low_resolution_factor or self.factor
         return {names[0]: pictures.to_tensor(condition, (size[0] // unit, size[1] // unit))}
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -295,9 +295,9 @@ class Pipeline(Placed):
             batch["label"] = torch.tensor(labels)  # on the CPU, where they are checked
         if "low_resolution" in batch:
             batch["noise_level"] = torch.full((len(requests),), NOISE_LEVEL)
-            small = batch["low_resolution"][0].shape
+            shape = (batch["low_resolution"].shape[1], settings.height // self.factor, settings.width // self.factor)
             sources = [torch.Generator().manual_seed(request.seed ^ 0x10F2E5) for request in requests]
-            batch["low_resolution_noise"] = torch.stack([torch.randn(small, generator=g) for g in sources])
+            batch["low_resolution_noise"] = torch.stack([torch.randn(shape, generator=g) for g in sources])
         for name in self.reads:
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
@@ -311,11 +311,11 @@ class Pipeline(Placed):
             raise InputError("to_diffusers: needs a pipeline that was loaded from a file", hint="ldm.load(PATH)")
         from diffusers import DiffusionPipeline
 
-        loaded = whole(self.loaded, self.conditioner) if self.conditioner else self.loaded
+        loaded = restore(self.loaded, self.conditioner) if self.conditioner else self.loaded
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
             text = text_in(self.conditioner)
-            tokenizer = text.known() if text else None
+            tokenizer = text.require_tokenizer() if text else None
             checkpoint.write_diffusers(target, self.config.values, loaded.state, tokenizer)
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 

@@ -1,7 +1,7 @@
 """Tests use one thread and no network, and repeat exactly; the suite is shared out among processes.
 
-Tests that share an expensive fixture are one group, which one process runs, so that the fixture is made once. Long tests
-come first, so that no process is left with one at the end.
+Tests that share an expensive fixture are one group, which one process runs, so that the fixture is made once.
+Long tests come first, so that no process is left with one at the end.
 """
 
 from __future__ import annotations

@@ -43,5 +43,5 @@ def test_what_guidance_moves_away_from():
     kept = pipe.negative(requests, settings)
     expected = [text({"caption": [BALL, BLUE]}).tokens, first.encode(torch.tensor([1, 1])).tokens, expected[2]]
     torch.testing.assert_close(kept.tokens, torch.cat(expected, 1))
-    with pytest.warns(UserWarning, match="cfg 3 does nothing: caption, label, label_2, segmentation was never dropped"):
+    with pytest.warns(UserWarning, match="no effect: caption, label, label_2, segmentation was never dropped"):
         assert pipe.negative(requests[:1], settings) is None

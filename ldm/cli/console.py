@@ -17,7 +17,7 @@ def show_warning(message: Warning | str, *details: Any, **others: Any) -> None:
 @contextmanager
 def counting_cuts() -> Iterator[None]:
     """Warnings in one line each, but for captions that are cut off: they are counted, and it is said once."""
-    from ldm.conditioning.text import TruncatedText
+    from ldm.conditioning.tokenization import TruncatedText
 
     cut: set[str] = set()
 

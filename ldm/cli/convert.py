@@ -100,10 +100,10 @@ def write(loaded: Checkpoint, target: Path, layout: str, dtype: Any) -> list[str
 
 def tokenizer_of(loaded: Checkpoint) -> Any:
     """The tokenizer that came along, or CLIP's, where the model's vocabulary is that; None where there is none."""
-    from ldm.conditioning.tokenizer import carried, clip_tokenizer
+    from ldm.conditioning.tokenizer import clip_tokenizer, from_checkpoint
 
     if loaded.tokenizer is not None:
-        return carried(loaded.tokenizer)
+        return from_checkpoint(loaded.tokenizer)
     conditioner = loaded.config.get("conditioner") or {}
     node = conditioner.get("parts", [conditioner])[0]
     if node.get("type") in ("clip", "open_clip") and node["vocabulary"] == 49408:

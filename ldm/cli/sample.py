@@ -172,8 +172,8 @@ def unseen_words(pipe: Pipeline, prompts: Sequence[str]) -> list[str]:
     from ldm.conditioning.tokenizer import BPE, words
 
     text = text_in(pipe.conditioner)
-    tokenizer = None if text is None or text.published else text.tokenizer
-    if not isinstance(tokenizer, BPE) or tokenizer.given or tokenizer.size >= text.vocabulary:
+    tokenizer = None if text is None or text.standard_tokenizer else text.tokenizer
+    if text is None or not isinstance(tokenizer, BPE) or tokenizer.vocabulary or tokenizer.size >= text.vocabulary:
         return []
     split = [tokenizer.word(word) for prompt in prompts for word in words(prompt)]
     return [word for word in dict.fromkeys(tokenizer.decode(ids) for ids in split if len(ids) > 1) if word.isalpha()]

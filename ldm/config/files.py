@@ -38,6 +38,11 @@ class Source:
         """Another place has written the key and all below it."""
         self.origin = {k: v for k, v in self.origin.items() if not f"{k}.".startswith(f"{key}.")} | {key: place}
 
+    def set(self, key: str, value: Any, place: str) -> None:
+        """Replace what stands at a top-level key."""
+        self.values[key] = value
+        self.rewrite(key, place)
+
     def error(self, what: str, key: str, **words: str) -> InputError:
         """The one-line error about a key."""
         return InputError(what, self.where(key), **words)

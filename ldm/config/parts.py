@@ -114,6 +114,9 @@ TABLES: dict[str, dict[str, str] | str] = {
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds
 
+# networks that ship with the package, for losses and metrics; a configuration chooses none of them by target
+SHIPPED = {"judge": "ldm.scenes.pretrained:judge"}
+
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {
     "prediction": {"sigma_data": "path.sigma_data"},
@@ -124,6 +127,7 @@ GIVEN: dict[str, dict[str, str]] = {
         "context": "the conditioner",
         "pooled": "the conditioner",
         "classes": "the conditioner",
+        "vectors": "the conditioner",
         "learned_sigma": "the prediction",
     },
     "discriminator": {"in_channels": "the data"},
@@ -131,7 +135,7 @@ GIVEN: dict[str, dict[str, str]] = {
         "encode": "the autoencoder",
         "posterior": "the autoencoder",
         "latent_channels": "the autoencoder",
-        "factor": "the autoencoder",
+        "latent_factor": "the autoencoder",
     },
 }
 

@@ -25,7 +25,12 @@ from ldm.models.layers import check_positive
 
 MANIFEST, FORMAT = "cache.json", 1
 FIELDS = ("tokens", "mask", "pooled")  # of a Condition, what a text encoder gives
-NOT_STATES = ("drop", "weights", "tokenizer")  # of a text encoder's node: applied later, or known by what is in it
+NOT_STATES = (
+    "drop",
+    "null",
+    "weights",
+    "tokenizer",
+)  # of a text encoder's node: not in its states
 AGAIN = "`ldm cache` into another folder, or into this one once it is empty"
 
 Shard = dict[str, Tensor]
@@ -210,7 +215,7 @@ def identities(conditioner: Conditioner | None, node: Any) -> tuple[dict[str, An
 def identity(text: Text, node: Mapping[str, Any]) -> dict[str, Any]:
     """A text encoder's numbers, and digests of its weights and its tokenizer."""
     numbers = {name: value for name, value in node.items() if name not in NOT_STATES}
-    tokenizer = hashlib.sha256(text.known().to_json().encode()).hexdigest()
+    tokenizer = hashlib.sha256(text.require_tokenizer().to_json().encode()).hexdigest()
     return {**numbers, "weights": digest(text.transformer), "tokenizer": tokenizer}
 
 

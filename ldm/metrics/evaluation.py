@@ -146,7 +146,8 @@ def with_inputs(subject: Subject, settings: SamplingSettings, batch: Rows, seed:
     if pipe is None or not reads:
         return settings
     x0 = torch.empty(0, pipe.channels, settings.height // pipe.factor, settings.width // pipe.factor)
-    derived = with_derived(batch, reads, x0, seed)
+    factor = pipe.conditioner.low_resolution_factor if pipe.conditioner else None
+    derived = with_derived(batch, reads, x0, seed, factor)
     inputs = {name: derived[name] for name in reads if name in derived and name not in ("caption", "label")}
     return replace(settings, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
 

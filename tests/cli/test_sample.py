@@ -243,7 +243,7 @@ def test_guidance_away_from_what_lies_beside_the_latents_is_not_pretended(run):
     Image.fromarray(np.eye(16, dtype=np.uint8)).save("map.png")
     status, (line,), err = run("--condition", "map.png", model="map")
     assert (status, err.count("\n")) == (0, 1)
-    assert err.startswith("warning: cfg 3 does nothing: segmentation ")
+    assert err.startswith("warning: cfg 3 has no effect: segmentation ")
     guided = pixels(line)
     status, (line,), err = run("--condition", "map.png", "--cfg", 1, model="map")
     assert (status, err) == (0, "")
@@ -320,7 +320,7 @@ def test_a_prompt_that_is_cut_off_is_named_in_one_line(run):
     status, lines, err = run("--prompt", "red " * 15 + "ball")
     assert (status, len(lines)) == (0, 1)
     assert err.count("\n") == 1
-    assert err.startswith("warning: the end of a text is cut off")
+    assert err.startswith("warning: text truncated to")
     assert "red ball" in err
 
 

@@ -18,7 +18,8 @@ from ldm.condition import Condition
 from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
-from ldm.conditioning.text import Tokenization, TruncatedText, text_in
+from ldm.conditioning.text import text_in
+from ldm.conditioning.tokenization import Tokenization, TruncatedText
 from ldm.config.schema import Config, Part
 from ldm.data.derived import DERIVED, derived_draws, with_derived
 from ldm.data.latents import Latents
@@ -83,7 +84,7 @@ class DiffusionRecipe(Recipe):
         if self.autoencoder is not None:
             self.autoencoder.requires_grad_(False)
         encoders = external.encoders(self.conditioner)
-        self.external = tuple(encoder.place for encoder in encoders if encoder.key in self.config["left_out"])
+        self.external = tuple(encoder.prefix for encoder in encoders if encoder.key in self.config["left_out"])
         self.tokenizer = next(iter(captions.tokenizers(self.conditioner)), None)
         warnings.simplefilter("ignore", TruncatedText)  # a note counts them before training
 
@@ -95,6 +96,10 @@ class DiffusionRecipe(Recipe):
 
         A run that is resumed takes its frozen encoders from its own exported file.
         """
+        first = start.exported or start.init_from
+        initial = checkpoint.open(first) if first else None
+        if initial and "autoencoder" not in loaded and initial.config.get("autoencoder") == config["autoencoder"]:
+            loaded = {**loaded, "autoencoder": initial}
         assemble.check_first_stage(config, loaded)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config["seed"], "init"))
@@ -102,17 +107,16 @@ class DiffusionRecipe(Recipe):
         weight, levels = assemble.weight(config, model.denoiser.path), config.build("draw")
         fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
         notes: list[str] = []
-        if first := start.exported or start.init_from:
-            loaded_from = checkpoint.open(first)
-            load_initial_weights(model, loaded_from, fingerprint, str(first), resumed=start.exported is not None)
-            notes += config_notes(config, loaded_from, str(first))
+        if initial:
+            load_initial_weights(model, initial, fingerprint, str(first), resumed=start.exported is not None)
+            notes += config_notes(config, initial, str(first))
         assemble.check_encoders(config, model.conditioner)
         setup = prepare(config, settings)
         captions.learn_tokenizers(model.conditioner, setup.data, config)
         for key, data in (("data", setup.data), ("validation", setup.validation)):
             if data is not None:
                 check_source(config, key, data, model)
-        stored = {**external.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint}
+        stored = {**external.record(portable(config.values), model.conditioner), "fingerprint": fingerprint}
         sampler = assemble.sampler(config, model.denoiser.path)
         return config.build("recipe")(setup._replace(config=stored), model, levels, weight, sampler, notes)
 
@@ -179,7 +183,8 @@ class DiffusionRecipe(Recipe):
         """The condition of a batch, with the null in place of what is dropped."""
         if self.conditioner is None:
             return None
-        inputs = with_derived(batch, self.conditioner.reads, x0, self.seed)
+        factor = self.conditioner.low_resolution_factor
+        inputs = with_derived(batch, self.conditioner.reads, x0, self.seed, factor)
         condition = self.conditioner(inputs, {part: self.to_device(flags) for part, flags in drop.items()})
         return condition.map(lambda x: self.to_device(x.to(self.dtype) if x.dtype == torch.float32 else x))
 
@@ -216,7 +221,9 @@ class DiffusionRecipe(Recipe):
         text, guided = text_in(self.conditioner), self.sampler.guidance.cfg != 1
         if text is None:
             return CaptionReport(0, 0, self.drops, guided)
-        return CaptionReport(text.max_tokens, sum(map(text.too_long, texts)), self.drops, guided)
+        return CaptionReport(
+            text.tokenization.max_tokens, sum(map(text.tokenization.truncates, texts)), self.drops, guided
+        )
 
     def validate(self, folder: Path) -> dict[str, float]:
         self.draw_samples(folder / f"{self.counters.step:08d}.png")
@@ -337,6 +344,6 @@ def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any]
         height, width = batch["image"].shape[2:]
         x0 = torch.zeros(len(batch["image"]), 1, height // factor, width // factor)
     with warnings.catch_warnings(action="ignore", category=TruncatedText):  # a note counts them
-        conditioner(with_derived(batch, conditioner.reads, x0, 0))
+        conditioner(with_derived(batch, conditioner.reads, x0, 0, conditioner.low_resolution_factor))
     for label in (leaf for _, leaf in conditioner.leaves() if isinstance(leaf, Label)):
-        label.check_taught(torch.as_tensor(getattr(data, "labels", batch["label"])))
+        label.check_data(torch.as_tensor(getattr(data, "labels", batch["label"])))
