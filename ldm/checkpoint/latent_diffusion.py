@@ -70,7 +70,7 @@ class TextEncoder:
         """Its node and weights in a diffusers folder."""
         settings, weights = folder.open(self.folder)
         where, numbers = str(folder.path / self.folder), infer(text_numbers, weights, "clip", "text encoder")
-        width, layers = numbers["width"], int(settings.get("num_hidden_layers", numbers["layers"]))
+        width, layers = numbers["width"], int(settings.get("num_hidden_layers") or numbers["layers"])
         hidden = settings.get("intermediate_size", 4 * width)
         if hidden != 4 * width:
             expected = "feed-forward layers four times the width"
