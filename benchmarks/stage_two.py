@@ -131,9 +131,7 @@ def cached(shape: Shape, width: int = 512) -> Ready:
 
 def loop_of(model: Model, data: Ready, row: Row) -> Loop:
     """A loop with the example's numbers."""
-    settings = TrainerSettings(
-        steps=1000, clip=CLIP, precision=row.ours, channels_last=row.channels_last, devices=1
-    )
+    settings = TrainerSettings(steps=1000, clip=CLIP, precision=row.ours, channels_last=row.channels_last, devices=1)
     recipe = DiffusionRecipe(
         Setup(SEED, settings, data, None, {"left_out": {}}),
         model,
@@ -209,7 +207,10 @@ def check(loop: Loop, example: Example, tolerance: float) -> str:
             loop.manual_backward(mine)
         other = example.loss(x0, tokens, steps.to(DEVICE), noise.to(DEVICE))
         other.backward()
-    apart = {"loss": abs(mine.item() - other.item()) / other.item(), **gradients_apart(recipe.denoiser.backbone, example.network)}
+    apart = {
+        "loss": abs(mine.item() - other.item()) / other.item(),
+        **gradients_apart(recipe.denoiser.backbone, example.network),
+    }
     for network in (loop, example.network):
         network.zero_grad(set_to_none=True)
     for name, difference in apart.items():

@@ -386,9 +386,7 @@ def test_what_does_not_learn_is_warned_of(examined):
     assert report.losses[0] == pytest.approx(report.losses[-1], rel=0.2)
 
 
-@pytest.mark.parametrize(
-    ("steps", "why"), [(6, "too few steps to tell"), (60, "it should fall by at least a fifth")]
-)
+@pytest.mark.parametrize(("steps", "why"), [(6, "too few steps to tell"), (60, "it should fall by at least a fifth")])
 def test_a_loss_that_stays_says_more_after_many_steps(steps, why):
     report = doctor.Report(TrainerSettings(steps=1), batch_size=1, losses=[1.0] * steps)
     doctor.check_losses(report, "loss")

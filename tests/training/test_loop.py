@@ -16,7 +16,7 @@ from ldm.training import cost
 from ldm.training.latent_statistics import measure
 from ldm.training.loop import Loop
 from ldm.training.recipes.diffusion import DiffusionRecipe
-from ldm.training.validation import LossByLevel, ReconstructionMetrics
+from ldm.training.validation import ReconstructionMetrics
 from tests.training import second_stage
 from tests.training.host_reads import HostReads
 from tests.training.killing import command, manifest, rows, toy_data

@@ -48,7 +48,7 @@ class Points:
     """Vectors."""
 
     buckets = groups = None
-    sizes = [(1, INPUTS)]
+    sizes = ((1, INPUTS),)
 
     def __init__(self, *, batch_size: int = 8, workers: int = 0):
         self.batch_size, self.workers = batch_size, workers
@@ -184,7 +184,10 @@ def test_its_average_network_follows_and_its_frozen_network_is_not_stored(train,
         ("network=null", "network: wrong value (command line); got null; expected a node {type: NAME, ...}"),
         ("network.type=lime", 'network.type: unknown name (command line); got "lime"; expected one of line; try line'),
         ("netwrok.type=line", "netwrok: unknown key (command line); expected one of seed, recipe, "),
-        ("recipe.type=regresion", 'recipe.type: unknown name (command line); got "regresion"; expected one of autoencoder, '),
+        (
+            "recipe.type=regresion",
+            'recipe.type: unknown name (command line); got "regresion"; expected one of autoencoder, ',
+        ),
     ],
 )
 def test_its_settings_are_checked(override, line, train, tmp_path, capsys):
@@ -199,7 +202,7 @@ def test_a_recipe_that_nothing_names_is_refused(tmp_path, capsys):
     (tmp_path / "line.yaml").write_text(YAML)
     assert main(["train", "--config", str(tmp_path / "line.yaml")]) == 2
     error = capsys.readouterr().err
-    assert f"recipe.type: unknown name ({tmp_path / 'line.yaml'}:3); got \"regression\"; " in error
+    assert f'recipe.type: unknown name ({tmp_path / "line.yaml"}:3); got "regression"; ' in error
     assert error.endswith("; try --plugin MODULE\n")
 
 
