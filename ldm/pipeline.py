@@ -366,7 +366,7 @@ def load(
     if loaded.config.get("backbone") is None:
         raise CheckpointError("a first stage alone makes no pictures", origin, "an autoencoder", hint="it as --vae")
     config = assemble.configure(loaded.config, origin, overrides)
-    channels = checkpoint.latents(loaded)
+    channels = checkpoint.latent_channels(loaded)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
         raise CheckpointError("no first stage inside to make pictures of latents", origin, got, hint="--vae PATH")

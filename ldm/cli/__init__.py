@@ -18,6 +18,7 @@ from ldm.errors import InputError, LdmError
 COMMANDS = {
     "train-autoencoder": "train a first stage: images to latents and back",
     "train-ldm": "train a second stage: pictures from captions, labels, maps, or nothing",
+    "train": "train any recipe that a YAML names, such as one of a plugin",
     "doctor": "say before a training what it will cost and whether it can work",
     "sample": "make pictures from prompts, with any checkpoint",
     "replay": "make a picture again from what its PNG remembers",

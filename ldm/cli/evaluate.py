@@ -123,7 +123,7 @@ def check(config: Config) -> None:
 def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
     """The model with the networks that measure it, and a record of both."""
     from ldm import checkpoint, pipeline
-    from ldm.checkpoint.downloads import KNOWN, place
+    from ldm.checkpoint.downloads import DOWNLOADS, cached
     from ldm.checkpoint.networks import autoencoder_of
     from ldm.checkpoint.vgg import lpips
     from ldm.devices import placement
@@ -142,7 +142,7 @@ def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dic
     else:
         autoencoder = autoencoder_of(loaded.config["autoencoder"], loaded.state).float().to(device)
     features, clip = config.build("features"), config.build("clip") if config["clip"] else None
-    compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
+    compare = lpips() if cached(DOWNLOADS["vgg16"]).is_file() else None
     for network in filter(None, (features.network, clip and clip.network, compare)):
         network.to(device)
     subject = Subject(autoencoder, pipe, features, clip, compare, device, settings)
@@ -153,7 +153,7 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
     """What the results depend on besides the configuration."""
     import torch
 
-    from ldm.checkpoint.downloads import KNOWN
+    from ldm.checkpoint.downloads import DOWNLOADS
     from ldm.metrics import feature_metrics as m
 
     features, file = subject.features, " + ".join(x.name for x in loaded.files)
@@ -161,7 +161,7 @@ def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any
         "checkpoint": {"file": file, "family": loaded.family, "sha256": loaded.hash},
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
         "clip": subject.clip and subject.clip.identity,
-        "lpips": subject.lpips and KNOWN["vgg16"].sha256,
+        "lpips": subject.lpips and DOWNLOADS["vgg16"].sha256,
         "constants": {"neighbours": m.NEIGHBOURS, "subsets": m.SUBSETS, "of": m.MOST, "parts": m.PARTS},
         "precision": {"sampling": precision, "first_stage": "float32"},
         "device": str(subject.device),

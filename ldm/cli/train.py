@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.cli import config_file, config_options, own_parts
-from ldm.errors import InputError
+from ldm.errors import InputError, nearest, shown
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Checkpoint
@@ -95,12 +95,17 @@ def read_plan(arguments: argparse.Namespace, recipe: str | None) -> Plan:
 
 def recipe_of(file: Path, default: str | None, overrides: Sequence[str] = ()) -> str:
     """The recipe that a YAML names, else the default, else the one that its axes imply."""
-    from ldm.config import files
+    from ldm.config import files, parts
 
-    values = files.read(file, overrides).values
+    source = files.read(file, overrides)
+    values, known = source.values, parts.TABLES["recipe"]
     node = values.get("recipe")
-    if isinstance(node, dict) and isinstance(node.get("type"), str):
-        return node["type"]
+    if isinstance(node, dict) and isinstance(name := node.get("type"), str):
+        if name not in known:
+            what, expected = "recipe.type: unknown name", f"one of {', '.join(known)}"
+            hint = nearest(name, known) or "--plugin MODULE"
+            raise source.error(what, "recipe.type", got=shown(name), expected=expected, hint=hint)
+        return name
     return default or ("diffusion" if "backbone" in values or "conditioner" in values else "autoencoder")
 
 

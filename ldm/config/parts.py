@@ -117,6 +117,18 @@ TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of t
 # networks that ship with the package, for losses and metrics; a configuration chooses none of them by target
 SHIPPED = {"judge": "ldm.scenes.pretrained:judge"}
 
+# families of published checkpoints; the last is asked first, so that a plugin's are asked before these
+FAMILIES: dict[str, str] = {
+    "first_stage": "ldm.checkpoint.families.first_stage:FIRST_STAGES",
+    "ldm_kl": "ldm.checkpoint.families.ldm:KL",
+    "ldm_vq": "ldm.checkpoint.families.ldm:VQ",
+    "ldm_class": "ldm.checkpoint.families.ldm:CLASS",
+    "ldm_text": "ldm.checkpoint.families.ldm:TEXT",
+    "sd2": "ldm.checkpoint.families.sd:SD2",
+    "sd1": "ldm.checkpoint.families.sd:SD1",
+    "dit": "ldm.checkpoint.families.dit:DIT",
+}
+
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {
     "prediction": {"sigma_data": "path.sigma_data"},
@@ -162,13 +174,13 @@ def plug(module: str) -> None:
     except Exception as error:  # whatever a user's module does on import
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
-        known = TABLES.setdefault(axis, {})
+        known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})
         if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):
             raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
         known.update(table)
 
 
 def plug_installed() -> None:
-    """Add the tables of installed packages that declare an entry point in the group `ldm.config.parts`."""
-    for entry in entry_points(group="ldm.config.parts"):
+    """Add the tables of installed packages that declare an entry point in the group `ldm.parts`."""
+    for entry in entry_points(group="ldm.parts"):
         plug(entry.value)

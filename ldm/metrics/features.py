@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint.downloads import KNOWN, place
+from ldm.checkpoint.downloads import DOWNLOADS, cached
 from ldm.checkpoint.files import file_hash, is_pickle, open_file, open_pickle
 from ldm.checkpoint.networks import load_weights
 from ldm.errors import CheckpointError, InputError
@@ -49,9 +49,9 @@ class InceptionFeatures:
         weights: str | None = None,  # file; null is where `ldm fetch` puts it
         resize: Resize = "tensorflow",  # kernel: tensorflow as published, or bicubic without aliasing
     ):
-        file = Path(weights).expanduser() if weights else place(KNOWN["inception"])
+        file = Path(weights).expanduser() if weights else cached(DOWNLOADS["inception"])
         if not file.is_file():
-            hint = f"`ldm fetch inception`, or features.weights=FILE with {KNOWN['inception'].file}"
+            hint = f"`ldm fetch inception`, or features.weights=FILE with {DOWNLOADS['inception'].file}"
             raise InputError("features.weights: no such file", str(file), expected="Inception's weights", hint=hint)
         self.network = Inception().eval().requires_grad_(False)
         tensors = open_pickle(file) if is_pickle(file) else open_file(file)

@@ -303,6 +303,30 @@ def test_codes_come_back_alike_on_two_processes_that_stop_in_between(tmp_path):
     assert_near(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
 
 
+OLD = {"sample_from": 2, "two_forwards": True, "revive": 0, "train": "all"}  # keys of version 0.1
+
+
+def test_keys_of_version_0_1_still_work(tmp_path, capsys):
+    """In a file and on the command line; errors call them by their new names."""
+    argv = command(tmp_path / "run", "--print-config")[:-1]
+    assert main([*argv, *(f"recipe.{key}={json.dumps(value)}" for key, value in OLD.items())]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert expected["recipe"] == {"type": "autoencoder", **OLD}
+    file = tmp_path / "config.yaml"
+    new = "recipe: {type: autoencoder, sample_from: 2}\n"
+    file.write_text(toy.KL.replace(new, ""))
+    assert main([*argv, *(f"{key}={json.dumps(value)}" for key, value in OLD.items())]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    file.write_text(toy.KL.replace(new, "".join(f"{key}: {json.dumps(value)}\n" for key, value in OLD.items())))
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    file.write_text(toy.KL.replace(new, "revive: -1\n"))
+    assert main([*argv[:-1], "--dry-run"]) == 2
+    assert f"error: recipe.revive: there are no codes ({file}:4)" in capsys.readouterr().err
+    assert main([*argv[:-1], "--dry-run", "revive=0", "sample_from=-1"]) == 2
+    assert "error: recipe.sample_from: a number of steps (command line); got -1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

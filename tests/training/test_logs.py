@@ -46,6 +46,19 @@ def test_a_recipe_warns_of_its_game(tmp_path):
     assert sum("overpowers" in line for _ in range(10) for line in recipe.warnings(row)) == 1
 
 
+def test_the_bar_shows_the_loss_of_the_step_before_it(tmp_path, monkeypatch):
+    """Of each step, although few of them have a row."""
+    shown = []
+    monkeypatch.setattr(logs.tqdm, "set_postfix", lambda bar, words, **_: shown.append((bar.n, words.get("loss"))))
+    assert main(command(tmp_path / "all", "trainer.steps=4", "trainer.validate_every=9")[:-1]) == 0
+    expected = [f"{float(row['loss/loss']):.4g}" for row in rows(tmp_path / "all")]
+    shown.clear()
+    few = ("trainer.steps=4", "trainer.log_every=4", "trainer.validate_every=9")
+    assert main(command(tmp_path / "few", *few)[:-1]) == 0
+    assert len({*expected}) == 4
+    assert shown[:4] == [*enumerate(expected)]
+
+
 def test_a_run_without_a_name_is_called_by_its_configuration(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for make, name in ((command, "config"), (second_stage.command, "config_ldm")):

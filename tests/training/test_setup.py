@@ -19,7 +19,7 @@ from ldm.training import captions, logs
 from ldm.training.recipes.autoencoder import Schema
 from ldm.training.run import is_main
 from ldm.training.setup import check_launcher, portable
-from tests.training import toy
+from tests.training import killing, toy
 from tests.training.killing import toy_data
 from tests.training.second_stage import cached, command
 
@@ -107,6 +107,32 @@ def test_how_pictures_are_made_may_change_and_the_file_has_it(tmp_path, monkeypa
     assert config["size"] == 32
     assert main([*argv, "trainer.steps=3", "weight.type=min_snr"]) == 2
     assert "started with another configuration" in capsys.readouterr().err
+
+
+def test_a_run_says_how_it_is_resumed(tmp_path, monkeypatch, capsys):
+    """Without its overrides it names its own configuration; with another learning rate, its weights too."""
+    monkeypatch.delenv("RANK", raising=False)
+    run, argv = tmp_path / "run", killing.command(tmp_path / "run", "trainer.steps=1")[:-1]
+    own = ["schedule={type: constant}", "data.batch_size=4"]
+    assert main([*argv, *own]) == 0
+    assert f"wrote {run}/model.safetensors; next: python train_ldm.py --config NAME" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert capsys.readouterr().err.endswith(f"; try --config {run}/config.yaml to resume, or another --run\n")
+    again = ["train-autoencoder", "--config", str(run / "config.yaml"), "--run", str(run)]
+    assert main([*again, "trainer.steps=2"]) == 0
+    assert "resumes from step 1" in capsys.readouterr().out
+    assert main([*argv, *own, "optimizer.lr=0.01"]) == 2
+    error = capsys.readouterr().err
+    assert "got optimizer.lr=0.01 for 0.001; " in error
+    assert f"; try --init-from {run}/model.safetensors and another --run, which starts from its weights" in error
+    assert f"--config {run}/config.yaml to resume" in error
+
+
+def test_a_finished_second_stage_says_how_it_is_sampled(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    file = tmp_path / "run" / "model.safetensors"
+    assert main([*command(tmp_path / "run")[:-1], "trainer.steps=1"]) == 0
+    assert f'wrote {file}; next: python sample.py --ckpt {file} --prompt "..."\n' in capsys.readouterr().out
 
 
 def test_runs_of_one_name_are_two_for_wandb_and_one_that_goes_on_is_one(tmp_path, monkeypatch):
