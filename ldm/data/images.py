@@ -159,7 +159,7 @@ def validation_part(keys: Sequence[str], split: float) -> NDArray:
         return np.zeros(0, int)
     values = hashed(0, 0, np.array([zlib.crc32(os.fsencode(key)) for key in keys]))
     apart = np.flatnonzero(values < np.uint64(split * 2**64))
-    return apart if len(apart) else values.argmin()[None]
+    return apart if len(apart) else np.array([values.argmin()])
 
 
 def source_of(root: Any, image: str | None, caption: str | None) -> Source:

@@ -320,7 +320,7 @@ class Stage(pl.LightningModule):
         """The endless stream of samples from where this run stands."""
         from ldm.data.loader import loader
 
-        ranks = {"rank": self.global_rank, "ranks": self.trainer.world_size}
+        ranks: dict[str, Any] = {"rank": self.global_rank, "ranks": self.trainer.world_size}
         return loader(self.data, self.seed, position=self.images_seen, accumulate=self.plan.accumulate, **ranks)
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, index: int) -> dict[str, Any]:
