@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.console import counting_cuts
+from ldm.cli.console import count_truncations
 from ldm.cli.sample import writable
 from ldm.config import samplers
 from ldm.config import schema as configuration
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(config.values, indent=2))
         return 0
     out = writable(Path(arguments.out))
-    with counting_cuts():
+    with count_truncations():
         measure(config, arguments, out)
     return 0
 
