@@ -159,7 +159,7 @@ SABOTAGES = [
     Sabotage("hub: a missing file is asked for", "ldm/checkpoint/hub.py", " and not name.endswith(WEIGHTS)", "", "tests/test_hub.py"),
     Sabotage("hub: a folder's hash is of all that lies there", "ldm/checkpoint/latent_diffusion.py", "files = [file for part in weighted for file in folder.files(part)]", "files = sorted(folder.path.glob('*/*.safetensors'))", "tests/test_hub.py"),
     Sabotage("own first stage: its latents are not counted", "ldm/checkpoint/__init__.py", "if channels not in (None, offered):", "if False:", "tests/test_extending.py"),
-    Sabotage("captions cut off: counted by what is lost", "ldm/cli/console.py", "cut.add(message.text)", "cut.add(str(message))", "tests/cli/test_console.py"),
+    Sabotage("captions cut off: counted by what is lost", "ldm/cli/console.py", "truncated.add(message.text)", "truncated.add(str(message))", "tests/cli/test_console.py"),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.console import counting_cuts
+from ldm.cli.console import count_truncations
 from ldm.cli.sample import writable
 from ldm.config import samplers
 from ldm.config import schema as configuration
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ldm.metrics import report
 
     out, wanted, first = writable(Path(arguments.out)), arguments.only or PARTS, torchrun_rank().number == 0
-    with counting_cuts():
+    with count_truncations():
         subject, about = prepare(config, arguments)
         evaluation: dict[str, Any] = {"about": about, "settings": config.values}
         for name, part in parts(config, subject, wanted):
