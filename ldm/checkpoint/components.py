@@ -42,6 +42,7 @@ def open_backbone(
     kind: Backbone, state: Mapping[str, Tensor], layout: str, heads: Mapping[str, int], stored: Node | None = None
 ) -> tuple[Node, Node, State]:
     """A backbone's node, what the assembly gives it, and its weights in our names."""
+    state = {name: x for name, x in state.items() if name not in kind.computed}
     numbers = infer(kind.numbers, state, layout, kind.title)
     given = infer(kind.given, state, layout, kind.title)
     node = stored or {"type": kind.type, **numbers, **heads}

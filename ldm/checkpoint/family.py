@@ -68,3 +68,4 @@ class Backbone:
     keys: Callable[[Any, str], KeyMap]  # of a network in a layout
     heads: Callable[[Mapping[str, Any]], Node]  # our arguments from diffusers' settings
     settings: Callable[[Any, int], Node]  # diffusers' settings of a network for latents of a size
+    computed: tuple[str, ...] = ()  # fixed tables in files, which our network computes

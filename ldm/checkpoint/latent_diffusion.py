@@ -33,7 +33,7 @@ from ldm.checkpoint.files import Tensors
 from ldm.checkpoint.formats.compvis import FIRST_STAGE, SCALE, UNET, averaged, ignore, stored_config, stored_prediction
 from ldm.checkpoint.formats.diffusers import Folder, Model, Written, read_json
 from ldm.checkpoint.hyperparameters import text_numbers, unet_given, unet_numbers
-from ldm.checkpoint.networks import build_autoencoder
+from ldm.checkpoint.networks import LARGEST, build_autoencoder, check_size
 from ldm.checkpoint.rename import State, above, under
 from ldm.checkpoint.schedules import path_of_betas, read_scheduler, write_scheduler
 from ldm.checkpoint.unet_keys import unet_keys
@@ -201,8 +201,10 @@ class LatentDiffusion(Family):
             config["prediction"] = {"type": "learned_range", "of": config["prediction"]}
         config |= {"guidance": {"cfg": self.cfg}, "autoencoder": autoencoder}
         side = settings.get("sample_size") or 64
+        side = side if isinstance(side, int) else side[0]
+        check_size("sample_size: too large", side, LARGEST, str(folder.path / part))
         factor = build_autoencoder(autoencoder).factor if autoencoder else self.factor
-        config["size"] = (side if isinstance(side, int) else side[0]) * factor
+        config["size"] = side * factor
         tokenizers = [encoder.tokenizer for encoder in self.encoders if encoder.tokenizer in folder.parts]
         tokenizer = str(folder.path / tokenizers[0]) if tokenizers else None
         name = ", ".join(word for word in (self.folder_name or self.name, use, "diffusers folder") if word)

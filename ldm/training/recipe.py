@@ -238,9 +238,9 @@ def prefixed(prefix: str, values: Mapping[str, Tensor], separator: str = "/") ->
 
 
 def batch_to_device(x: Any, device: torch.device) -> Any:
-    """Tensors on a device, also inside mappings and tuples; anything else as it is."""
+    """Tensors on a device, also inside mappings and tuples; sample numbers and anything else as they are."""
     if isinstance(x, Mapping):
-        return {name: batch_to_device(value, device) for name, value in x.items()}
+        return {name: value if name in CPU_ONLY else batch_to_device(value, device) for name, value in x.items()}
     if isinstance(x, tuple):
         return type(x)(*(batch_to_device(value, device) for value in x))
     return to_device(x, device) if isinstance(x, Tensor) else x

@@ -1,7 +1,9 @@
 """Families: a new one is one file that a table names, and no size that tensors do not confirm is built."""
 
 import json
+import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +11,21 @@ from safetensors.torch import load_file, save_file
 
 from ldm import checkpoint
 from ldm.checkpoint import hub, networks
-from ldm.checkpoint.families import families
-from ldm.checkpoint.files import write_file
+from ldm.checkpoint.families import families, read_file
+from ldm.checkpoint.files import Tensors, write_file
 from ldm.config import parts
 from ldm.errors import CheckpointError
 from tests.checkpoint import toy_family
 from tests.checkpoint.made_up import CONFIGS, make
 
 HUGE = 10**9
+KEYS = Path(__file__).parents[2].parent / "shared/real/keys"  # names and shapes of published files
+REAL = {
+    "Stable Diffusion 1": ("UNET-v1-SD.txt", "CLIP-v1-SD.txt", "transformer.text_model."),
+    "Stable Diffusion 1, inpainting": ("UNET-v1-Inpainting.txt", "CLIP-v1-SD.txt", "transformer.text_model."),
+    "Stable Diffusion 1, edit": ("UNET-v1-Pix2Pix.txt", "CLIP-v1-SD.txt", "transformer.text_model."),
+    "Stable Diffusion 2": ("UNET-v2-SD.txt", "CLIP-v2-SD.txt", "model."),
+}
 
 
 @pytest.fixture
@@ -112,6 +121,34 @@ def test_layers_that_settings_claim_are_counted(tmp_path):
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(folder)
     assert str(error.value) == f"more layers than weights ({folder}/text_encoder); got {HUGE}; expected at most 2"
+
+
+def test_a_table_of_positions_in_a_folder_is_computed_instead(tmp_path):
+    from tests.checkpoint.test_diffusers import same, write
+
+    file = write(tmp_path, "dit") / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"pos_embed.pos_embed": torch.ones(1, 256, 128)}, file)
+    assert same(checkpoint.open(tmp_path / "dit").state, make("dit")[1])
+
+
+def published(file: str, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The shapes in one of the lists of names."""
+    lines = (KEYS / file).read_text().splitlines()
+    found = [re.match(r"(\S+)\s+\[(.*)\]", line) for line in lines]
+    return {prefix + m[1]: tuple(int(side) for side in m[2].split(",") if side.strip()) for m in found if m}
+
+
+@pytest.mark.skipif(not KEYS.is_dir(), reason="no ../shared/real/keys")
+@pytest.mark.parametrize("family", REAL)
+def test_every_published_name_has_its_place(family):
+    unet, text, prefix = REAL[family]
+    shapes = published(unet, "model.diffusion_model.") | published(text, f"cond_stage_model.{prefix}")
+    shapes |= published("VAE-v1-SD.txt", "first_stage_model.")
+
+    def get(name):  # one norm's bias is read, to guess the prediction
+        return torch.empty(shapes[name], device="cpu" if name.endswith("norm1.bias") else "meta")
+
+    assert read_file(Tensors(Path("x.safetensors"), shapes, get)).family.removesuffix(", v-prediction") == family
 
 
 def test_an_encoder_that_is_stored_elsewhere_may_be_larger_than_any_tensor():

@@ -88,7 +88,10 @@ def test_a_name_means_the_first_stage_that_has_it(name, stage, folder, recipe):
             "error: no such configuration (nothing); expected a .yaml file, or one of celebahq_vq4",
         ),
         (["kl_f8", "--stage", "2"], "error: no such configuration (kl_f8); expected a .yaml file, or one of celebahq"),
-        (["toy.yaml", "--stage", "2"], "error: --stage: the configuration is of the other one (toy.yaml); got 2; exp"),
+        (
+            ["toy.yaml", "--stage", "2"],
+            "error: --stage: this configuration trains another (toy.yaml); got 2; expected autoencoder",
+        ),
         (["toy.yaml", "--minutes", "0"], "error: out of range (--minutes); got 0.0; expected more than 0"),
         (["toy.yaml", "data.resolution=15"], "error: data.resolution: not divisible by the autoencoder's factor"),
         (["toy.yaml", "trainer.devices=3"], "error: a batch cannot be split evenly"),

@@ -264,7 +264,7 @@ def test_a_signal_before_the_first_step_saves_too(tmp_path, monkeypatch):
 
 
 def test_the_scale_of_latents_is_the_same_wherever_a_run_stood(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.latent_statistics.COST", 1)
+    monkeypatch.setattr("ldm.training.latent_statistics.SHARE", 1)
     monkeypatch.setattr("ldm.training.latent_statistics.BATCH", 8)
     for name, stops in {"straight": [10], "broken": [4, 9, 10]}.items():
         for steps in stops:

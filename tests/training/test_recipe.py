@@ -48,7 +48,7 @@ class Points:
     """Vectors."""
 
     buckets = groups = None
-    sizes = [(1, INPUTS)]
+    sizes = ((1, INPUTS),)
 
     def __init__(self, *, batch_size: int = 8, workers: int = 0):
         self.batch_size, self.workers = batch_size, workers

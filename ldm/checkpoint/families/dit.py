@@ -20,7 +20,7 @@ from ldm.checkpoint.rename import Joint, KeyMap, State, columns, expand
 from ldm.errors import CheckpointError
 from ldm.models.dit import SIZES, DiT, DiTBlock, sincos_positions
 
-POSITIONS = {"dit": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # a fixed table in files, computed here
+POSITIONS = "pos_embed"  # a fixed table, which diffusers calls pos_embed.pos_embed
 NO_STAGE = "no first stage inside: give Stable Diffusion's with --vae"
 FACTOR = 8  # pixels to a latent of the published first stage
 
@@ -111,10 +111,9 @@ class DiTFamily(LatentDiffusion):
         return "x_embedder.proj.weight" in tensors
 
     def read(self, tensors: Tensors) -> Checkpoint:
-        stored, table = self.stored(tensors), tensors.get(POSITIONS["dit"])
-        weights = {name: tensors[name] for name in tensors if name != POSITIONS["dit"]}
-        node, supplied, state = open_backbone(self.backbone, weights, "dit", {}, stored.get("backbone"))
-        side = 16 if table is None else grid_side(table, f"{tensors.path}: {POSITIONS['dit']}")
+        stored, table = self.stored(tensors), tensors.get(POSITIONS)
+        node, supplied, state = open_backbone(self.backbone, tensors, "dit", {}, stored.get("backbone"))
+        side = 16 if table is None else grid_side(table, f"{tensors.path}: {POSITIONS}")
         config = stored or self.published(node, supplied, FACTOR * node["patch"] * side)
         return Checkpoint({**config, "autoencoder": None}, state, self.name, [tensors.path], notes=[NO_STAGE])
 
@@ -143,7 +142,7 @@ class DiTFamily(LatentDiffusion):
         config["autoencoder"] = None
         side = config.get("size", 256) // FACTOR // network.patch
         table = sincos_positions(network.width, side, side, torch.device("cpu"))
-        return dit_keys(network, "dit").write(weights) | {POSITIONS["dit"]: table}
+        return dit_keys(network, "dit").write(weights) | {POSITIONS: table}
 
     def condition_in_folder(self, folder: Folder, supplied: Node) -> list[Part]:
         if not supplied["classes"]:
@@ -165,5 +164,8 @@ def grid_side(positions: Tensor, where: str) -> int:
     return side
 
 
-DIT_BACKBONE = Backbone("dit", "DiT", "transformer", dit_numbers, dit_given, dit_keys, dit_heads, dit_settings)
+COMPUTED = (POSITIONS, f"{POSITIONS}.pos_embed")
+DIT_BACKBONE = Backbone(
+    "dit", "DiT", "transformer", dit_numbers, dit_given, dit_keys, dit_heads, dit_settings, COMPUTED
+)
 DIT = DiTFamily(name="DiT", backbone=DIT_BACKBONE, cfg=4.0, factor=FACTOR, pipelines={"": "DiTPipeline"})

@@ -25,23 +25,12 @@ VERSION = "0.42.0"  # of diffusers, as we write it
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 STEMS = ("diffusion_pytorch_model", "model")
 ONLY: dict[str, tuple[Any, ...]] = {  # settings that would need another network than ours, and what they may be
-    "act_fn": ("silu", "gelu-approximate"),
-    "norm_num_groups": (32,),
-    "only_cross_attention": (False,),
-    "dual_cross_attention": (False,),
-    "center_input_sample": (False,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_scale_factor": (1,),
-    "downsample_padding": (1,),
-    "time_embedding_type": ("positional",),
-    "addition_embed_type": (None,),
-    "encoder_hid_dim": (None,),
-    "norm_type": ("ada_norm_zero", "group"),
-    "hidden_act": ("quick_gelu", "gelu"),
-    "layer_norm_eps": (1e-5,),
-    "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
+    **dict.fromkeys(("only_cross_attention", "dual_cross_attention", "center_input_sample"), (False,)),
+    **dict.fromkeys(("addition_embed_type", "encoder_hid_dim"), (None,)),
+    **dict.fromkeys(("mid_block_scale_factor", "downsample_padding", "resnet_out_scale_factor"), (1,)),
+    **{"act_fn": ("silu", "gelu-approximate"), "hidden_act": ("quick_gelu", "gelu"), "norm_num_groups": (32,)},
+    **{"flip_sin_to_cos": (True,), "freq_shift": (0,), "time_embedding_type": ("positional",)},
+    **{"norm_type": ("ada_norm_zero", "group"), "layer_norm_eps": (1e-5,), "resnet_skip_time_act": (False,)},
 }
 UNETS = {"norm_eps": (1e-5,)}  # a Transformer2DModel's is not that of its blocks
 

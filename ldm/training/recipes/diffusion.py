@@ -163,14 +163,18 @@ class DiffusionRecipe(Recipe):
         )
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
-        x0 = self.latents(batch)  # (B, C, h, w)
+        x0 = self.clean(batch)  # (B, C, h, w)
         condition = self.condition(batch, x0, batch["drop"])
         plain = self.denoiser.loss(x0, batch["level"], batch["noise"].to(x0.dtype), condition)  # (B,)
         weighted = batch["weight"].to(x0.dtype) * plain
         return weighted.mean(), {"loss/loss": weighted.mean(), "loss/unweighted": plain.mean()}
 
+    def latents(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """x0, unless it is pictures."""
+        return None if self.autoencoder is None else self.clean(batch)
+
     @torch.no_grad()
-    def latents(self, batch: Mapping[str, Any]) -> Tensor:
+    def clean(self, batch: Mapping[str, Any]) -> Tensor:
         """x0: cached latents, the posterior's mean, or pictures if there is no autoencoder."""
         if "latents" in batch:
             return self.memory_format(batch["latents"].to(self.dtype))  # (B, C, h, w)
@@ -232,7 +236,7 @@ class DiffusionRecipe(Recipe):
     def validation_losses(self, batch: dict[str, Any], part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) each: weighted and plain at training levels of a part of time, and plain at even levels."""
         batch = batch_to_device(batch, self.device)
-        x0 = self.latents(batch)  # (B, C, h, w)
+        x0 = self.clean(batch)  # (B, C, h, w)
         condition, path = self.condition(batch, x0, {}), self.denoiser.path
         u, noise = draw(stream(self.seed, "validation"), batch["number"].tolist(), 1, x0.shape[1:])
         time, noise = (part + u[:, 0]) / BINS, self.to_device(noise).to(x0.dtype)  # (B,), (B, C, h, w)
@@ -244,7 +248,7 @@ class DiffusionRecipe(Recipe):
         """Pairs of a validation sample and a picture made from its condition; every rank samples, the first writes."""
         batch = self.loss_by_level.data.batch(self.loss_by_level.shown, self.seed)
         texts, batch = batch.get("caption", []), batch_to_device(batch, self.device)
-        x0 = self.latents(batch)  # (B, C, h, w)
+        x0 = self.clean(batch)  # (B, C, h, w)
         made = self.sample(batch, x0)
         true, made = (x if self.autoencoder is None else self.autoencoder.decode(x) for x in (x0, made))
         first_process(lambda: draw_pairs(true, made, texts, file), self.rank)
