@@ -205,8 +205,14 @@ def encoding(loop: Loop) -> int:
 # ------------------------------------------------------------------------------------------------------- the page
 
 
+def files(folder: str) -> list[Path]:
+    """The configurations that have networks of their own: not those that take them from a checkpoint."""
+    found = sorted((ROOT / folder).glob("*.yaml"))
+    return [file for file in found if {"autoencoder", "backbone"} & yaml.safe_load(file.read_text()).keys()]
+
+
 def page(names: Sequence[str]) -> Iterator[str]:
-    """The explanation, and a table of each stage."""
+    """The explanation, and a table for each stage."""
     yield HEAD
     columns = [
         "configuration",
@@ -222,7 +228,7 @@ def page(names: Sequence[str]) -> Iterator[str]:
     ]
     for folder, title in STAGES.items():
         rows = []
-        for file in sorted((ROOT / folder).glob("*.yaml")):
+        for file in files(folder):
             if not names or file.stem in names:
                 loop = first_stage(file) if folder == "autoencoder" else second_stage(file)
                 rows.append(row(file.stem, cost_of(loop)))
