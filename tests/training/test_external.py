@@ -187,7 +187,7 @@ def test_a_frozen_encoder_is_random_only_where_that_is_written(joined, tmp_path,
     argv = command(tmp_path / "run", f"conditioner={unsaid}", *SHORT)[:-1]
     line = refusal(capsys, *argv, code=2)
     assert line.startswith(f"error: {key}: missing, and the encoder is not trained (")
-    assert line.endswith(f"got none; expected a folder, a file, a hub's id or random; try {key}=FOLDER")
+    assert line.endswith(f"got none; expected a folder, a file, a Hub id or random; try {key}=FOLDER")
     assert not (tmp_path / "run").exists()
     cache = ["cache", *argv[1:3], "--out", str(tmp_path / "cache"), "--device", "cpu"]
     assert refusal(capsys, *cache, f"conditioner={unsaid}", code=2) == line
