@@ -34,7 +34,7 @@ from benchmarks.start_up import measure
 from ldm.checkpoint.files import DIGEST, open_file, write_file
 from ldm.data.images import Images
 from ldm.data.latents import FORMAT, MANIFEST, Latents
-from ldm.data.latents_writer import joined, spelled
+from ldm.data.latents_writer import caption_bytes, joined
 from ldm.data.loader import Data, Loader, loader
 from ldm.data.sampler import by_bucket
 from ldm.pictures import to_float
@@ -193,7 +193,7 @@ def write_cache(root: Path, count: int, tokens: bool, captions: Sequence[str] = 
         if tokens:
             shard["caption.tokens"] = torch.randn(1024, 77, 768).bfloat16()
         if captions:
-            shard |= joined([spelled(captions[number * 1024 : (number + 1) * 1024])])
+            shard |= joined([caption_bytes(captions[number * 1024 : (number + 1) * 1024])])
         file = f"{number:05}.safetensors"
         write_file(root / file, shard, {})
         rows.append({"file": file, "bucket": 0, "samples": 1024, DIGEST: open_file(root / file).metadata[DIGEST]})

@@ -34,7 +34,7 @@ from benchmarks.device import DEVICE, flops, has_bfloat16, peak, per_second, set
 from benchmarks.networks import fill, paired_ratio, unets, verdict
 from benchmarks.text_to_image import ADAMW, CLIP, Example
 from ldm.assemble import Model
-from ldm.checkpoint.backbone_keys import write_backbone
+from ldm.checkpoint.families import backbone_of
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import clip
@@ -222,7 +222,9 @@ def check(loop: Loop, example: Example, tolerance: float) -> str:
 
 def gradients_apart(backbone: nn.Module, other: nn.Module) -> dict[str, float]:
     """How far, as a part of their size, the whole gradients are apart, and those of each weight by its name there."""
-    mine = write_backbone({name: p.grad for name, p in backbone.named_parameters()}, backbone, "diffusers")
+    kind = backbone_of("unet" if isinstance(backbone, UNet) else "dit")
+    assert kind is not None
+    mine = kind.keys(backbone, "diffusers").write({name: p.grad for name, p in backbone.named_parameters()})
     norms = {name: (float((mine[name] - p.grad).norm()), float(p.grad.norm())) for name, p in other.named_parameters()}
     difference, whole = torch.tensor(list(norms.values())).norm(dim=0).tolist()
     return {"gradient": difference / whole} | {name: a / max(b, TINY * whole) for name, (a, b) in norms.items()}

@@ -24,6 +24,11 @@ class Vector(NamedTuple):
     size: int  # how many numbers, the vector's width, or the table's rows
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Float32 or wider: samples, differences and means are never rounded to half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Condition:
     """Everything a denoiser may be given beside x and the noise level; each tensor has the batch first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -50,6 +50,35 @@ def sum_over_ranks(x: Tensor, rank: Rank) -> Tensor:
         ensure_group()
         distributed.all_reduce(x)
     return x
+
+
+def mean_over_ranks(x: Tensor, rank: Rank) -> Tensor:
+    """Average `x` over ranks, in place."""
+    return sum_over_ranks(x, rank).div_(rank.of)
+
+
+def gather_rows(rows: Tensor, rank: Rank) -> Tensor:
+    """The rows (N, ...) of all ranks, in the order of ranks; every rank has equally many."""
+    if rank.of == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(rank.of)]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor in one piece, gathered if FSDP2 has sharded it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
+
+
+def full_state(tensors: Mapping[str, Tensor], rank: Rank) -> dict[str, Tensor]:
+    """CPU copies of tensors, gathered from all ranks; the first rank gets them."""
+    state = {}
+    for name, x in tensors.items():
+        x = full(x.detach())
+        if rank.number == 0:
+            state[name] = x.to("cpu", copy=True)
+    return state
 
 
 def gather(value: T, rank: Rank) -> list[T]:

@@ -92,16 +92,16 @@ def test_no_model_meets_tensors_of_another_device(name, offload, pretended, tmp_
     model().save_pretrained(tmp_path / "model")
     pipe = pipeline.load(tmp_path / "model", device="cpu", precision="fp32")
     pipe.device, pipe.offload = GPU, offload
-    recipe = pipe.recipe(steps=3, **SIZE, **{key: make() for key, make in given.items()})
+    settings = pipe.settings(steps=3, **SIZE, **{key: make() for key, make in given.items()})
     texts, label = ((PROMPT, "blue"), None) if name != "classes" else (("", ""), 1)
     requests = [Request(*texts, label, 0), Request(texts[0], "", label, 1)]
     with ExitStack() as there:
         if not offload:
             with pytest.raises(RuntimeError, match="same device"):  # it would be seen
-                pipe.images(requests, recipe)
+                pipe.images(requests, settings)
             for network in networks(pipe):
                 there.enter_context(visiting(network, GPU))
-        images = pipe.images(requests, recipe)
+        images = pipe.images(requests, settings)
         assert (images.device, tuple(images.shape)) == (GPU, (2, 3, *SIZE.values()))
         assert where(pipe) == {"cpu" if offload else "cuda"}
 

@@ -1,4 +1,4 @@
-"""Work that two processes share comes back whole and in order, on both."""
+"""Collectives between two processes under torchrun: shared work comes back complete and in order on both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 TRUE = """
 import json, os, sys, torch
 from ldm.scenes import Scenes
-from ldm.metrics.comparison import true_features
-from ldm.metrics.features import JudgeFeatures
+from ldm.metrics.comparison import ReferenceSet, reference_features
+from ldm.scenes.features import JudgeFeatures
 os.environ["XDG_CACHE_HOME"] = sys.argv[1] + os.environ["RANK"] * (sys.argv[2] == "apart")
 torch.set_num_threads(1)
 features, data = JudgeFeatures(), Scenes(resolution=64, batch_size=2, size=100, workers=0)
-rows = [true_features(features, data, range(k, k + 5), 0, {})["vectors"].tolist() for k in (0, 5, 0)]
+sets = [ReferenceSet(data, {}, range(k, k + 5), 0) for k in (0, 5, 0)]
+rows = [reference_features(features, each)["vectors"].tolist() for each in sets]
 print(json.dumps(rows))
 """
 WORK = """
@@ -65,3 +66,47 @@ def test_two_processes_find_what_one_finds():
     assert found[1][0].pop("mine") == [1, 2, 3, 4, 5]
     assert found[2][0] == found[2][1] == found[1][0]
     assert found[1][0]["words"][:3] == ["10", "20", "21"]
+
+
+COLLECTIVES = """
+import json, torch
+from ldm.distributed import all_or_none, broadcast, first_process, gather, share_batches, sum_over_ranks, torchrun_rank
+from ldm.errors import CheckpointError
+rank = torchrun_rank()
+def fails():
+    raise CheckpointError("no such file")
+errors = []
+calls = (
+    lambda: all_or_none(fails if rank.number == rank.of - 1 else lambda: 1, rank),
+    lambda: first_process(fails, rank),
+)
+for call in calls:
+    try:
+        call()
+    except CheckpointError as error:
+        errors.append(str(error))
+print(json.dumps({
+    "gather": gather(rank.number, rank),
+    "broadcast": broadcast(f"of {rank.number}", rank),
+    "sum": sum_over_ranks(torch.tensor(rank.number + 1.0), rank).item(),
+    "share": list(share_batches(3, rank)),
+    "errors": errors,
+}))
+"""
+
+
+def test_collectives_make_their_own_group_under_torchrun():
+    first, second = run(COLLECTIVES, 2)
+    assert (first.pop("share"), second.pop("share")) == ([[0, True], [2, True]], [[1, True], [2, False]])
+    failures = first.pop("errors"), second.pop("errors")
+    assert failures[0] == ["process 1: no such file", "no such file"]
+    assert failures[1] == ["process 1: no such file", "the first process could not write: no such file"]
+    assert first == second == {"gather": [0, 1], "broadcast": "of 0", "sum": 3.0}
+    (alone,) = run(COLLECTIVES, 1)
+    assert alone == {
+        "gather": [0],
+        "broadcast": "of 0",
+        "sum": 1.0,
+        "share": [[0, True], [1, True], [2, True]],
+        "errors": ["no such file", "no such file"],
+    }

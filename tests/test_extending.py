@@ -72,7 +72,7 @@ def test_the_backbone_of_the_page_trains_samples_and_is_converted(plugged, tmp_p
     assert parts.TABLES["backbone"] == fresh
     assert main(["convert", file, str(tmp_path / "half.safetensors"), "--dtype", "float16"]) == 0
     assert main(["convert", file, str(tmp_path / "folder")]) == 4
-    assert "error: no other program knows this backbone; got plain; expected unet or dit" in capsys.readouterr().err
+    assert "error: other programs have no such backbone; got plain; expected dit or unet" in capsys.readouterr().err
 
 
 def test_a_wrong_width_is_told_in_its_words(plugged, capsys):
@@ -101,7 +101,7 @@ def test_the_first_stage_of_the_page_trains_is_converted_and_used(plugged, tmp_p
     assert main(["sample", *whole, "--prompt", "a red cube", "--steps", "1", "--out", str(tmp_path / "out")]) == 0
     assert len([*(tmp_path / "out").glob("*.png")]) == 1
     assert main(["convert", file, str(tmp_path / "x.safetensors"), "--to", "compvis"]) == 4
-    assert "error: no other program knows this first stage; got light; expected kl or vq" in capsys.readouterr().err
+    assert "error: other programs have no such first stage; got light; expected kl or vq" in capsys.readouterr().err
 
 
 def test_a_first_stage_of_other_latents_is_refused(plugged, tmp_path, capsys):

@@ -105,6 +105,11 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return (2 * torch.cdist(a, b).mean() - sum(within)).item()
 
 
+def write(config: Config, file: Path) -> None:
+    """The whole demo."""
+    draw_picture(learn(config), config, file)
+
+
 def draw_picture(denoiser: Denoiser, config: Config, file: Path) -> list[Panel]:
     """Two rows: the forward process, and what the solvers made."""
     rows = [forward_process(denoiser, config["seed"])]

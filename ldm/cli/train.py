@@ -33,7 +33,7 @@ class Plan(NamedTuple):
         from ldm.config import parts
 
         schema = parts.find("recipe", self.recipe).Schema
-        return assemble.load(self.file, self.overrides, schema)
+        return assemble.load(self.file, self.overrides, schema, self.init_from)
 
     def run_folder(self, given: str | None) -> Path:
         """The run folder: runs/NAME, after the configuration."""

@@ -1,4 +1,4 @@
-"""Class labels as a condition: as integers for the backbone's own table, or as a token from a table here."""
+"""Class labels as a condition: integers for the backbone's table, or a token from a table here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ldm.models.layers import check_positive
 
 
 class Label(Conditioner):
-    """One class label per sample, out of a table of `classes` rows, of which row `null` means nothing.
+    """One class label per sample, from a table of `classes` rows with a null row.
 
-    DiT and ADM hold the table themselves and get integers; with a `width` it is here, and each label becomes a token
+    DiT and ADM have the table themselves and read integers; with a `width` it is here, and each label becomes a token
     (LDM's class-conditional models: 1001 rows of 512). The defaults are DiT's.
     """
 
@@ -26,10 +26,10 @@ class Label(Conditioner):
     def __init__(
         self,
         *,
-        classes: int = 1001,  # rows of the table, that of no class among them
-        null: int | None = 1000,  # the row of no class; null has none
-        width: int | None = None,  # of a label's token; null leaves the table to the backbone
-        drop: float | None = None,  # share of samples that lose their label; null is 0.1, or 0 without such a row
+        classes: int = 1001,  # rows of the table, with the null row
+        null: int | None = 1000,  # the null row, for no class; null has none
+        width: int | None = None,  # width of a label's token; null: the backbone has the table
+        drop: float | None = None,  # share of samples without their label; null is 0.1, or 0 without a null row
     ):
         super().__init__("label", (0.1 if null is not None else 0.0) if drop is None else drop)
         check_positive(classes=classes)
@@ -37,7 +37,7 @@ class Label(Conditioner):
             nearest = min(max(null, 0), classes - 1)
             raise ValueError(f"null: no such row; got {null}; expected 0 to {classes - 1} or null; try {nearest}")
         if null is None and self.drop:
-            raise ValueError(f"drop: there is no null row to drop to; got {self.drop}; expected 0; try null={classes}")
+            raise ValueError(f"drop: needs a null row; got {self.drop}; expected 0; try null={classes}")
         self.rows, self.row = classes, null
         self.classes = classes if width is None else None
         self.context = width
@@ -54,7 +54,7 @@ class Label(Conditioner):
         if labels.ndim != 1 or labels.is_floating_point():
             got = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
             raise ValueError(f"label: not one integer per sample; got {got}; expected integers of shape (B,)")
-        if labels.device.type == "cpu":  # elsewhere the look would wait for the device
+        if labels.device.type == "cpu":  # on a GPU the check would wait for the device
             self.check_range(labels)
         return self.encode(labels)
 
@@ -65,17 +65,15 @@ class Label(Conditioner):
                 nearest = str(min(max(label, 0), self.rows - 1))
                 raise InputError("label: no such class", got=str(label), expected=f"0 to {self.rows - 1}", hint=nearest)
 
-    def check_taught(self, labels: Tensor) -> None:
-        """Refuse the labels of a data set that have no row, or the row that means nothing."""
+    def check_data(self, labels: Tensor) -> None:
+        """Refuse a dataset's labels that have no row, or the null row."""
         self.check_range(labels)
         if self.row is not None and (labels == self.row).any():
             expected, hint = f"0 to {self.rows - 1} but {self.row}", "another null row, or more classes"
-            raise InputError("label: it is the row that means nothing", got=str(self.row), expected=expected, hint=hint)
+            raise InputError("label: is the null row", got=str(self.row), expected=expected, hint=hint)
 
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
         if self.row is None:
-            raise InputError(
-                "label: nothing to guide away from", got="no null row", expected="a null row", hint="cfg=1"
-            )
+            raise InputError("label: guidance needs a null row", got="none", expected="a null row", hint="cfg=1")
         device = None if self.table is None else self.table.weight.device
         return self.encode(torch.full((count,), self.row, device=device))

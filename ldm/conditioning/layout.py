@@ -1,4 +1,4 @@
-"""Boxes with classes as tokens (GLIGEN, Li et al., 2023, section 4.1), in no order."""
+"""Boxes with classes as unordered tokens (GLIGEN, Li et al., 2023, section 4.1)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.conditioning.conditioner import Conditioner, repeat
+from ldm.conditioning.conditioner import Conditioner
 from ldm.errors import InputError, shown
 from ldm.models.layers import check_positive
 
-FREQUENCIES = 8  # of the sines and cosines of each coordinate
+FREQUENCIES = 8  # frequencies of the sines and cosines of each coordinate
 SHAPE = '{"boxes": [[left, top, right, bottom], ...], "labels": [class, ...]}'
 
 
 class Layout(Conditioner):
-    """A token per box: the class's embedding and the corners' sines and cosines through an MLP.
+    """One token per box: an MLP on the class's embedding and the sines and cosines of the corners.
 
-    batch["boxes"] (B, N, 4) are left, top, right, bottom in [0, 1]; batch["box_labels"] (B, N) are classes, -1 where
-    there is no box. A first token that is always there stands for the picture: alone, it is nothing.
+    batch["boxes"] (B, N, 4) are left, top, right, bottom in [0, 1]; batch["box_labels"] (B, N) are classes, and -1 for
+    no box. There is always a first token for the picture; the null has only this one.
     """
 
     reads = ("boxes", "box_labels")
@@ -33,10 +33,10 @@ class Layout(Conditioner):
     def __init__(
         self,
         *,
-        classes: int,  # that a box may have
-        width: int = 256,  # of a box's token
-        boxes: int = 16,  # in a picture at most
-        drop: float = 0.1,  # share of samples that lose their boxes
+        classes: int,  # number of classes
+        width: int = 256,  # width of a box's token
+        boxes: int = 16,  # most boxes in a picture
+        drop: float = 0.1,  # share of samples without their boxes
     ):
         super().__init__("boxes", drop)
         check_positive(classes=classes, width=width, boxes=boxes)
@@ -48,12 +48,12 @@ class Layout(Conditioner):
         self.initialise()
 
     def initialise(self) -> None:
-        """Torch's own draws, and embeddings as small as CLIP's."""
+        """Torch's defaults, and embeddings as small as CLIP's."""
         nn.init.normal_(self.names.weight, std=0.02)
         nn.init.normal_(self.first, std=0.02)
 
     def encode(self, boxes: Tensor, labels: Tensor) -> Condition:
-        """The tokens of `boxes` places, the empty ones masked."""
+        """The tokens of all places, the empty ones masked."""
         boxes, labels = boxes.to(self.first), labels.to(self.first.device)
         angles = boxes[..., None] * (math.pi * 2.0 ** torch.arange(FREQUENCIES, device=boxes.device))  # (B, N, 4, F)
         corners = torch.cat((angles.sin(), angles.cos()), -1).flatten(2).to(boxes.dtype)  # (B, N, 8F)
@@ -70,11 +70,11 @@ class Layout(Conditioner):
         return self.encode(boxes, labels)
 
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
-        nowhere = torch.zeros(1, self.boxes, 4, device=self.first.device)
-        return repeat(self.encode(nowhere, -torch.ones_like(nowhere[..., 0]).long()), count)
+        corners = torch.zeros(1, self.boxes, 4, device=self.first.device)
+        return self.encode(corners, -torch.ones_like(corners[..., 0]).long()).repeat(count)
 
     def check(self, boxes: Tensor, labels: Tensor) -> None:
-        """Refuse what are no boxes with classes."""
+        """Refuse anything but boxes with classes."""
         if boxes.ndim != 3 or boxes.shape[2] != 4 or labels.shape != boxes.shape[:2]:
             got = f"boxes of shape {tuple(boxes.shape)} with labels of shape {tuple(labels.shape)}"
             raise ValueError(
@@ -83,7 +83,7 @@ class Layout(Conditioner):
         if boxes.shape[1] > self.boxes:
             count = boxes.shape[1]
             raise InputError("boxes: too many", got=str(count), expected=f"at most {self.boxes}")
-        if boxes.device.type != "cpu":  # a look would wait for the device
+        if boxes.device.type != "cpu":  # the check would wait for the device
             return
         inside = boxes[labels >= 0]
         if not ((inside >= 0) & (inside <= 1)).all() or (inside[:, :2] >= inside[:, 2:]).any():
@@ -96,17 +96,17 @@ class Layout(Conditioner):
 
 
 def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
-    """One picture's boxes, from a dictionary or a JSON file of SHAPE, as a batch of one has them."""
-    where = "" if isinstance(given, Mapping) else str(given)
+    """One picture's boxes as a batch, from a dictionary or a JSON file of the form SHAPE."""
+    file = "" if isinstance(given, Mapping) else str(given)
     node = given if isinstance(given, Mapping) else parsed(Path(given))
     if not isinstance(node, Mapping) or set(node) != {"boxes", "labels"}:
         got = f"the keys {', '.join(map(str, node)) or 'none'}" if isinstance(node, Mapping) else shown(node)
-        raise InputError("condition: not boxes with labels", where, got, SHAPE)
+        raise InputError("condition: not boxes with labels", file, got, SHAPE)
     boxes, labels = node["boxes"], node["labels"]
     if not isinstance(boxes, list | tuple) or not isinstance(labels, list | tuple) or len(boxes) != len(labels):
         counts = [len(x) if isinstance(x, list | tuple) else "no list of" for x in (boxes, labels)]
         got = f"{counts[0]} boxes and {counts[1]} labels"
-        raise InputError("condition: not a label for each box", where, got, "two lists of one length")
+        raise InputError("condition: not a label for each box", file, got, "two lists of one length")
     for box in boxes:
         if (
             not isinstance(box, list | tuple)
@@ -114,10 +114,10 @@ def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
             or not all(type(x) in (int, float) and 0 <= x <= 1 for x in box)
         ):
             expected = "four numbers in [0, 1]: left, top, right, bottom"
-            raise InputError("condition: not a box", where, shown(box), expected)
+            raise InputError("condition: not a box", file, shown(box), expected)
     for label in labels:
         if type(label) is not int or not 0 <= label < 2**31:
-            raise InputError("condition: not a class", where, shown(label), "an integer from 0 on")
+            raise InputError("condition: not a class", file, shown(label), "an integer from 0 on")
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4),
         "box_labels": torch.tensor(labels, dtype=torch.long).reshape(1, -1),
@@ -125,10 +125,10 @@ def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
 
 
 def parsed(file: Path) -> Any:
-    """What a JSON file says."""
+    """The content of a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError("condition: cannot be read", str(file), error.strerror or "", "boxes in JSON") from None
-    except (ValueError, RecursionError) as error:  # UTF-8's error is a ValueError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise InputError("condition: not JSON", str(file), str(error), SHAPE) from None

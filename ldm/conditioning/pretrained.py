@@ -1,31 +1,31 @@
-"""Weights of text encoders: from a folder, a file, or a hub where its id was written out."""
+"""Weights of text encoders from a folder, a file, or the Hub."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeGuard
 
+from torch import Tensor, nn
+
+from ldm.checkpoint import hub
 from ldm.checkpoint.files import raw
-from ldm.checkpoint.hub import brought, on_hub
+from ldm.checkpoint.hub import on_hub
 from ldm.checkpoint.text_keys import find_text, read_text
 from ldm.errors import CheckpointError
 from ldm.models.transformer import TextTransformer
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 FILES = ("model.safetensors", "open_clip_model.safetensors", "text_encoder/model.safetensors")
 
 
-def given(weights: str | None) -> bool:
-    """Whether there is anything to read."""
+def is_named(weights: str | None) -> TypeGuard[str]:
+    """True if `weights` names something to load."""
     return weights not in (None, "random")
 
 
 def digest(encoder: nn.Module) -> str:
-    """The sha256 of an encoder's tensors, in float32 whatever they are stored in."""
+    """The sha256 of an encoder's tensors as float32."""
     total = hashlib.sha256()
     for name, tensor in encoder.state_dict().items():
         total.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -34,7 +34,7 @@ def digest(encoder: nn.Module) -> str:
 
 
 def load_text(transformer: TextTransformer, weights: str) -> None:
-    """Fill a text encoder, even one without memory, with the weights in a folder, in a file, or on a hub."""
+    """Load a text encoder's weights, also into one on the meta device."""
     layout, state = find_text(read(find(weights)))
     state = read_text(state, transformer, layout)
     for name, parameter in transformer.state_dict().items():
@@ -45,31 +45,25 @@ def load_text(transformer: TextTransformer, weights: str) -> None:
 
 
 def find(weights: str) -> Path:
-    """The file with the weights; a hub is asked only for what looks like its id and is not here."""
+    """The file with the weights; a name that is neither a file nor a folder may be a Hub id."""
     path = Path(weights).expanduser()
-    if path.is_file():
-        return path
+    if not path.exists() and on_hub(weights):
+        path = download(weights, lambda names: [name for name in FILES if name in names][:1])
     if path.is_dir():
-        for name in FILES:
-            if (path / name).is_file():
-                return path / name
-        raise ValueError(f"weights: nothing in the folder; got {weights}; expected {FILES[0]}; try another folder")
-    if on_hub(weights):
-        return fetch(weights)
-    raise ValueError(
-        f"weights: no such folder or file; got {weights}; expected a folder, a file, a hub's id or random; try random"
-    )
+        found = next((path / name for name in FILES if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"weights: none in the folder; got {path}; expected {FILES[0]}; try another folder")
+        return found
+    if not path.is_file():
+        expected = "a folder, a file, a Hub id or random"
+        raise ValueError(f"weights: no such folder or file; got {weights}; expected {expected}; try random")
+    return path
 
 
-def fetch(identity: str) -> Path:
-    """The file of a model on a hub: transformers' kind, or open_clip's."""
-    return find(str(hub_folder(identity, lambda names: [name for name in FILES if name in names][:1])))
-
-
-def hub_folder(identity: str, chosen: Callable[[list[str]], list[str]]) -> Path:
-    """The folder of a model on a hub, or an error about the setting that names it."""
+def download(identity: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """The local folder of a model on the Hub, with the files that `choose` picks from the names of all."""
     try:
-        return brought(identity, chosen)
+        return hub.download(identity, choose)
     except CheckpointError as error:
         raise ValueError(f"weights: {error}; try a folder that has the weights") from error
 

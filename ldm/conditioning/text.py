@@ -1,168 +1,144 @@
-"""Captions as a condition: CLIP as Stable Diffusion 1 reads it, OpenCLIP as 2 does, and an encoder trained along."""
+"""Captions as a condition: CLIP as in Stable Diffusion 1, OpenCLIP as in 2, and an encoder trained along."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition, to_device
-from ldm.conditioning import pretrained as stored
-from ldm.conditioning.conditioner import Conditioner, repeat
+from ldm.conditioning import pretrained
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.tokenization import Tokenization
 from ldm.conditioning.tokenizer import BPE, Tokenizer, clip_tokenizer, from_folder
 from ldm.errors import InputError
 from ldm.models.layers import check_positive
 from ldm.models.transformer import TextTransformer
 
-if TYPE_CHECKING:
-    from ldm.conditioning.t5 import T5Tower
-
-
-class TruncatedText(UserWarning):
-    """The end of a text is not read."""
-
-    def __init__(self, message: str, text: str):
-        super().__init__(message)
-        self.text = text
-
-
-@dataclass(frozen=True)
-class Tokenization:
-    tokenizer: Tokenizer
-    length: int
-    chunks: int
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        return torch.tensor(tokenize(self.tokenizer, texts, self.length, self.chunks))
+Null = Literal["empty", "zeros"]
 
 
 class Text(Conditioner):
     """Captions through a tokenizer and a text encoder, in one or more chunks of the encoder's length.
 
-    `masked`: tokens after the end are not read, neither by the encoder nor by the backbone. Nothing is the empty text.
+    `transformer` has a TextTransformer's interface. `masked`: neither the encoder nor the backbone reads tokens after
+    the end. The null is the empty text, or zeros as in SDXL.
     """
 
     reads = ("caption",)
 
     def __init__(
         self,
-        transformer: TextTransformer | T5Tower,
+        transformer: Any,
         tokenizer: Tokenizer | None,
         *,
         chunks: int = 1,
         masked: bool = False,
         drop: float = 0.1,
+        null: Null = "empty",
     ):
         super().__init__("caption", drop)
         check_positive(chunks=chunks)
         if transformer.length < 3:
-            raise ValueError(f"length: no room for a word; got {transformer.length}; expected 3 or more; try 77")
-        self.weights: str | None = None  # the name that they were read by
-        self.unfilled = False  # whether it is to stay as it is, and nobody said with what weights
-        self.published = False  # whether its tokenizer comes with its kind, and not with a checkpoint
-        self.transformer, self.chunks, self.masked = transformer, chunks, masked
+            raise ValueError(f"length: too short for a word; got {transformer.length}; expected 3 or more; try 77")
+        self.weights: str | None = None  # the folder, file or id that the weights were read from
+        self.needs_weights = False  # True if it is frozen and has no weights yet
+        self.standard_tokenizer = False  # True if the tokenizer is CLIP's, which no checkpoint has to store
+        self.transformer, self.chunks, self.masked, self.null_policy = transformer, chunks, masked, null
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
-        self.context = transformer.tokens.embedding_dim
+        self.context = self.width = transformer.tokens.embedding_dim
         self.tokenizer: Tokenizer | None = None
-        self.nothing: dict[tuple[Any, ...], Condition] = {}  # of what is frozen, by device and precision
+        self.null_cache: dict[tuple[Any, ...], Condition] = {}  # of a frozen encoder, by device and precision
         if isinstance(transformer.projection, nn.Linear):
             self.pooled = transformer.projection.out_features
         if tokenizer is not None:
             self.use(tokenizer)
 
     def use(self, tokenizer: Tokenizer) -> None:
-        """Take a tokenizer, such as the one that came in a checkpoint."""
+        """Set the tokenizer."""
         if tokenizer.size > self.vocabulary:
             got, limit = f"{tokenizer.size} ids", self.vocabulary
             raise ValueError(f"vocabulary: too small for the tokenizer; got {got}; expected at most {limit}; try more")
         if self.pooled and tokenizer.end != tokenizer.size - 1:
             got, expected = f"{tokenizer.end} of {tokenizer.size} ids", "the highest, where the pooled vector is read"
-            raise ValueError(f"projection: its end token is not found; got {got}; expected {expected}; try none")
+            raise ValueError(f"projection: wrong id of the end token; got {got}; expected {expected}; try none")
         self.tokenizer = tokenizer
-        self.nothing.clear()
+        self.null_cache.clear()
 
     def learn(self, captions: Iterable[str]) -> None:
         """Train a tokenizer of the vocabulary's size on captions."""
         self.use(BPE.train(captions, self.vocabulary))
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """The ids (B, chunks * length) of texts, on the CPU; what does not fit is cut off, with a warning."""
-        return torch.tensor(tokenize(self.known(), texts, self.length, self.chunks))
-
-    def known(self) -> Tokenizer:
-        """The tokenizer, which must be there by now."""
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or an error if there is none yet."""
         if self.tokenizer is None:
-            raise InputError("caption: no tokenizer yet", hint="one learned from captions, or the folder of one")
+            raise InputError("caption: no tokenizer yet", hint="training one on captions, or the folder of one")
         return self.tokenizer
 
     @property
-    def room(self) -> int:
-        """How many tokens of a text are read, starts and ends not counted."""
-        return self.chunks * room(self.known(), self.length)
+    def tokenization(self) -> Tokenization:
+        """How captions become token ids."""
+        return Tokenization(self.require_tokenizer(), self.length, self.chunks)
 
-    def too_long(self, text: str) -> bool:
-        """Whether the end of a text is cut off."""
-        return len(self.known().encode(text)) > self.room
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """The ids (B, chunks * length) of texts, on the CPU."""
+        return self.tokenization(texts)
 
     def encode(self, ids: Tensor) -> Condition:
-        """The states of ids; each chunk is encoded by itself, and the first gives the pooled vector."""
-        device = self.transformer.tokens.weight.device
-        chunks = to_device(ids, device).unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
-        mask = self.counts(chunks) if self.masked else None  # (B*K, L)
+        """The states of ids; each chunk is encoded separately, and the first gives the pooled vector."""
+        chunks = to_device(ids, self.transformer.tokens.weight.device)
+        chunks = chunks.unflatten(1, (-1, self.length)).flatten(0, 1)  # (B*K, L)
+        mask = self.attention_mask(chunks) if self.masked else None  # (B*K, L)
         states, pooled = self.transformer(chunks, mask)  # (B*K, L, C), (B*K, P)
-        tokens = states.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L, C)
-        mask = None if mask is None else mask.unflatten(0, (len(ids), -1)).flatten(1, 2)  # (B, K*L)
-        first = pooled.unflatten(0, (len(ids), -1))[:, 0] if self.pooled else None  # (B, P)
-        return Condition(tokens=tokens, mask=mask, pooled=first)
+        return Condition(
+            tokens=states.unflatten(0, (len(ids), -1)).flatten(1, 2),  # (B, K*L, C)
+            mask=None if mask is None else mask.unflatten(0, (len(ids), -1)).flatten(1, 2),  # (B, K*L)
+            pooled=pooled.unflatten(0, (len(ids), -1))[:, 0] if self.pooled else None,  # (B, P)
+        )
 
-    def counts(self, ids: Tensor) -> Tensor:
+    def attention_mask(self, ids: Tensor) -> Tensor:
         """True up to each row's first end token."""
-        ends = (ids == self.known().end).int()  # (B, L)
+        ends = (ids == self.require_tokenizer().end).int()  # (B, L)
         return ends.cumsum(1) - ends == 0  # (B, L)
-
-    def tokenizations(self):
-        return {self.part: Tokenization(self.known(), self.length, self.chunks)}
-
-    require_tokenizer = known
-
-    @property
-    def max_tokens(self):
-        return self.room
 
     def read(self, batch: Mapping[str, Any]) -> Condition:
         ids = batch.get("ids", {}).get(self.part)
         return self.encode(self.tokenize(batch["caption"]) if ids is None else ids)
 
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
-        return repeat(self.remembered() if self.frozen else self.encode(self.tokenize([""])), count)
+        if self.null_policy == "zeros":
+            return self.zeros().repeat(count)
+        return (self.cached_null() if self.frozen else self.encode(self.tokenize([""]))).repeat(count)
 
-    def remembered(self) -> Condition:
-        """The empty text's states, encoded once on each device and in each precision."""
+    def zeros(self) -> Condition:
+        """Zeros in place of one text, all of which count."""
+        weight, length = self.transformer.tokens.weight, self.chunks * self.length
+        return Condition(
+            tokens=weight.new_zeros(1, length, self.width),
+            mask=torch.ones(1, length, dtype=torch.bool, device=weight.device) if self.masked else None,
+            pooled=weight.new_zeros(1, self.pooled) if self.pooled else None,
+        )
+
+    def cached_null(self) -> Condition:
+        """The empty text's states, encoded once per device and precision."""
         weight = self.transformer.tokens.weight
         kind = weight.device.type
         mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         key = (weight.device, weight.dtype, torch.get_autocast_dtype(kind) if mixed else None)
-        if key not in self.nothing:
-            with torch.inference_mode(False), torch.no_grad():  # they may be read where gradients are taken
-                self.nothing[key] = self.encode(self.tokenize([""]))
-        return self.nothing[key]
+        if key not in self.null_cache:
+            with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them later
+                self.null_cache[key] = self.encode(self.tokenize([""]))
+        return self.null_cache[key]
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self.nothing.clear()  # weights are moved or cast
+        self.null_cache.clear()  # weights are moved or cast
         return super()._apply(*arguments, **options)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        self.nothing.clear()
+        self.null_cache.clear()
         super()._load_from_state_dict(*arguments)
-
-
-def room(tokenizer: Tokenizer, length: int) -> int:
-    """How many of a chunk's tokens are the text's own: all but its end, and its start where there is one."""
-    return length - 1 - (tokenizer.start is not None)
 
 
 def texts_in(module: nn.Module | None) -> list[Text]:
@@ -171,52 +147,32 @@ def texts_in(module: nn.Module | None) -> list[Text]:
 
 
 def text_in(module: nn.Module | None) -> Text | None:
-    """The text encoder in a module, the first one if there are several."""
+    """The first text encoder in a module."""
     return next(iter(texts_in(module)), None)
 
 
-def carriers(module: nn.Module | None) -> list[Text]:
-    """The text encoders whose tokenizer a checkpoint carries; of published kinds only where there is no other."""
+def tokenizer_owners(module: nn.Module | None) -> list[Text]:
+    """The text encoders whose tokenizer a checkpoint stores; CLIP's is stored only if there is no other."""
     texts = texts_in(module)
-    return [text for text in texts if not text.published] or texts[:1]
-
-
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:
-    """Rows of ids: per chunk the start, its share of the text, the end, and what fills it up."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"caption: not a list of texts; got {texts!r}; expected a list of str; try [caption]")
-    start = [] if tokenizer.start is None else [tokenizer.start]
-    own, rows = room(tokenizer, length), []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        if len(ids) > own * chunks:
-            lost = tokenizer.decode(ids[own * chunks :])
-            limit = f"{own * chunks} tokens are read of {len(ids)}"
-            message = f"the end of a text is cut off: {limit}; lost: {lost!r}"
-            warnings.warn(TruncatedText(message, text), stacklevel=2)
-        row = []
-        for number in range(chunks):
-            chunk = [*start, *ids[number * own : (number + 1) * own], tokenizer.end]
-            row += chunk + [tokenizer.pad] * (length - len(chunk))
-        rows.append(row)
-    return rows
+    return [text for text in texts if not text.standard_tokenizer] or texts[:1]
 
 
 def clip(
     *,
-    width: int = 768,  # of its states
-    layers: int = 12,  # blocks of attention
-    heads: int = 12,  # of attention
-    length: int = 77,  # tokens of a chunk, its begin and end among them
-    vocabulary: int = 49408,  # tokens that it knows
-    projection: int | None = None,  # width of a pooled vector beside the tokens; null has none
-    chunks: int = 1,  # that are read of a text, one after the other
-    drop: float = 0.1,  # share of samples that lose their text
-    weights: str | None = None,  # a folder, a file, a hub's id or random; without it, those of the checkpoint
+    width: int = 768,  # width of its states
+    layers: int = 12,  # transformer blocks
+    heads: int = 12,  # attention heads
+    length: int = 77,  # tokens in a chunk, with its start and end
+    vocabulary: int = 49408,  # size of the vocabulary
+    projection: int | None = None,  # width of a pooled vector; null is none
+    chunks: int = 1,  # chunks of a text that are read
+    drop: float = 0.1,  # share of samples without their text
+    null: Null = "empty",  # what replaces a dropped text: the states of the empty text, or zeros
+    weights: str | None = None,  # a folder, a file, a Hub id or random; null uses the checkpoint's
 ) -> Text:
-    """CLIP's text encoder as Stable Diffusion 1 reads it: the last layer's states, unmasked, filled up with ends.
+    """CLIP's text encoder as in Stable Diffusion 1: the last layer's states, unmasked, padded with end tokens.
 
-    `weights` is a folder, a file, a hub's id or random; 75 tokens fit into a chunk; `projection` adds a pooled vector.
+    A chunk holds 75 tokens of text; `projection` adds a pooled vector.
     """
     transformer = TextTransformer(
         vocabulary=vocabulary,
@@ -227,63 +183,65 @@ def clip(
         activation="quick_gelu",
         projection=projection,
     )
-    return frozen(transformer, weights, pad_with_end=True, chunks=chunks, drop=drop)
+    return frozen_text(transformer, weights, pad=None, chunks=chunks, drop=drop, null=null)
 
 
 def open_clip(
     *,
-    width: int = 1024,  # of its states
-    layers: int = 24,  # blocks of attention
-    heads: int = 16,  # of attention
-    length: int = 77,  # tokens of a chunk, its begin and end among them
-    vocabulary: int = 49408,  # tokens that it knows
-    chunks: int = 1,  # that are read of a text, one after the other
-    drop: float = 0.1,  # share of samples that lose their text
-    weights: str | None = None,  # a folder, a file, a hub's id or random; without it, those of the checkpoint
+    width: int = 1024,  # width of its states
+    layers: int = 24,  # transformer blocks
+    heads: int = 16,  # attention heads
+    length: int = 77,  # tokens in a chunk, with its start and end
+    vocabulary: int = 49408,  # size of the vocabulary
+    chunks: int = 1,  # chunks of a text that are read
+    drop: float = 0.1,  # share of samples without their text
+    null: Null = "empty",  # what replaces a dropped text: the states of the empty text, or zeros
+    weights: str | None = None,  # a folder, a file, a Hub id or random; null uses the checkpoint's
 ) -> Text:
-    """OpenCLIP's text encoder as Stable Diffusion 2 reads it: the last layer but one, normalised; filled up with 0.
+    """OpenCLIP's text encoder as in Stable Diffusion 2: the penultimate layer, normalised, padded with 0.
 
-    `layers` counts the published ones; the last, which nobody reads, is not built.
+    `layers` counts the published layers; the last one is not used and not built.
     """
     if layers < 2:
-        raise ValueError(f"layers: the last one is not read; got {layers}; expected 2 or more; try 24")
+        raise ValueError(f"layers: the last one is not used; got {layers}; expected 2 or more; try 24")
     transformer = TextTransformer(
         vocabulary=vocabulary, length=length, width=width, layers=layers - 1, heads=heads, activation="gelu"
     )
-    return frozen(transformer, weights, pad_with_end=False, chunks=chunks, drop=drop)
+    return frozen_text(transformer, weights, pad=0, chunks=chunks, drop=drop, null=null)
 
 
-def frozen(transformer: TextTransformer, weights: str | None, pad_with_end: bool, chunks: int, drop: float) -> Text:
-    """A published encoder that stays as it is."""
-    if named := stored.given(weights):
-        stored.load_text(transformer, str(weights))
-    published = transformer.tokens.num_embeddings >= 49408  # else a small one, whose tokenizer comes with it
-    tokenizer = clip_tokenizer(None if pad_with_end else 0) if published else None
-    text = Text(transformer, tokenizer, chunks=chunks, drop=drop)
-    text.published, text.weights, text.unfilled = published, weights if named else None, weights is None
+def frozen_text(transformer: TextTransformer, weights: str | None, pad: int | None, **options: Any) -> Text:
+    """A published encoder with CLIP's tokenizer, frozen; a smaller vocabulary has a tokenizer of its own."""
+    if pretrained.is_named(weights):
+        pretrained.load_text(transformer, weights)
+    standard = transformer.tokens.num_embeddings >= 49408
+    text = Text(transformer, clip_tokenizer(pad) if standard else None, **options)
+    text.standard_tokenizer = standard
+    text.weights, text.needs_weights = weights if pretrained.is_named(weights) else None, weights is None
     text.freeze()
     return text
 
 
 def joint_text(
     *,
-    width: int = 256,  # of its states
-    layers: int = 6,  # blocks of attention
-    heads: int = 4,  # of attention
-    head_width: int | None = None,  # of each head; null divides the width among them
-    length: int = 77,  # tokens that are read of a text, its begin and end among them
-    vocabulary: int = 2048,  # tokens that are learned at most
-    projection: int | None = None,  # width of a pooled vector beside the tokens; null has none
-    masked: bool = True,  # what fills a text up is not seen
-    drop: float = 0.1,  # share of samples that lose their text
-    tokenizer: str | None = None,  # folder of another's; null learns one from the captions
-    weights: str | None = None,  # to begin with: a folder, a file, a hub's id or random
+    width: int = 256,  # width of its states
+    layers: int = 6,  # transformer blocks
+    heads: int = 4,  # attention heads
+    head_width: int | None = None,  # width of each head; null divides the width among the heads
+    length: int = 77,  # tokens of a text, with its start and end
+    vocabulary: int = 2048,  # largest size of the learned vocabulary
+    projection: int | None = None,  # width of a pooled vector; null is none
+    masked: bool = True,  # mask the padding
+    drop: float = 0.1,  # share of samples without their text
+    null: Null = "empty",  # what replaces a dropped text: the states of the empty text, or zeros
+    tokenizer: str | None = None,  # folder of a tokenizer; null trains one on the captions
+    weights: str | None = None,  # first weights: a folder, a file, a Hub id or random
 ) -> Text:
-    """LDM's text encoder, trained along with the backbone: not causal, its queries, keys and values without bias.
+    """LDM's text encoder, trained with the backbone: not causal, without bias in queries, keys and values.
 
-    Its tokenizer is learned from captions, or read from the folder of another. `projection` adds a pooled vector, by
-    which a small model learns to read sooner. LDM's published text-to-image model is width 1280, 32 layers, 8 heads of
-    64, 30522 ids of bert-base-uncased, not masked.
+    The tokenizer is trained on captions, or read from a folder. `projection` adds a pooled vector, with which a small
+    model learns text faster. LDM's published text-to-image model has width 1280, 32 layers, 8 heads of width 64, the
+    30522 ids of bert-base-uncased, and no mask.
     """
     transformer = TextTransformer(
         vocabulary=vocabulary,
@@ -296,6 +254,7 @@ def joint_text(
         causal=False,
         projection=projection,
     )
-    if stored.given(weights):
-        stored.load_text(transformer, str(weights))
-    return Text(transformer, None if tokenizer is None else from_folder(tokenizer), masked=masked, drop=drop)
+    if pretrained.is_named(weights):
+        pretrained.load_text(transformer, weights)
+    known = None if tokenizer is None else from_folder(tokenizer)
+    return Text(transformer, known, masked=masked, drop=drop, null=null)

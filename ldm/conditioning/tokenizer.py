@@ -1,4 +1,4 @@
-"""Text to token ids and back: CLIP's byte-level BPE, a small one trained on captions, and tokenizers of others."""
+"""Text to token ids and back: CLIP's byte-level BPE, one trained on captions, and those of `tokenizers`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ldm.errors import InputError
 
 Merge = tuple[str, str]
 LONGEST = 8192  # characters of one text; a caption has hundreds
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's, without its special tokens: text is text
-SPECIALS = {  # the names that others give to where a text starts, ends, and is filled up
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's, without special tokens
+SPECIALS = {  # common names of the special tokens
     "start": ("<|startoftext|>", "[CLS]"),
     "end": ("<|endoftext|>", "[SEP]", "</s>"),
     "pad": ("[PAD]", "<pad>", "<|endoftext|>"),
@@ -27,7 +27,7 @@ SPECIALS = {  # the names that others give to where a text starts, ends, and is 
 
 
 class Tokenizer(Protocol):
-    """What a text conditioner asks of a tokenizer; `start` is None where texts start without a token."""
+    """The interface of a tokenizer; `start` is None if texts have no start token."""
 
     start: int | None
     end: int
@@ -41,33 +41,33 @@ class Tokenizer(Protocol):
         """The text of ids."""
 
     def to_json(self) -> str:
-        """Everything that `from_json` needs."""
+        """All that `from_json` needs."""
 
 
 @cache
 def byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it can be seen, else one from 256 on; in the vocabulary's order."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
+    """GPT-2's letter for each byte: itself if it is visible, else one from 256 on; in the vocabulary's order."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
 
 
 def clean(text: str) -> str:
-    """CLIP's normal form: mended encoding, plain characters for HTML's, single spaces, lower case."""
+    """CLIP's normal form: repaired encoding, HTML entities resolved, single spaces, lower case."""
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def check_length(text: str) -> None:
-    """Refuse what is no caption, before it costs anything."""
+    """Refuse texts far longer than a caption, before they take time."""
     if len(text) > LONGEST:
         got, expected = f"{len(text)} characters: {text[:40]!r}...", f"at most {LONGEST} characters"
         raise InputError("prompt: too long", got=got, expected=expected, hint="a shorter one")
 
 
 def words(text: str) -> list[str]:
-    """The pieces of a cleaned text that tokens never cross, each as byte letters."""
+    """The pieces of a cleaned text that tokens do not cross, as byte letters."""
     import regex
 
     check_length(text)
@@ -77,7 +77,7 @@ def words(text: str) -> list[str]:
 
 
 class BPE:
-    """Byte-pair encoding (Sennrich et al., 2016) over the bytes of words, as CLIP has it: no character is unknown.
+    """CLIP's byte-pair encoding (Sennrich et al., 2016) over the bytes of words, so that no character is unknown.
 
     The ids are 256 byte letters, the same at the end of a word, one per merge, start and end.
     """
@@ -85,7 +85,7 @@ class BPE:
     def __init__(self, merges: Sequence[Merge], vocabulary: dict[str, int] | None = None, pad: int | None = None):
         self.merges = [(first, second) for first, second in merges]
         self.ranks = {merge: rank for rank, merge in enumerate(self.merges)}
-        self.given = vocabulary
+        self.vocabulary = vocabulary
         if vocabulary is None:
             letters = list(byte_letters().values())
             tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in self.merges)]
@@ -96,11 +96,11 @@ class BPE:
         self.end = vocabulary[SPECIALS["end"][0]]
         self.pad = self.end if pad is None else pad
         self.size = max(self.tokens) + 1
-        self.known: dict[str, list[int]] = {}
+        self.cache: dict[str, list[int]] = {}  # of words
 
     @staticmethod
     def train(captions: Iterable[str], size: int) -> BPE:
-        """Learned from captions: the most frequent pair is merged, until there are `size` ids or no pair twice."""
+        """Train on captions: merge the most frequent pair until there are `size` ids or no pair occurs twice."""
         least = 2 * len(byte_letters()) + 2
         if size < least:
             raise ValueError(f"vocabulary: too small; got {size}; expected {least} or more; try 2048")
@@ -112,18 +112,18 @@ class BPE:
 
     def word(self, word: str) -> list[int]:
         """The ids of one word in byte letters: the earliest merge first."""
-        if word not in self.known:
+        if word not in self.cache:
             parts = split(word)
             while len(parts) > 1:
                 best = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
                 if best not in self.ranks:
                     break
                 parts = merge(parts, best)
-            self.known[word] = [self.ids.get(part, self.end) for part in parts]
-        return self.known[word]
+            self.cache[word] = [self.ids.get(part, self.end) for part in parts]
+        return self.cache[word]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, its words set apart by spaces; start, end and what follows it are left out."""
+        """The text of ids up to the end token, with spaces between words."""
         ids = [number for number in ids if number != self.start]
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
         bytes_of = {letter: byte for byte, letter in byte_letters().items()}
@@ -131,19 +131,19 @@ class BPE:
         return bytes(b for c in text for b in ([bytes_of[c]] if c != " " else b" ")).decode("utf-8", "replace").strip()
 
     def to_json(self) -> str:
-        """Merges, and ids where they are not in the usual order; CLIP's own by name, for they are in open_clip."""
-        if self.given is None and self.merges == clip_merges():
+        """The merges, and the ids if their order differs; only the name for CLIP's, which open_clip has."""
+        if self.vocabulary is None and self.merges == clip_merges():
             return json.dumps({"type": "clip", "pad": self.pad})
-        return json.dumps({"type": "bpe", "merges": self.merges, "vocabulary": self.given, "pad": self.pad})
+        return json.dumps({"type": "bpe", "merges": self.merges, "vocabulary": self.vocabulary, "pad": self.pad})
 
 
 def split(word: str) -> tuple[str, ...]:
-    """A word's byte letters, the last one marked as an end."""
+    """A word's byte letters; the last one has the mark of the end."""
     return (*word[:-1], f"{word[-1]}</w>")
 
 
 def merge(parts: tuple[str, ...], pair: Merge) -> tuple[str, ...]:
-    """The parts of a word with each occurrence of a pair, from the left, joined."""
+    """Join each occurrence of a pair in the parts of a word, from the left."""
     merged: list[str] = []
     for part in parts:
         if merged and (merged[-1], part) == pair:
@@ -154,13 +154,13 @@ def merge(parts: tuple[str, ...], pair: Merge) -> tuple[str, ...]:
 
 
 def learn_merges(counts: Mapping[str, int], most: int) -> list[Merge]:
-    """Up to so many merges, each of the pair that is then the most frequent, or of these the first in the alphabet."""
+    """Up to `most` merges, each of the most frequent pair at that point; ties go by alphabet."""
     pieces = {word: split(word) for word in counts}
     pairs: Counter[Merge] = Counter()
     holders: dict[Merge, set[str]] = defaultdict(set)
 
     def count(word: str, times: int) -> set[Merge]:
-        """Add a word's pairs to the counts, or take them out."""
+        """Add a word's pairs to the counts, or remove them."""
         found = list(pairwise(pieces[word]))
         for pair in found:
             pairs[pair] += times
@@ -173,7 +173,7 @@ def learn_merges(counts: Mapping[str, int], most: int) -> list[Merge]:
     merges: list[Merge] = []
     while heap and len(merges) < most:
         times, best = heapq.heappop(heap)
-        if -times != pairs[best]:  # counted anew since
+        if -times != pairs[best]:  # an outdated count
             continue
         if -times < 2:
             break
@@ -190,18 +190,18 @@ def learn_merges(counts: Mapping[str, int], most: int) -> list[Merge]:
 
 @cache
 def clip_merges() -> list[Merge]:
-    """CLIP's 48,894 merges, from the file in open_clip's wheel; open_clip itself, which is slow, is not imported."""
+    """CLIP's 48,894 merges from the file in open_clip's wheel, without the slow import of open_clip."""
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:
-        raise InputError("CLIP's vocabulary is not here", got="no open_clip", hint="pip install open_clip_torch")
+        raise InputError("CLIP's vocabulary not found", got="no open_clip", hint="pip install open_clip_torch")
     lines = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    first, last = 1, 49152 - 256 - 2 + 1  # a header before, and merges that CLIP was not trained with behind
+    first, last = 1, 49152 - 256 - 2 + 1  # without the header, and without the merges that CLIP does not use
     return [(a, b) for a, b in (line.split() for line in lines.split("\n")[first:last])]
 
 
 @cache
 def clip_tokenizer(pad: int | None = None) -> BPE:
-    """CLIP's tokenizer, filled up with `pad`: its end token (SD 1) or 0 (open_clip, SD 2)."""
+    """CLIP's tokenizer; `pad` is its end token by default (SD 1), or 0 (open_clip, SD 2)."""
     return BPE(clip_merges(), pad=pad)
 
 
@@ -231,7 +231,7 @@ class Foreign:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start and end."""
         check_length(text)
-        for name in self.specials:  # in a prompt they are text, also where the vocabulary itself has them, as T5's
+        for name in self.specials:  # special tokens in a prompt are plain text
             text = text.replace(name, f"{name[:1]} {name[1:]}")
         return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -240,17 +240,17 @@ class Foreign:
         return self.backend.decode(list(ids))
 
     def to_json(self) -> str:
-        """The package's own JSON inside ours."""
+        """The package's JSON inside ours."""
         return json.dumps({"type": "foreign", "tokenizer": self.backend.to_str()})
 
 
-def carried(said: str) -> Tokenizer:
-    """The tokenizer that comes with a checkpoint: its JSON in a file of ours, its folder beside a diffusers model."""
-    return from_json(said) if said.startswith("{") else from_folder(said)
+def from_checkpoint(stored: str) -> Tokenizer:
+    """A checkpoint's tokenizer: JSON in a file of ours, a folder beside a diffusers model."""
+    return from_json(stored) if stored.startswith("{") else from_folder(stored)
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer that a file of ours carries."""
+    """The tokenizer of `to_json`'s text."""
     node = json.loads(text)
     if node["type"] == "clip":
         return clip_tokenizer(node["pad"])
@@ -260,7 +260,7 @@ def from_json(text: str) -> Tokenizer:
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a folder that transformers has written: CLIP's kind becomes our own, others stay theirs."""
+    """The tokenizer in a folder written by transformers: a BPE for CLIP's kind, a Foreign for others."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
@@ -270,18 +270,18 @@ def from_folder(folder: str | Path) -> Tokenizer:
         return read_folder(folder)
     except InputError:
         raise
-    except Exception as error:  # of damaged JSON, of files of another kind, and whatever `tokenizers` raises
+    except Exception as error:  # damaged JSON, other files, or an error of `tokenizers`
         got = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError("tokenizer: cannot be read", str(folder), got, "its files, whole") from error
+        raise InputError("tokenizer: cannot be read", str(folder), got, "undamaged files") from error
 
 
 def read_folder(folder: Path) -> Tokenizer:
-    """The tokenizer of its files."""
+    """The tokenizer from a folder's files."""
     if (folder / "tokenizer.json").is_file():
-        whole = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        model = json.loads(whole)["model"]
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        model = json.loads(text)["model"]
         if model.get("end_of_word_suffix") != "</w>":
-            return Foreign(whole)
+            return Foreign(text)
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         return BPE([(a, b) for a, b in pairs], model["vocab"], folder_pad(folder, model["vocab"]))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -295,11 +295,11 @@ def read_folder(folder: Path) -> Tokenizer:
 
 
 def folder_pad(folder: Path, vocabulary: dict[str, int]) -> int | None:
-    """The id that fills up, which is in the folder's notes: CLIP's end in SD 1, "!" in SD 2."""
+    """The padding id in the folder's settings: CLIP's end token in SD 1, "!" in SD 2."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            notes: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            pad = notes.get("pad_token")
+            settings: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            pad = settings.get("pad_token")
             pad = pad["content"] if isinstance(pad, dict) else pad
             if pad in vocabulary:
                 return vocabulary[pad]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
+from typing import Any
 
 from ldm.errors import InputError, nearest
 
@@ -114,6 +115,21 @@ TABLES: dict[str, dict[str, str] | str] = {
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds
 
+# networks that ship with the package, for losses and metrics; a configuration chooses none of them by target
+SHIPPED = {"judge": "ldm.scenes.pretrained:judge"}
+
+# families of published checkpoints; the last is asked first, so that a plugin's are asked before these
+FAMILIES: dict[str, str] = {
+    "first_stage": "ldm.checkpoint.families.first_stage:FIRST_STAGES",
+    "ldm_kl": "ldm.checkpoint.families.ldm:KL",
+    "ldm_vq": "ldm.checkpoint.families.ldm:VQ",
+    "ldm_class": "ldm.checkpoint.families.ldm:CLASS",
+    "ldm_text": "ldm.checkpoint.families.ldm:TEXT",
+    "sd2": "ldm.checkpoint.families.sd:SD2",
+    "sd1": "ldm.checkpoint.families.sd:SD1",
+    "dit": "ldm.checkpoint.families.dit:DIT",
+}
+
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {
     "prediction": {"sigma_data": "path.sigma_data"},
@@ -124,6 +140,7 @@ GIVEN: dict[str, dict[str, str]] = {
         "context": "the conditioner",
         "pooled": "the conditioner",
         "classes": "the conditioner",
+        "vectors": "the conditioner",
         "learned_sigma": "the prediction",
     },
     "discriminator": {"in_channels": "the data"},
@@ -131,28 +148,12 @@ GIVEN: dict[str, dict[str, str]] = {
         "encode": "the autoencoder",
         "posterior": "the autoencoder",
         "latent_channels": "the autoencoder",
-        "factor": "the autoencoder",
+        "latent_factor": "the autoencoder",
     },
 }
 
 
-# other programs' names of the solvers, in lower case with _ for blanks and hyphens
-SAMPLERS = {
-    "k_euler": "euler",
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "k_heun": "heun",
-    "dpm++_2s": "dpmpp_2s",
-    "dpm++_3s": "dpmpp_3s",
-    "dpm++_2m": "dpmpp_2m",
-    "k_dpmpp_2m": "dpmpp_2m",
-    "dpm++_2m_sde": "dpmpp_2m_sde",
-    "dpm++_3m": "dpmpp_3m",
-    "unipc_2": "unipc",
-}
-
-
-def load(target: str):
+def load(target: str) -> Any:
     """The object behind "module:name"."""
     module, _, name = target.partition(":")
     found = importlib.import_module(module)
@@ -161,26 +162,26 @@ def load(target: str):
     return getattr(found, name)
 
 
-def find(axis: str, name: str = ""):
+def find(axis: str, name: str = "") -> Any:
     """The object of that name on an axis."""
     table = TABLES[axis]
     return load(table if isinstance(table, str) else table[name])
 
 
 def plug(module: str) -> None:
-    """Add the tables of a user's own module, PARTS = {axis: {name: "module:name"}}; only a command line names one."""
+    """Add a user's parts, PARTS = {axis: {name: "module:name"}} of a module that the command line names."""
     try:
         tables = {axis: dict(table) for axis, table in importlib.import_module(module).PARTS.items()}
-    except Exception as error:  # whatever a user's module does on import
+    except Exception as error:  # a user's module may raise anything
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
-        known = TABLES.setdefault(axis, {})
+        known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})
         if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):
             raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
         known.update(table)
 
 
 def plug_installed() -> None:
-    """Add the tables of installed packages that declare an entry point in the group `ldm.config.parts`."""
-    for entry in entry_points(group="ldm.config.parts"):
+    """Add the tables of installed packages that declare an entry point in the group `ldm.parts`."""
+    for entry in entry_points(group="ldm.parts"):
         plug(entry.value)

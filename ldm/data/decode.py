@@ -30,8 +30,8 @@ class BadPicture(Exception):
 class Checked(NamedTuple):
     """A picture's size when upright, or what is wrong with it."""
 
-    height: int
-    width: int
+    height: int = 0
+    width: int = 0
     problem: str = ""
 
 
@@ -91,7 +91,7 @@ def check(data: bytes, limit: int = LIMIT) -> Checked:
             image.draft("L", (1, 1))
             image.load()
     except BadPicture as error:
-        return Checked(0, 0, str(error))
+        return Checked(problem=str(error))
     return Checked(width, height) if orientation(image) >= 5 else Checked(height, width)
 
 

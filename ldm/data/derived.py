@@ -33,8 +33,13 @@ def derived_draws(batch: Mapping[str, Any], reads: Sequence[str], shape: Sequenc
     return draws | ({"mask_uniforms": u[:, :4]} if "mask" in reads and "mask" not in batch else {})
 
 
-def with_derived(batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: int = 0) -> dict[str, Any]:
-    """The batch with the conditions that a picture gives, on its device; draws that it lacks are made with `seed`."""
+def with_derived(
+    batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: int = 0, factor: int | None = None
+) -> dict[str, Any]:
+    """The batch with the conditions that a picture gives, on its device; draws that it lacks are made with `seed`.
+
+    A low-resolution picture is `factor` times smaller than the picture; without a factor, it has the size of x0.
+    """
     if "image" not in batch or not {*DERIVED} & {*reads}:
         return dict(batch)
     image = to_float(batch["image"]).to(x0.dtype)  # (B, 3, H, W)
@@ -44,7 +49,8 @@ def with_derived(batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, see
     if "mask" in reads and "mask" not in batch:
         made["mask"] = rectangles(draws["mask_uniforms"], image)
     if "low_resolution" in reads:
-        made["low_resolution"] = F.interpolate(image, x0.shape[2:], mode="area")  # (B, 3, h, w)
+        small = x0.shape[2:] if factor is None else [side // factor for side in image.shape[2:]]
+        made["low_resolution"] = F.interpolate(image, small, mode="area")  # (B, 3, H/f, W/f)
         made["noise_level"] = to_device(draws["noise_level"], image.device)  # (B,)
         made["low_resolution_noise"] = to_device(draws["low_resolution_noise"], image.device).to(image.dtype)
     return {**batch, **made}

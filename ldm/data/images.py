@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from ldm import draws
 from ldm.data import decode
-from ldm.data.datasets import Rows, saved
 from ldm.data.folder import SUFFIXES, Folder
 from ldm.data.manifest import SKIPS, Manifest, cache_folder, manifest_of
-from ldm.data.parquet import Parquet
 from ldm.data.sampler import SampleId, hashed
 from ldm.data.shards import Shards
 from ldm.data.source import Entry, Source
+from ldm.data.tables import Parquet, Rows, saved_dataset
 from ldm.errors import DataError, InputError
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # compressed ones cannot be read in place: Shards refuses them
@@ -160,7 +159,7 @@ def validation_part(keys: Sequence[str], split: float) -> NDArray:
         return np.zeros(0, int)
     values = hashed(0, 0, np.array([zlib.crc32(os.fsencode(key)) for key in keys]))
     apart = np.flatnonzero(values < np.uint64(split * 2**64))
-    return apart if len(apart) else values.argmin()[None]
+    return apart if len(apart) else np.array([values.argmin()])
 
 
 def source_of(root: Any, image: str | None, caption: str | None) -> Source:
@@ -172,7 +171,7 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
     if not path.exists() and not pattern:
         raise InputError("no such folder or file", "data.root", str(root))
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return Rows(saved(path), image, caption)
+        return Rows(saved_dataset(path), image, caption)
     found = glob.glob(str(path), recursive=True) if pattern else packed(path) if path.is_dir() else [str(path)]
     for kind, suffixes in ((Shards, TARS), (Parquet, TABLES)):
         if files := sorted(Path(file) for file in found if file.endswith(suffixes)):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.sampler import Order, SampleId, Stream
+from ldm.data.sampler import MicroBatches, Order, SampleId
 from ldm.errors import LdmError
 
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]  # picklable: runs in the workers on each batch
@@ -143,4 +143,5 @@ def loader(
     `loader.sampler.position` may be set between iterations.
     """
     order = Order(len(data), data.batch_size, seed, data.buckets, data.groups)
-    return Loader(data, seed, Stream(order, position=position, rank=rank, ranks=ranks, accumulate=accumulate), prepare)
+    sampler = MicroBatches(order, position=position, rank=rank, ranks=ranks, accumulate=accumulate)
+    return Loader(data, seed, sampler, prepare)

@@ -53,6 +53,8 @@ class Manifest:
         tensors = files.open_file(folder / NAME)
         self.folder = folder
         self.about: dict[str, Any] = json.loads(tensors.metadata["manifest"])
+        self.digest: str = self.about["digest"]  # sha256 of all columns but the times
+        self.reasons: dict[str, int] = self.about["reasons"]  # why pictures are skipped, the most frequent first
         self.columns: dict[str, NDArray] = {name: tensors[name].numpy() for name in COLUMNS | BLOBS}
 
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
@@ -66,16 +68,6 @@ class Manifest:
         """True for each picture that can be used (N,)."""
         return self.columns["verdict"] == USED
 
-    @property
-    def digest(self) -> str:
-        """The sha256 of all columns but the times: names, sizes, captions, labels, and which pictures are used."""
-        return self.about["digest"]
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Why pictures are skipped, and how many each; the most frequent reason first."""
-        return self.about["reasons"]
-
     def skipped(self) -> list[str]:
         """The names of the pictures that cannot be used."""
         return [self.key(row) for row in np.flatnonzero(~self.usable).tolist()]
@@ -86,22 +78,17 @@ class Manifest:
         return Entry(self.key(row), self.captions(row), label, group, offset, size, modified)
 
     def key(self, row: int) -> str:
-        return os.fsdecode(piece(self.columns["key_text"], self.columns["key"], row))
+        return os.fsdecode(self.columns["key_text"][part(self.columns["key"], row)].tobytes())
 
     def captions(self, row: int) -> list[str]:
-        begin, end = bounds(self.columns["captions"], row)
         text, ends = self.columns["caption_text"], self.columns["caption"]
-        return [piece(text, ends, i).decode() for i in range(begin, end)]
+        span = part(self.columns["captions"], row)
+        return [text[part(ends, i)].tobytes().decode() for i in range(span.start, span.stop)]
 
 
-def bounds(ends: NDArray, i: int) -> tuple[int, int]:
-    return int(ends[i - 1]) if i else 0, int(ends[i])
-
-
-def piece(blob: NDArray, ends: NDArray, i: int) -> bytes:
-    """The i-th of the texts that are stored one after the other."""
-    begin, end = bounds(ends, i)
-    return blob[begin:end].tobytes()
+def part(ends: NDArray, i: int) -> slice:
+    """The i-th of the parts that lie one after the other and end at `ends`."""
+    return slice(int(ends[i - 1]) if i else 0, int(ends[i]))
 
 
 class Scan:
@@ -153,9 +140,12 @@ def current(source: Source, folder: Path, options: dict[str, Any]) -> tuple[Mani
         manifest = Manifest(folder)
     except (CheckpointError, KeyError, ValueError) as error:
         return None, f"cannot be used: {error}"
-    now = {"format": FORMAT, "options": options, "stamps": source.stamps(manifest.skipped())}
-    changed = difference(now, manifest.about)
-    return (None, changed) if changed else (manifest, "")
+    for name, value in {"format": FORMAT, "options": options}.items():
+        if manifest.about.get(name) != value:
+            return None, f"the {name} changed"
+    before, now = manifest.about["stamps"], source.stamps(manifest.skipped())
+    changed = [path for path in now | before if now.get(path) != before.get(path)]
+    return (None, f"{', '.join(changed[:3])}{', ...' * (len(changed) > 3)} changed") if changed else (manifest, "")
 
 
 def scan_and_write(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
@@ -168,15 +158,6 @@ def scan_and_write(source: Source, folder: Path, options: dict[str, Any]) -> Man
     words = f"; {len(skipped)} skipped, the first {skipped[0]}: see {folder / SKIPS}" if skipped else ""
     note(f"scanned {len(scan.numbers['key'])} pictures{words}")
     return Manifest(folder)
-
-
-def difference(now: dict[str, Any], then: dict[str, Any]) -> str:
-    """What has changed about a source, or an empty text."""
-    for name in ("format", "options"):
-        if now[name] != then.get(name):
-            return f"the {name} changed"
-    paths = [p for p in now["stamps"] | then["stamps"] if now["stamps"].get(p) != then["stamps"].get(p)]
-    return f"{', '.join(paths[:3])}{', ...' * (len(paths) > 3)} changed" if paths else ""
 
 
 @contextmanager
@@ -211,23 +192,18 @@ def scanned(source: Source, required: bool) -> Scan:
 
 def examined(source: Source, required: bool, entry: Entry) -> tuple[Entry, decode.Checked]:
     """The entry with its non-empty captions, and its size or what is wrong with it."""
-    if entry.problem:
-        return entry, bad(entry.problem)
-    if entry.size > decode.LARGEST:
-        return entry, bad(f"too large: {entry.size} bytes")
+    problem = entry.problem or (f"too large: {entry.size} bytes" if entry.size > decode.LARGEST else "")
     try:
-        data = source.read(entry)
+        data = b"" if problem else source.read(entry)
     except OSError as error:
-        return entry, bad(f"cannot be read: {error.strerror or error}")
+        problem = f"cannot be read: {error.strerror or error}"
+    if problem:
+        return entry, decode.Checked(problem=problem)
     checked = decode.check(data)
     captions = [caption for caption in entry.captions if caption]
     if required and not captions and not checked.problem:
-        checked = bad("an empty caption" if entry.captions else "no caption")
+        checked = decode.Checked(problem="an empty caption" if entry.captions else "no caption")
     return entry._replace(size=len(data), captions=captions), checked
-
-
-def bad(problem: str) -> decode.Checked:
-    return decode.Checked(0, 0, problem)
 
 
 def write(folder: Path, scan: Scan, about: dict[str, Any]) -> None:

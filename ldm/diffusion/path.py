@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.condition import at_least_float32
+
 Scalar = Tensor | float
 
 
@@ -61,11 +63,6 @@ class Prediction(NamedTuple):
     eps: Tensor
     frac: Tensor | None = None  # position of a learned log-variance: 0 = small, 1 = large (Improved DDPM eq. 15)
     shift: Tensor | None = None  # added to a stochastic step's mean, times its variance
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Float32 or wider: a sampler's state is never rounded to half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expand(value: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ldm.diffusion.path import Level, Row, at_least_float32, mix
+from ldm.condition import at_least_float32
+from ldm.diffusion.path import Level, Row, mix
 from ldm.diffusion.posterior import NoiseVar, mean_weights, noise_variance, small_variance
 from ldm.diffusion.prediction import Prediction
 

@@ -1,1 +1,1 @@
-"""What the first stage is trained with."""
+"""The losses of the first stage."""

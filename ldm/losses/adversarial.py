@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.lpips import at_least_float32
+from ldm.condition import at_least_float32
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's hinge loss (Lim and Ye 2017): logits beyond 1 and -1 are good enough."""
+    """The discriminator's hinge loss (Lim and Ye 2017): no loss for logits beyond 1 and -1."""
     return 0.5 * (F.relu(1 - at_least_float32(real)).mean() + F.relu(1 + at_least_float32(fake)).mean())
 
 
@@ -20,7 +20,7 @@ def vanilla(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """What the generator minimises under either: the discriminator should take its pictures for real ones."""
+    """The generator's loss with either: minus the discriminator's mean logit."""
     return -at_least_float32(fake).mean()
 
 
@@ -30,18 +30,18 @@ def adaptive_weight(distance: Tensor, adversarial: Tensor, limit: float) -> Tens
 
 
 def slope_at(x: Tensor, loss: Tensor) -> Tensor:
-    """A loss's gradient at x and nowhere else: no weight on the way gets one."""
+    """A loss's gradient at x only; no parameter gets one."""
     (slope,) = torch.autograd.grad(loss, x)
     return at_least_float32(slope)
 
 
 def pulled_back(slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The gradient at the weight of the layer that made x, of a loss with this gradient at x; x keeps its graph."""
+    """The gradient at the weight of the layer that made x, from a loss's gradient at x; keeps the graph of x."""
     (pulled,) = torch.autograd.grad(x, weight, slope.to(x.dtype), retain_graph=True)
     return at_least_float32(pulled)
 
 
 def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
-    """A scalar of this value, whose gradient at x is known already and which knows no other tensor."""
+    """A scalar with this value and this gradient at x."""
     line = (x * slope).sum()
     return value.detach() + (line - line.detach())

@@ -1,26 +1,22 @@
-"""How different two pictures look to a frozen network, one number per sample."""
+"""Perceptual distances of pictures by a frozen network, one number per sample."""
 
 from __future__ import annotations
 
 import copy
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.vgg import lpips
+from ldm.config import parts
 from ldm.models.lpips import channel_distances
 
 
-class Features(Protocol):
-    """A network whose maps can be compared."""
-
-    def features(self, x: Tensor) -> list[Tensor]: ...
-
-
 class FeatureDistance(nn.Module):
-    """LPIPS' eq. 1 on another network's feature maps, all channels alike."""
+    """LPIPS' eq. 1 on another network's `features(x) -> list[Tensor]`, with equal weights of all channels."""
 
-    def __init__(self, network: Features):
+    def __init__(self, network: Any):
         super().__init__()
         self.network = network
 
@@ -30,11 +26,8 @@ class FeatureDistance(nn.Module):
 
 
 def perceptual(name: Literal["lpips", "judge"], vgg: str | None) -> nn.Module:
-    """The distance of that name: LPIPS on VGG16's weights in a file, or the features of the shipped judge."""
+    """LPIPS with VGG16's weights from a file, or the distance of the shipped judge's features."""
     if name == "lpips":
-        from ldm.checkpoint.vgg import lpips
-
         return lpips(vgg)
-    from ldm.scenes.pretrained import judge
-
-    return FeatureDistance(copy.deepcopy(judge()))  # a copy, for a loss is moved to devices and precisions
+    judge = parts.load(parts.SHIPPED["judge"])()
+    return FeatureDistance(copy.deepcopy(judge))  # a copy, because a loss is moved and cast

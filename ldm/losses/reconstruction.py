@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.models.lpips import at_least_float32
+from ldm.condition import at_least_float32
 
 
 def reconstruction_loss(x: Tensor, y: Tensor, l1: float, l2: float, gradient: float) -> Tensor:
@@ -21,5 +21,5 @@ def reconstruction_loss(x: Tensor, y: Tensor, l1: float, l2: float, gradient: fl
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute steps down plus mean absolute steps to the right; of a difference, the L1 loss of the gradients."""
+    """Mean absolute vertical plus horizontal differences; of x - y, this is the L1 loss of the gradients."""
     return x.diff(dim=2).abs().mean((1, 2, 3)) + x.diff(dim=3).abs().mean((1, 2, 3))  # (B,)

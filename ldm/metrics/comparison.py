@@ -19,11 +19,9 @@ from ldm.data.loader import Data, Loader
 from ldm.data.sampler import SampleId, by_bucket
 from ldm.distributed import Rows, broadcast, map_batches, torchrun_rank
 from ldm.errors import DataError, LdmError
+from ldm.metrics.feature_metrics import NEIGHBOURS, PARTS, inception_score, kernel_distance, prdc
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.frechet import Moments, frechet_distance
-from ldm.metrics.inception_score import PARTS, inception_score
-from ldm.metrics.kernel import kernel_distance
-from ldm.metrics.prdc import NEIGHBOURS, prdc
 from ldm.metrics.verifier import Verifier
 from ldm.pictures import to_float
 

@@ -30,11 +30,6 @@ class Verifier(Protocol):
         ...
 
 
-def has_verifier(data_type: str) -> bool:
-    """True if captions of this type of data can be verified."""
-    return data_type in parts.TABLES["verifier"]
-
-
 def find_verifier(data_type: str) -> Verifier | None:
     """The verifier of this type of data, if it has one."""
-    return parts.find("verifier", data_type)() if has_verifier(data_type) else None
+    return parts.find("verifier", data_type)() if data_type in parts.TABLES["verifier"] else None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import Downsample, ResBlock, Upsample, check_multiple, check_positive, group_norm, run
+from ldm.models.layers import Downsample, ResBlock, Upsample, check_map, check_multiple, check_positive, group_norm, run
 from ldm.models.quantize import Bottled, Gaussian, VectorQuantizer
 from ldm.models.transformer import SpatialAttention
 
@@ -18,7 +18,7 @@ EPS = 1e-6  # of every norm here; the U-Net's are 1e-5
 
 
 class Row(NamedTuple):
-    """One layer of a plan: what it is, where (level 0 is full resolution, None the middle), which one, its widths."""
+    """One layer of a plan: its kind, level (0 is full resolution, None the middle), number in the level, and widths."""
 
     kind: Literal["res", "attention", "down", "up"]
     level: int | None
@@ -49,7 +49,7 @@ def level_plan(level: int, width: int, out: int, blocks: int, attend: bool) -> I
 
 
 def encoder_plan(widths: list[int], blocks: int, attend: set[int], mid_attention: bool) -> Iterator[Row]:
-    """From full resolution down; `attend` holds levels."""
+    """From full resolution down; `attend` holds the levels with attention."""
     for level, width in enumerate(widths):
         yield from level_plan(level, widths[max(level - 1, 0)], width, blocks, level in attend)
         if level < len(widths) - 1:
@@ -68,7 +68,7 @@ def decoder_plan(widths: list[int], blocks: int, attend: set[int], mid_attention
 
 
 def build_layer(row: Row) -> nn.Module:
-    """The module that a row of the plan stands for."""
+    """The module for a row of the plan."""
     if row.kind == "res":
         return ResBlock(row.width_in, row.width_out, eps=EPS)
     if row.kind == "attention":
@@ -77,7 +77,7 @@ def build_layer(row: Row) -> nn.Module:
 
 
 class Tower(nn.Module):
-    """Encoder and decoder alike: a convolution, the plan's layers, and norm, SiLU and a convolution at the end."""
+    """The encoder or the decoder: a convolution, the plan's layers, then norm, SiLU and a convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, plan: list[Row], checkpointing: bool):
         super().__init__()
@@ -97,9 +97,9 @@ class Tower(nn.Module):
 class Autoencoder(nn.Module):
     """The autoencoder of LDM: encoder, bottleneck (KL or VQ) and decoder, and the latents' shift and scale.
 
-    `attend` names the pixels-to-latents factors at which levels attend (kl-f16: [16]); `stem` 2 starts with a
-    pixel-unshuffle, which makes a small model cheap. Latents leave as (z - shift) * scale and come back likewise.
-    Initialisation is torch's own, as in LDM.
+    `attend` lists the downsampling factors of the levels with attention (kl-f16: [16]); `stem` 2 starts with a
+    pixel-unshuffle, which makes a small model cheap. Normalised latents are (z - shift) * scale. Initialisation is
+    torch's default, as in LDM.
     """
 
     shift: Tensor
@@ -123,7 +123,7 @@ class Autoencoder(nn.Module):
         check_positive(in_channels=in_channels, blocks=blocks)
         check_numbers(channels, multipliers, attend, stem)
         if per_channel and isinstance(bottleneck, VectorQuantizer):
-            raise ValueError("per_channel: codes have one scalar pair; got True with VQ; expected False; try False")
+            raise ValueError("per_channel: VQ has one shift and scale; got True; expected False; try False")
         self.in_channels, self.stem = in_channels, stem
         self.factor = stem * 2 ** (len(multipliers) - 1)
         self.latent_channels = bottleneck.channels
@@ -141,40 +141,38 @@ class Autoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(shape))
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Normalised latents of images: the posterior's mean, or a sample of it where noise is given."""
-        z = self.bottleneck.sample(self.moments(x, noise), noise)  # (B, Z, h, w)
+        """Normalised latents of images: the posterior's mean, or a sample if noise is given."""
+        z = self.bottleneck.sample(self.moments(x), noise)  # (B, Z, h, w)
         return (z - self.shift) * self.scale  # (B, Z, h, w)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of normalised latents; VQ takes the nearest codes first, as LDM's VQModelInterface does."""
+        """Images of normalised latents; VQ quantises them first, as LDM's VQModelInterface does."""
         check_map("z", z, self.latent_channels, 1)
         z = self.bottleneck.snap(z / self.scale + self.shift)  # (B, Z, h, w)
         return self.reconstruct(z)  # (B, C, H, W)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and log-variance before normalisation; VQ's posterior is a point, without a variance."""
+        """Mean and log-variance before normalisation; VQ's posterior is a point without variance."""
         return self.bottleneck.posterior(self.moments(x))  # (B, Z, h, w) each
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Bottled]:
-        """One training pass: reconstructions, and what the bottleneck has to say to the loss."""
-        bottled = self.bottleneck(self.moments(x, noise), noise)
+        """One training pass: reconstructions, and the bottleneck's output for the loss."""
+        bottled = self.bottleneck(self.moments(x), noise)
         return self.reconstruct(bottled.z), bottled  # (B, C, H, W)
 
-    def moments(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What the encoder says of images: mean and log-variance in one tensor (KL), or the point to quantise (VQ)."""
+    def moments(self, x: Tensor) -> Tensor:
+        """The encoder's output: mean and log-variance in one tensor (KL), or the point to quantise (VQ)."""
         check_map("x", x, self.in_channels, self.factor)
-        if noise is not None:
-            check_noise(noise, (x.shape[0], self.latent_channels, *(size // self.factor for size in x.shape[2:])))
         x = x if self.stem == 1 else F.pixel_unshuffle(x, self.stem)  # (B, C*stem^2, H/stem, W/stem)
         return self.quant(self.encoder(x))  # (B, 2Z or Z, h, w)
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Images of latents that left the bottleneck, not normalised."""
+        """Images of unnormalised latents after the bottleneck."""
         h = self.decoder(self.post_quant(z))  # (B, C*stem^2, H/stem, W/stem)
         return h if self.stem == 1 else F.pixel_shuffle(h, self.stem)  # (B, C, H, W)
 
     def set_statistics(self, shift: float | Tensor, scale: float | Tensor) -> None:
-        """Fix what normalises latents: shift = their mean and scale = 1 / their standard deviation."""
+        """Set what normalises latents: shift = their mean, scale = 1 / their standard deviation."""
         for name, value in (("shift", shift), ("scale", scale)):
             buffer = getattr(self, name)
             value = torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device)
@@ -189,8 +187,8 @@ class Autoencoder(nn.Module):
     def fingerprint(self) -> str:
         """A sha256 of what defines latents: encoder, quant convolution, shift and scale.
 
-        Decoders may be swapped, and so may VQ's codebook, for latents are taken before quantisation. Values are
-        hashed as float32: how they are stored does not matter, rounding them does.
+        Decoders may be swapped, and so may VQ's codebook, because latents are taken before quantisation. Values are
+        hashed as float32, so the storage type does not matter, but rounding does.
         """
         digest = hashlib.sha256(f"stem {self.stem}".encode())
         tensors = {**self.encoder.state_dict(prefix="encoder."), **self.quant.state_dict(prefix="quant.")}
@@ -201,7 +199,7 @@ class Autoencoder(nn.Module):
 
 
 def check_numbers(channels: int, multipliers: Sequence[int], attend: Sequence[int], stem: int) -> None:
-    """Refuse shapes that cannot be built, in the constructor's words."""
+    """Refuse invalid numbers before anything is built."""
     check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
     if not multipliers or min(multipliers) < 1:
         got = list(multipliers)
@@ -217,39 +215,19 @@ def check_numbers(channels: int, multipliers: Sequence[int], attend: Sequence[in
             )
 
 
-def check_map(name: str, x: Tensor, channels: int, factor: int) -> None:
-    """Refuse images or latents of a shape that the network cannot take."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        got, expected = tuple(x.shape), f"(B, {channels}, H, W)"
-        raise ValueError(f"{name}: wrong shape; got {got}; expected {expected}; try {channels} channels")
-    height, width = x.shape[2:]
-    if height % factor or width % factor or not height or not width:
-        near = [max(factor, round(size / factor) * factor) for size in (height, width)]
-        raise ValueError(
-            f"{name}: size not divisible by the autoencoder's factor; got {height}x{width}; "
-            f"expected multiples of {factor}; try {near[0]}x{near[1]}"
-        )
-
-
-def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse noise that would broadcast."""
-    if tuple(noise.shape) != shape:
-        raise ValueError(f"noise: wrong shape; got {tuple(noise.shape)}; expected {shape}; try that shape")
-
-
 def kl(
     *,
     latent: int = 4,  # channels of the latents
     channels: int = 128,  # of the first level, a multiple of 32
     multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
-    blocks: int = 2,  # residual blocks on each level of the encoder; the decoder has one more
-    attend: Sequence[int] = (),  # factors of downsampling at which blocks attend
-    mid_attention: bool = True,  # at the lowest level
+    blocks: int = 2,  # residual blocks per level of the encoder; the decoder has one more
+    attend: Sequence[int] = (),  # downsampling factors of the levels with attention
+    mid_attention: bool = True,  # attention at the lowest level
     stem: Literal[1, 2] = 1,  # 2 folds 2x2 pixels into channels before the first convolution
-    per_channel: bool = False,  # a shift and a scale of each channel of the latents; else one pair for all
-    checkpointing: bool = False,  # activations are computed twice, to save memory
+    per_channel: bool = False,  # a shift and scale per latent channel; false is one pair for all
+    checkpointing: bool = False,  # recompute activations in the backward pass to save memory
 ) -> Autoencoder:
-    """An autoencoder with a Gaussian posterior of so many latent channels; the defaults are Stable Diffusion's."""
+    """An autoencoder with a Gaussian posterior; the defaults are Stable Diffusion's."""
     return Autoencoder(
         bottleneck=Gaussian(channels=latent),
         channels=channels,
@@ -269,13 +247,13 @@ def vq(
     codes: int = 8192,  # vectors of the codebook
     channels: int = 128,  # of the first level, a multiple of 32
     multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
-    blocks: int = 2,  # residual blocks on each level of the encoder; the decoder has one more
-    attend: Sequence[int] = (),  # factors of downsampling at which blocks attend
-    mid_attention: bool = True,  # at the lowest level
+    blocks: int = 2,  # residual blocks per level of the encoder; the decoder has one more
+    attend: Sequence[int] = (),  # downsampling factors of the levels with attention
+    mid_attention: bool = True,  # attention at the lowest level
     stem: Literal[1, 2] = 1,  # 2 folds 2x2 pixels into channels before the first convolution
-    checkpointing: bool = False,  # activations are computed twice, to save memory
+    checkpointing: bool = False,  # recompute activations in the backward pass to save memory
 ) -> Autoencoder:
-    """An autoencoder with a codebook of so many vectors of so many channels."""
+    """An autoencoder with a codebook."""
     return Autoencoder(
         bottleneck=VectorQuantizer(codes=codes, channels=latent),
         channels=channels,

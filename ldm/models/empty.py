@@ -1,4 +1,4 @@
-"""Networks without memory for their weights, to be filled from a checkpoint."""
+"""Networks on the meta device, without memory, to be filled from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILLS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "zero_", "f
 
 
 class Unfilled(TorchFunctionMode):
-    """No first numbers: to draw them for a tensor without memory does nothing but import torch's compiler."""
+    """Skip initialisation on the meta device, where it would only import torch's compiler."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -25,6 +25,6 @@ class Unfilled(TorchFunctionMode):
 
 @contextmanager
 def empty() -> Iterator[None]:
-    """Inside, networks are made on the meta device, in a moment."""
+    """Inside, networks are built on the meta device, which is fast."""
     with torch.device("meta"), Unfilled():
         yield

@@ -1,4 +1,4 @@
-"""Inception v3 as FID knows it (Szegedy et al. 2015, the TensorFlow weights of 2015): its names are the file's own."""
+"""Inception v3 of FID (Szegedy et al. 2015, TensorFlow's weights of 2015); module names are those of the file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIDE, CLASSES = 299, 1008
-SPATIAL = 7  # channels of the 17 x 17 map of which sFID is (Nash et al. 2021)
+SPATIAL = 7  # channels of the 17 x 17 map for sFID (Nash et al. 2021)
 
 
 class Activations(NamedTuple):
-    """What Inception makes of a picture."""
+    """Inception's outputs for a batch."""
 
     pooled: Tensor  # (B, 2048)
     spatial: Tensor  # (B, 7 * 17 * 17)
-    logits: Tensor  # (B, 1008), without a bias, as the Inception score has them
+    logits: Tensor  # (B, 1008), without bias, as in the Inception score
 
 
 class Conv(nn.Module):
@@ -33,27 +33,27 @@ class Conv(nn.Module):
 
 
 def square(inside: int, out: int, side: int) -> Conv:
-    """A convolution that keeps the map's size."""
+    """A square convolution that keeps the map's size."""
     return Conv(inside, out, side, padding=side // 2)
 
 
 def wide(inside: int, out: int, width: int) -> Conv:
-    """1 x width."""
+    """A 1 x width convolution that keeps the map's size."""
     return Conv(inside, out, (1, width), padding=(0, width // 2))
 
 
 def tall(inside: int, out: int, height: int) -> Conv:
-    """height x 1."""
+    """A height x 1 convolution that keeps the map's size."""
     return Conv(inside, out, (height, 1), padding=(height // 2, 0))
 
 
 def average(x: Tensor) -> Tensor:
-    """The mean of 3 x 3 neighbours; those outside do not count, as in TensorFlow."""
+    """The mean of 3 x 3 neighbours inside the map, as in TensorFlow."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 class Mixed(nn.Module):
-    """Branches side by side: each a chain of convolutions by name, the last of which may fork in two.
+    """Parallel branches: each is a chain of convolutions by name, the last of which may fork in two.
 
     `pool` is "average" or "max" before `branch_pool`, or "halve" for the branch of a block that halves the map.
     """
@@ -72,7 +72,7 @@ class Mixed(nn.Module):
         return torch.cat([*found, self.get_submodule("branch_pool")(pooled)], 1)
 
     def chain(self, x: Tensor, names: list[str]) -> list[Tensor]:
-        """One branch; names that end in `a` and `b` read the same."""
+        """One branch; names that end in `a` and `b` have the same input."""
         *chain, last = names
         for name in chain:
             x = self.get_submodule(name)(x)
@@ -86,7 +86,7 @@ def numbered(name: str, count: int) -> list[str]:
 
 
 def block_a(inside: int, pooled: int) -> Mixed:
-    """35 x 35."""
+    """A block on the 35 x 35 map."""
     return Mixed(
         "average",
         [["branch1x1"], numbered("branch5x5", 2), numbered("branch3x3dbl", 3)],
@@ -101,7 +101,7 @@ def block_a(inside: int, pooled: int) -> Mixed:
 
 
 def block_b(inside: int) -> Mixed:
-    """35 x 35 to 17 x 17."""
+    """The block from 35 x 35 to 17 x 17."""
     return Mixed(
         "halve",
         [["branch3x3"], numbered("branch3x3dbl", 3)],
@@ -113,7 +113,7 @@ def block_b(inside: int) -> Mixed:
 
 
 def block_c(width: int) -> Mixed:
-    """17 x 17, in strips of seven."""
+    """A block on the 17 x 17 map with 7 x 1 and 1 x 7 convolutions."""
     return Mixed(
         "average",
         [["branch1x1"], numbered("branch7x7", 3), numbered("branch7x7dbl", 5)],
@@ -131,7 +131,7 @@ def block_c(width: int) -> Mixed:
 
 
 def block_d() -> Mixed:
-    """17 x 17 to 8 x 8."""
+    """The block from 17 x 17 to 8 x 8."""
     return Mixed(
         "halve",
         [numbered("branch3x3", 2), numbered("branch7x7x3", 4)],
@@ -145,7 +145,7 @@ def block_d() -> Mixed:
 
 
 def block_e(inside: int, pool: str) -> Mixed:
-    """8 x 8, forking."""
+    """A block on the 8 x 8 map, whose branches fork."""
     return Mixed(
         pool,
         [["branch1x1"], ["branch3x3_1", "branch3x3_2"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]],
@@ -162,7 +162,7 @@ def block_e(inside: int, pool: str) -> Mixed:
 
 
 class Inception(nn.Module):
-    """Pictures (B, 3, 299, 299) in [-1, 1] to what FID, sFID and the Inception score read."""
+    """Pictures (B, 3, 299, 299) in [-1, 1] to the inputs of FID, sFID and the Inception score."""
 
     def __init__(self) -> None:
         super().__init__()

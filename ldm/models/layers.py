@@ -1,8 +1,9 @@
-"""The pieces that every network here is made of: attention, norms, residual blocks, resampling, time embedding."""
+"""Layers shared by all networks: attention, norms, residual blocks, resampling, time embedding."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,92 +11,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, each (L, D/2)
-NormPair = tuple[nn.Module, nn.Module]  # one norm for the queries, one for the keys, over a head's width
-SHORT = 128  # keys over which attention is written out on a CPU in bfloat16; of 256 torch's kernel is the faster one
+from ldm.condition import Vector
+
+SHORT = 128  # up to so many keys, attention on a CPU in bfloat16 is faster written out than by torch's kernel
+SINUSOIDS = 256  # of each number among a condition's vectors, as in SDXL
 
 
 def check_multiple(argument: str, value: int, of: int, reason: str) -> None:
-    """Refuse a size that is no positive multiple, and name the nearest one that is."""
+    """Refuse a size that is not a positive multiple, and suggest the nearest one."""
     if value < 1 or value % of:
         nearest = max(of, (value + of // 2) // of * of)
         raise ValueError(f"{argument}: {reason}; got {value}; expected a multiple of {of}; try {nearest}")
 
 
 def check_positive(**numbers: int) -> None:
-    """Refuse numbers of things that are not there."""
+    """Refuse counts below 1."""
     for argument, value in numbers.items():
         if value < 1:
             raise ValueError(f"{argument}: too small; got {value}; expected 1 or more; try 1")
 
 
-def check_width(argument: str, x: Tensor, dim: int, width: int, owner: str) -> None:
-    """Refuse a tensor whose size along `dim` is not what the network was built for."""
-    if x.shape[dim] != width:
-        got = f"shape {tuple(x.shape)}"
+def check_map(name: str, x: Tensor, channels: int, factor: int) -> None:
+    """Refuse images or latents that a network of so many channels and this downsampling factor cannot take."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        got, expected = tuple(x.shape), f"(B, {channels}, H, W)"
+        raise ValueError(f"{name}: wrong shape; got {got}; expected {expected}; try {channels} channels")
+    check_sides(name, x, factor)
+
+
+def check_sides(name: str, x: Tensor, factor: int) -> None:
+    """Refuse a map (..., H, W) whose sides a downsampling factor does not divide."""
+    height, width = x.shape[-2:]
+    if height % factor or width % factor or not height or not width:
+        near = [max(factor, round(size / factor) * factor) for size in (height, width)]
         raise ValueError(
-            f"{argument}: wrong size along dimension {dim}; got {got}; expected {width} there; try {owner}"
+            f"{name}: size not divisible by the network's factor; got {height}x{width}; "
+            f"expected multiples of {factor}; try {near[0]}x{near[1]}"
         )
 
 
-def check_images(x: Tensor, t: Tensor, channels: int, factor: int) -> None:
-    """Refuse images that a backbone of so many input channels, which divides their sides by `factor`, cannot take."""
-    if x.dim() != 4:
-        raise ValueError(f"x: not images; got shape {tuple(x.shape)}; expected (B, {channels}, H, W); try x[None]")
-    check_width("x", x, 1, channels, f"in_channels={x.shape[1]} at construction")
-    for argument, side in (("x height", x.shape[2]), ("x width", x.shape[3])):
-        check_multiple(argument, side, factor, "cannot be divided by the network")
-    if t.shape != x.shape[:1]:
-        got, expected = tuple(t.shape), tuple(x.shape[:1])
-        raise ValueError(f"t: not one time per image; got shape {got}; expected {expected}; try t.expand({x.shape[0]})")
-
-
 def run(module: nn.Module, checkpointing: bool, *inputs: Tensor | None) -> Tensor:
-    """A module's output; with gradient checkpointing its insides are computed again in the backward pass."""
+    """A module's output; with gradient checkpointing, its activations are computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False)
     return module(*inputs)
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Set a module's parameters to zero, so that the branch it ends starts as nothing."""
+    """Set a module's parameters to zero, so that its branch adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def group_norm(channels: int, eps: float, groups: int = 32) -> nn.GroupNorm:
-    """GroupNorm (Wu & He, 2018) with the channel count checked."""
+    """GroupNorm (Wu & He, 2018) with a check of the channels."""
     check_multiple("channels", channels, groups, f"cannot be split into {groups} norm groups")
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn neighbouring pairs of features by angles that grow with position (RoPE, Su et al., 2021)."""
-    cos, sin = rope
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, D/2) twice
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)  # (B, H, L, D)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    rope: Rope | None = None,
-    qk_norm: NormPair | None = None,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (Vaswani et al., 2017, eq. 1) of q (B, L, C) over k, v (B, M, C); mask (B, M), True where it counts."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L or M, D)
-    if qk_norm is not None:
-        q, k = qk_norm[0](q), qk_norm[1](k)  # (B, H, L or M, D)
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)  # (B, H, L or M, D)
     seen = None if mask is None else mask.bool()[:, None, None, :]  # (B, 1, 1, M)
     written = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT
-    if causal and (written or seen is not None):  # SDPA takes either a mask or the flag
+    if causal and (written or seen is not None):  # SDPA takes a mask or the flag, not both
         before = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()  # (L, M)
         seen = before if seen is None else seen & before  # (L, M) or (B, 1, L, M)
     if written:
@@ -106,16 +86,16 @@ def attention(
 
 
 def softmax_average(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """The same, written out: on a CPU in bfloat16 torch's kernel takes six times as long to go back over few keys."""
+    """The same, written out: on a CPU in bfloat16 torch's backward kernel takes six times as long for few keys."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, M)
     if seen is None:
         return scores.softmax(-1) @ v  # (B, H, L, D)
     shares = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1)  # (B, H, L, M)
-    return (shares * seen) @ v  # (B, H, L, D), zero where nothing is seen, as torch's kernel has it
+    return (shares * seen) @ v  # (B, H, L, D), zero where nothing is seen, as in torch's kernel
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate q, k, v: over x itself, or over a `context` of its own width."""
+    """Multi-head attention with separate q, k, v, over x itself or over a `context` of width `context`."""
 
     def __init__(
         self,
@@ -144,7 +124,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width: a strided convolution, padded on the far side only in LDM's autoencoder, or a mean."""
+    """Halve height and width by a strided convolution (padded on the far side in LDM's autoencoder) or a mean."""
 
     def __init__(self, channels: int, conv: bool = True, asymmetric: bool = False):
         super().__init__()
@@ -219,48 +199,66 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """An MLP on the sinusoids of t, plus what else a network is told by a vector: an integer label or a pooled text."""
+    """An MLP on the sinusoids of t, plus a table of labels, plus a second MLP on pooled and named vectors.
 
-    def __init__(self, width: int, out: int, classes: int | None = None, pooled: int | None = None):
+    The second MLP reads `pooled`, then each of `vectors` in order: as it is, or 256 sinusoids per number (SDXL's
+    `label_emb`: 1280 pooled and 6 * 256). The table reads the classes in `pooled`, or the one vector that is an index.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        out: int,
+        classes: int | None = None,
+        pooled: int | None = None,
+        vectors: Mapping[str, Vector] | None = None,
+    ):
         super().__init__()
         if classes and pooled:
-            raise ValueError(
-                f"classes: cannot be joined with pooled; got {classes} and {pooled}; expected one; try None"
-            )
+            raise ValueError(f"classes: cannot be combined with pooled; got {classes} and {pooled}; try one of them")
         check_multiple("width", width, 2, "needs a cosine for each sine")
-        self.width, self.classes, self.pooled_width = width, classes, pooled
+        first = Vector("index", classes) if classes else Vector("vector", pooled) if pooled else None
+        self.inputs = {**({"pooled": first} if first else {}), **(vectors or {})}
+        tables = [name for name, vector in self.inputs.items() if vector.kind == "index"]
+        if len(tables) > 1:
+            raise ValueError(f"vectors: only one can be an index; got {' and '.join(tables)}; try numbers")
+        self.width, self.table = width, tables[0] if tables else None
+        self.classes = self.inputs[tables[0]].size if tables else None
+        sizes = {"index": 0, "vector": 1, "numbers": SINUSOIDS}
+        joined = sum(sizes[vector.kind] * vector.size for vector in self.inputs.values())
         self.time = nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
-        self.label = nn.Embedding(classes, out) if classes else None
-        self.pooled = nn.Sequential(nn.Linear(pooled, out), nn.SiLU(), nn.Linear(out, out)) if pooled else None
+        self.label = nn.Embedding(self.classes, out) if self.classes else None
+        self.pooled = nn.Sequential(nn.Linear(joined, out), nn.SiLU(), nn.Linear(out, out)) if joined else None
 
-    def forward(self, t: Tensor, pooled: Tensor | None = None) -> Tensor:
-        self.check(t, pooled)
+    def forward(self, t: Tensor, pooled: Tensor | None = None, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
+        given = {**({} if pooled is None else {"pooled": pooled}), **(vectors or {})}
+        self.check(given, len(t))
         dtype = next(self.time.parameters()).dtype
         emb = self.time(timestep_embedding(t, self.width).to(dtype))  # (B, E)
-        if self.label is not None:
-            emb = emb + self.label(pooled)  # (B, E)
+        if self.label is not None and self.table is not None:
+            emb = emb + self.label(given[self.table])  # (B, E)
         if self.pooled is not None:
-            emb = emb + self.pooled(pooled)  # (B, E)
+            joined = [self.embed(name, given[name], dtype) for name in self.inputs if name != self.table]
+            emb = emb + self.pooled(torch.cat(joined, 1))  # (B, E)
         return emb
 
-    def check(self, t: Tensor, pooled: Tensor | None) -> None:
-        """Refuse vectors that do not fit, before a matrix product does so in its own words."""
-        batch = t.shape[0]
-        if self.label is not None:
-            expected, hint = f"integer labels of shape ({batch},)", "one label per image"
-            fits = pooled is not None and pooled.shape == (batch,) and not pooled.is_floating_point()
-        elif self.pooled is not None:
-            expected, hint = (
-                f"vectors of shape ({batch}, {self.pooled_width})",
-                f"a pooled width of {self.pooled_width}",
-            )
-            fits = pooled is not None and pooled.shape == (batch, self.pooled_width) and pooled.is_floating_point()
-        else:
-            expected, hint, fits = "None", "classes or pooled at construction", pooled is None
-        if not fits:
-            got = (
-                "None"
-                if pooled is None
-                else f"{str(pooled.dtype).removeprefix('torch.')} of shape {tuple(pooled.shape)}"
-            )
-            raise ValueError(f"pooled: does not fit this network; got {got}; expected {expected}; try {hint}")
+    def embed(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A vector as it is, or the sinusoids of numbers (B,) or (B, n) one after the other."""
+        if self.inputs[name].kind == "vector":
+            return x  # (B, P)
+        return timestep_embedding(x.flatten(), SINUSOIDS).to(dtype).unflatten(0, (len(x), -1)).flatten(1)  # (B, n * W)
+
+    def check(self, given: Mapping[str, Tensor], batch: int) -> None:
+        """Refuse vectors that do not fit, before a matrix product fails with a message of its own."""
+        for name in {**self.inputs, **given}:
+            shapes: list[tuple[int, ...]] = []
+            if name in self.inputs:
+                kind, size = self.inputs[name]
+                shapes = [(batch,)] * (kind == "index" or (kind, size) == ("numbers", 1))
+                shapes += [(batch, size)] * (kind != "index")
+            x = given.get(name)
+            index = name == self.table
+            if x is None or tuple(x.shape) not in shapes or index == x.is_floating_point():
+                got = "None" if x is None else f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+                expected = f"{'integers' if index else 'floats'} of shape {shapes[0]}" if shapes else "None"
+                raise ValueError(f"{name}: does not fit this network; got {got}; expected {expected}")

@@ -1,9 +1,11 @@
-"""LPIPS (Zhang et al. 2018): how different two pictures look, read off the features of VGG16."""
+"""LPIPS (Zhang et al. 2018): a perceptual distance of pictures from the features of VGG16."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from ldm.condition import at_least_float32
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and number of convolutions
 
@@ -17,16 +19,11 @@ def vgg16() -> nn.Sequential:
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
             before = width
         layers += [nn.MaxPool2d(2)]
-    return nn.Sequential(*layers[:-1])  # nothing reads what the last pooling would give
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Differences and means are not rounded to half precision, whatever a network computes in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return nn.Sequential(*layers[:-1])  # the last pooling is not used
 
 
 def unit(features: Tensor) -> Tensor:
-    """Feature vectors of length one; the constant gives zero vectors a gradient."""
+    """Feature vectors of length one; the constant keeps gradients of zero vectors finite."""
     features = at_least_float32(features)
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()  # (B, C, h, w)
 
@@ -53,7 +50,7 @@ class LPIPS(nn.Module):
         """The map at the end of each stage: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
             got, expected = tuple(x.shape), "(B, 3, H, W) of 16 pixels or more"
-            raise ValueError(f"x: VGG16 cannot read it; got shape {got}; expected {expected}; try a larger picture")
+            raise ValueError(f"x: not a picture for VGG16; got shape {got}; expected {expected}; try a larger picture")
         maps, h = [], (x - self.shift) / self.scale  # (B, 3, H, W)
         for layer in self.trunk:
             if isinstance(layer, nn.MaxPool2d):

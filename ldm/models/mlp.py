@@ -8,7 +8,7 @@ from ldm.models.layers import check_multiple, check_positive, timestep_embedding
 
 
 class MLP(nn.Module):
-    """x (B, C), t (B,) -> (B, C), or (B, 2C) with `learned_sigma`, by residual blocks that are told the time."""
+    """x (B, C), t (B,) -> (B, C), or (B, 2C) with `learned_sigma`, by residual blocks on x plus the time."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class MLP(nn.Module):
         self.outward = nn.Linear(width, in_channels * (2 if learned_sigma else 1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        told = self.time(timestep_embedding(t, self.width))  # (B, W)
+        time = self.time(timestep_embedding(t, self.width))  # (B, W)
         x = self.inward(x)  # (B, W)
         for block in self.blocks:
-            x = x + block(x + told)  # (B, W)
+            x = x + block(x + time)  # (B, W)
         return self.outward(x)  # (B, C or 2C)

@@ -1,8 +1,8 @@
-"""Encoding and decoding large pictures in parts: one at a time, in tiles that are blended.
+"""Encode and decode large batches in slices, and large pictures in blended tiles.
 
-Slicing changes nothing. Tiling does: GroupNorm and the middle attention see a tile instead of the whole picture, so
-tiles of one picture get answers of different level and contrast. Blending turns the step between them into a slope; it
-does not undo the difference, which only larger tiles lessen. tests/models/test_tiling.py states how much it is.
+Slicing does not change the result. Tiling does: GroupNorm and the middle attention see a tile instead of the picture,
+so tiles differ in level and contrast. Blending smooths the steps between them; only larger tiles reduce the
+differences. tests/models/test_tiling.py states how large they are.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.models.autoencoder import Autoencoder, check_map
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.layers import check_map
 
-ROOM = 2**21  # pixels of which a first stage is given some at a time where nothing is learned: 8 pictures of 512x512
+MAX_PIXELS = 2**21  # that an autoencoder processes at a time without gradients: 8 pictures of 512x512
 
 
 def sliced(function: Callable[[Tensor], Tensor], x: Tensor, size: int | None = None) -> Tensor:
-    """function(x), `size` samples at a time, or of pictures as many as there is room for."""
-    size = max(1, ROOM // x[0, 0].numel()) if size is None else size
+    """function(x), `size` samples at a time, or as many as have MAX_PIXELS."""
+    size = max(1, MAX_PIXELS // x[0, 0].numel()) if size is None else size
     return torch.cat([function(part) for part in x.split(size)])  # (B, ...)
 
 
 def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int | None = 64, overlap: int | None = None) -> Tensor:
-    """`autoencoder.encode(x)` by tiles of so many latents a side, of which they share `overlap` or more."""
+    """`autoencoder.encode(x)` in tiles with sides of `tile` latents that overlap by `overlap` or more."""
     check_map("x", x, autoencoder.in_channels, autoencoder.factor)
     return tiled(autoencoder.encode, x, tile, overlap, unit=autoencoder.factor, unit_out=1)  # (B, Z, h, w)
 
 
 def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int | None = 64, overlap: int | None = None) -> Tensor:
-    """`autoencoder.decode(z)` by tiles of so many latents a side, of which they share `overlap` or more."""
+    """`autoencoder.decode(z)` in tiles with sides of `tile` latents that overlap by `overlap` or more."""
     check_map("z", z, autoencoder.latent_channels, 1)
     return tiled(autoencoder.decode, z, tile, overlap, unit=1, unit_out=autoencoder.factor)  # (B, C, H, W)
 
@@ -38,7 +39,7 @@ def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int | None = 64, ove
 def tiled(
     function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, overlap: int | None, unit: int, unit_out: int
 ) -> Tensor:
-    """function(x) blended from tiles, where `unit` pixels of x along an axis become `unit_out` of the result."""
+    """function(x) blended from tiles; `unit` pixels of x along an axis become `unit_out` of the result."""
     if tile is None:
         return function(x)
     if tile < 1:
@@ -62,18 +63,18 @@ def tiled(
 
 
 def parts(size: int, tile: int, overlap: int, unit_out: int) -> list[tuple[int, Tensor]]:
-    """Where tiles begin along an axis, all of one length and evenly spread, and their weights, which sum to one."""
+    """The starts of evenly spaced tiles of one length along an axis, and their weights, which sum to one."""
     gaps = -(-max(size - tile, 0) // (tile - overlap))
     length = min(tile, size)
-    begins = [i * (size - length) // max(gaps, 1) for i in range(gaps + 1)]
+    starts = [i * (size - length) // max(gaps, 1) for i in range(gaps + 1)]
     rise = (torch.arange(length * unit_out) + 0.5) / max(overlap * unit_out, 1)
     window = torch.minimum(rise, rise.flip(0)).clamp(max=1)  # (L,)
     total = torch.zeros(size * unit_out)
-    for begin in begins:
-        total[span(begin, tile, unit_out)] += window
-    return [(begin, window / total[span(begin, tile, unit_out)]) for begin in begins]
+    for start in starts:
+        total[span(start, tile, unit_out)] += window
+    return [(start, window / total[span(start, tile, unit_out)]) for start in starts]
 
 
-def span(begin: int, tile: int, unit: int) -> slice:
-    """A tile's pixels along one axis; a slice that ends past the picture ends with it."""
-    return slice(begin * unit, (begin + tile) * unit)
+def span(start: int, tile: int, unit: int) -> slice:
+    """A tile's pixels along one axis."""
+    return slice(start * unit, (start + tile) * unit)

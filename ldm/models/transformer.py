@@ -1,4 +1,4 @@
-"""Transformers: the block of LDM's U-Net, its place between convolutions, ADM's attention, and CLIP's text encoder."""
+"""Transformers: the block of LDM's U-Net, its wrapper for feature maps, ADM's attention, and CLIP's text encoder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import Attention, attention, check_multiple, check_positive, check_width, group_norm
+from ldm.models.layers import Attention, attention, check_multiple, check_positive, group_norm
 
 
 class GEGLU(nn.Module):
-    """Feed-forward layer whose hidden half is gated by GELU of the other half (Shazeer, 2020)."""
+    """Feed-forward layer that gates one half of its hidden features by GELU of the other (Shazeer, 2020)."""
 
     def __init__(self, width: int, ratio: int = 4):
         super().__init__()
@@ -26,7 +26,7 @@ class GEGLU(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """LDM's transformer block (Rombach et al., 2022): x attends to itself, then to the tokens, then a GEGLU."""
+    """LDM's transformer block (Rombach et al., 2022): self-attention, cross-attention to the tokens, GEGLU."""
 
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map; the text enters here. SD 2 projects by linear layers."""
+    """Transformer blocks over the pixels of a feature map, with cross-attention; SD 2 projects by linear layers."""
 
     def __init__(self, channels: int, heads: int, context: int, depth: int = 1, linear: bool = False):
         super().__init__()
@@ -65,11 +65,11 @@ class SpatialTransformer(nn.Module):
         h = self.proj_out(h) if self.linear else h  # (B, H*W, C)
         h = h.transpose(1, 2).unflatten(2, (height, -1))  # (B, C, H, W), strided as channels_last
         h = h if self.linear else self.proj_out(h)  # (B, C, H, W)
-        return x + h  # (B, C, H, W), x first: its layout wins
+        return x + h  # (B, C, H, W), x first to keep its memory format
 
 
 class SpatialAttention(nn.Module):
-    """Attention of pixels to each other, in ADM (Dhariwal & Nichol, 2021) and in the autoencoder: no text enters."""
+    """Self-attention over pixels, in ADM (Dhariwal & Nichol, 2021) and in the autoencoder; ignores tokens."""
 
     def __init__(self, channels: int, heads: int, eps: float = 1e-5):
         super().__init__()
@@ -83,7 +83,7 @@ class SpatialAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Pool a feature map of fixed size to one vector: its mean attends to all of it (CLIP; ADM's classifier)."""
+    """Pool a feature map of fixed size to one vector by attention from its mean (CLIP; ADM's classifier)."""
 
     def __init__(self, channels: int, heads: int, size: int, out: int):
         super().__init__()
@@ -103,7 +103,7 @@ class AttentionPool(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid stand-in for GELU that CLIP-L was trained with."""
+    """The approximation of GELU that CLIP-L was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -111,7 +111,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class TextBlock(nn.Module):
-    """CLIP's pre-norm transformer block (Radford et al., 2021); `inner` is the attention's width, if it has its own."""
+    """CLIP's pre-norm transformer block (Radford et al., 2021); `inner` is the width of its attention."""
 
     def __init__(self, width: int, heads: int, activation: Literal["quick_gelu", "gelu"], inner: int, bias: bool):
         super().__init__()
@@ -128,10 +128,10 @@ class TextBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """CLIP-L, OpenCLIP-H and the jointly trained text encoder alike: token ids to states and one pooled vector.
+    """CLIP-L, OpenCLIP-H and the jointly trained text encoder: token ids to states and one pooled vector.
 
-    LDM's encoder has heads of a width of their own, `head_width`, and queries, keys and values without `bias`.
-    The pooled vector is read at each row's highest id, which must be the end token's, as it is in CLIP's vocabulary.
+    LDM's encoder sets `head_width` and has no `bias` in queries, keys and values. The pooled vector is read at each
+    row's highest id, which must be the end token's, as in CLIP's vocabulary.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class TextTransformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """CLIP's initialisation: residual branches shrink with depth."""
+        """CLIP's initialisation: smaller residual branches in deeper networks."""
         width, depth = self.tokens.embedding_dim, len(self.blocks)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
@@ -191,7 +191,9 @@ class TextTransformer(nn.Module):
             nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check(ids, mask)
+        if ids.shape[1] > self.length:
+            got, limit = f"{ids.shape[1]} tokens", self.length
+            raise ValueError(f"ids: longer than the position table; got {got}; expected at most {limit}; try {limit}")
         x = self.tokens(ids) + self.positions[: ids.shape[1]]  # (B, L, C)
         for block in self.blocks[:-1]:
             x = block(x, mask, self.causal)  # (B, L, C)
@@ -201,38 +203,9 @@ class TextTransformer(nn.Module):
         pooled = self.projection(last[torch.arange(len(ids), device=ids.device), end])  # (B, C or P)
         return states, pooled
 
-    def check(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Refuse what is no batch of token ids, or does not fit the position table."""
-        if ids.dim() != 2 or ids.is_floating_point():
-            got = f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
-            raise ValueError(f"ids: not token ids; got {got}; expected integers of shape (B, L); try ids.long()")
-        if ids.shape[1] > self.length:
-            got, limit = f"{ids.shape[1]} tokens", self.length
-            raise ValueError(f"ids: too long for the position table; got {got}; expected at most {limit}; try {limit}")
-        check_mask(mask, ids)
 
-
-def check_mask(mask: Tensor | None, tokens: Tensor) -> None:
-    """Refuse a mask that is not one flag per token."""
-    if mask is not None and mask.shape != tokens.shape[:2]:
-        got, expected = tuple(mask.shape), tuple(tokens.shape[:2])
-        raise ValueError(
-            f"mask: not one flag per token; got shape {got}; expected {expected}; try a mask made of the ids"
-        )
-
-
-def check_tokens(tokens: Tensor | None, mask: Tensor | None, context: int | None, batch: int) -> None:
-    """Refuse tokens that the cross-attention of a network, built for width `context`, cannot read."""
-    if context is None:
-        if tokens is not None:
-            raise ValueError(
-                f"tokens: not read here; got width {tokens.shape[-1]}; expected None; try context at construction"
-            )
-        return
-    if tokens is None or tokens.dim() != 3 or tokens.shape[0] != batch:
-        got = "None" if tokens is None else f"shape {tuple(tokens.shape)}"
-        raise ValueError(
-            f"tokens: needed by cross-attention; got {got}; expected ({batch}, L, {context}); try that shape"
-        )
-    check_width("tokens", tokens, 2, context, f"an encoder of width {context}")
-    check_mask(mask, tokens)
+def check_tokens(tokens: Tensor | None, context: int | None) -> None:
+    """Refuse tokens of another width than a network's cross-attention reads; None is none."""
+    width = None if tokens is None else tokens.shape[-1]
+    if width != context:
+        raise ValueError(f"tokens: not the width of the cross-attention; got {width}; expected {context}")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.condition import Vector
 from ldm.models.layers import (
     Downsample,
     ResBlock,
     TimestepEmbedding,
     Upsample,
-    check_images,
+    check_map,
     check_multiple,
     check_positive,
     group_norm,
@@ -25,7 +26,7 @@ from ldm.models.transformer import AttentionPool, SpatialAttention, SpatialTrans
 
 
 class Row(NamedTuple):
-    """One line of the plan: a module's name in the network, what it is, its channels, and the attention after it."""
+    """One line of the plan: a module's name in the network, its kind, its channels, and the attention after it."""
 
     name: str
     kind: Literal["conv", "res", "down", "up"]
@@ -43,7 +44,7 @@ def unet_plan(
     depth: Sequence[int],
     half: bool = False,
 ) -> Iterator[Row]:
-    """The rows in the order of `forward`: each encoder row leaves a skip, each decoder row of kind `res` takes one.
+    """The rows in the order of `forward`: each encoder row stores a skip, each decoder row of kind `res` reads one.
 
     A `half` has no decoder.
     """
@@ -84,15 +85,14 @@ class UNetRow(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net that predicts (B, C, H, W), or (B, 2C, H, W) with `learned_sigma`, from a noisy one at times t (B,).
+    """U-Net that predicts (B, C, H, W), or (B, 2C, H, W) with `learned_sigma`, from noisy x and times t (B,).
 
-    Text enters as tokens (B, L, context), read by the cross-attention that `context` chooses, where the mask (B, L) is
-    True. Without `context` attention is ADM's, whose other arguments are scale_shift, resample="residual", head_width.
-    `extra_channels` arrive concatenated to x (inpainting: 5). `attend` holds factors of downsampling; the middle always
-    attends. `classes` counts the rows of the label table, a null class among them if there is one; labels then arrive
-    as integers (B,) in `pooled`, else vectors of that width. `residuals` are ControlNet's: one is added to each skip,
-    the last to the middle. `logits` builds only encoder and middle, ADM's classifier of noisy images of side `size`,
-    which returns (B, logits).
+    With `context`, cross-attention reads tokens (B, L, context) where the mask (B, L) is True; without it, attention is
+    ADM's, which also uses scale_shift, resample="residual" and head_width. `extra_channels` are concatenated to x.
+    `classes` counts the rows of the label table, read by integers (B,) in `pooled`; else `pooled` is a vector of that
+    width, and `vectors` declares the named ones. `control` has one residual for each skip and one for the middle.
+    `attend` lists factors of downsampling; the middle always attends. `logits` builds only encoder and middle: ADM's
+    classifier of noisy images of side `size`, which returns (B, logits).
     """
 
     def __init__(
@@ -103,21 +103,22 @@ class UNet(nn.Module):
         learned_sigma: bool = False,
         channels: int = 320,  # of the first level, a multiple of 32
         multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
-        blocks: int = 2,  # residual blocks on each level on the way down; one more on the way up
+        blocks: int = 2,  # residual blocks per level of the encoder; the decoder has one more
         attend: Sequence[int] = (1, 2, 4),  # factors of downsampling at which blocks attend
-        heads: int | None = None,  # of attention at every level; null goes by head_width
-        head_width: int | None = None,  # of each head; null is one head at every level
+        heads: int | None = None,  # attention heads at every level; null uses head_width
+        head_width: int | None = None,  # width of each head; null uses heads
         context: int | None = None,
-        depth: int | Sequence[int] = 1,  # transformer blocks in each attention, or one number for each level
-        linear: bool = False,  # attention begins and ends in linear layers, as in Stable Diffusion 2
-        scale_shift: bool = False,  # the time scales and shifts each block's second norm, as in ADM
-        resample: Literal["conv", "residual"] = "conv",  # by convolutions, or in residual blocks as in ADM
+        depth: int | Sequence[int] = 1,  # transformer blocks per attention, or one number per level
+        linear: bool = False,  # linear layers before and after attention, as in Stable Diffusion 2
+        scale_shift: bool = False,  # the time embedding scales and shifts each block's second norm, as in ADM
+        resample: Literal["conv", "residual"] = "conv",  # by convolutions, or inside residual blocks as in ADM
         classes: int | None = None,
         pooled: int | None = None,
+        vectors: Mapping[str, Vector] | None = None,
         dropout: float = 0.0,  # in residual blocks
-        logits: int | None = None,  # classes of a classifier of noisy images; null is a denoiser
-        size: int | None = None,  # of a classifier's images
-        checkpointing: bool = False,  # activations are computed twice, to save memory
+        logits: int | None = None,  # classes of a classifier of noisy images; null builds a denoiser
+        size: int | None = None,  # side of a classifier's images
+        checkpointing: bool = False,  # recompute activations in the backward pass to save memory
     ):
         super().__init__()
         depth = [depth] * len(multipliers) if isinstance(depth, int) else list(depth)
@@ -129,7 +130,7 @@ class UNet(nn.Module):
         plan = unet_plan(self.in_channels, channels, multipliers, blocks, attend, depth, half=logits is not None)
         self.plan = list(plan)
 
-        self.time = TimestepEmbedding(channels, self.embed, classes, pooled)
+        self.time = TimestepEmbedding(channels, self.embed, classes, pooled, vectors)
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for row in self.plan:
             getattr(self, row.name.split(".")[0]).append(self.build(row))
@@ -143,11 +144,11 @@ class UNet(nn.Module):
         self.initialise()
 
     def heads_of(self, width: int) -> int:
-        """The number of attention heads at a level of so many channels."""
+        """The number of attention heads at a level of this width."""
         return self.heads or width // (self.head_width or width)
 
     def build(self, row: Row) -> UNetRow:
-        """The module that a row of the plan describes."""
+        """The module for a row of the plan."""
         if row.kind == "conv":
             return UNetRow(nn.Conv2d(row.in_channels, row.out_channels, 3, padding=1))
         if row.kind != "res" and self.resample == "conv":
@@ -162,7 +163,7 @@ class UNet(nn.Module):
         return UNetRow(main, SpatialTransformer(width, self.heads_of(width), self.context, row.attend, self.linear))
 
     def initialise(self) -> None:
-        """Torch's own draws, and zeros where a branch or the network ends: it starts as the identity (as published)."""
+        """Torch's defaults, with zeros at the end of each branch and of the network (as published)."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 zero(module.conv2)
@@ -180,19 +181,20 @@ class UNet(nn.Module):
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
-        residuals: Sequence[Tensor] | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
+        control: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        self.check_inputs(x, t, tokens, mask, residuals)
-        emb = self.time(t, pooled)  # (B, 4C)
+        self.check_inputs(x, tokens, control)
+        emb = self.time(t, pooled, vectors)  # (B, 4C)
         skips = []
         for module in self.encoder:
             x = run(module, self.checkpointing, x, emb, tokens, mask)  # (B, C', H', W')
             skips.append(x)
         for module in self.middle:
             x = run(module, self.checkpointing, x, emb, tokens, mask)  # (B, C', H/f, W/f)
-        if residuals is not None:  # one for each skip, then one for the middle
-            skips = [skip + residual for skip, residual in zip(skips, residuals)]
-            x = x + residuals[-1]  # (B, C', H/f, W/f)
+        if control is not None:
+            skips = [skip + residual for skip, residual in zip(skips, control)]
+            x = x + control[-1]  # (B, C', H/f, W/f)
         for row, module in zip(self.plan[len(self.encoder) + len(self.middle) :], self.decoder):
             if row.kind == "res":
                 x = torch.cat((x, skips.pop()), 1)  # (B, C' + C'', H', W')
@@ -208,7 +210,7 @@ class UNet(nn.Module):
         depth: list[int],
         logits: int | None,
     ) -> None:
-        """Refuse numbers that describe no U-Net, before anything is built."""
+        """Refuse invalid numbers before anything is built."""
         check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
         check_positive(in_channels=self.in_channels, blocks=blocks)
         check_positive(multipliers=min(multipliers, default=0), depth=min(depth, default=0))
@@ -233,7 +235,7 @@ class UNet(nn.Module):
             check_multiple("size", self.size or 0, self.factor, "a classifier needs the side of its images")
 
     def check_heads(self, width: int) -> None:
-        """Refuse heads that do not divide an attended level's width."""
+        """Refuse heads that do not divide the width of a level with attention."""
         argument, value = ("heads", self.heads) if self.heads is not None else ("head_width", self.head_width)
         if not value or value < 1 or width % value:
             divisors = [n for n in range(1, width + 1) if width % n == 0]
@@ -241,16 +243,13 @@ class UNet(nn.Module):
             expected = f"a divisor of {width}, the width of an attended level"
             raise ValueError(f"{argument}: does not divide the width; got {value}; expected {expected}; try {nearest}")
 
-    def check_inputs(
-        self, x: Tensor, t: Tensor, tokens: Tensor | None, mask: Tensor | None, residuals: Sequence[Tensor] | None
-    ) -> None:
-        """Refuse inputs that do not fit, before a convolution does so in its own words."""
-        check_images(x, t, self.in_channels, self.factor)
-        check_tokens(tokens, mask, self.context, x.shape[0])
+    def check_inputs(self, x: Tensor, tokens: Tensor | None, control: Sequence[Tensor] | None) -> None:
+        """Refuse inputs that do not fit, before a convolution fails with a message of its own."""
+        check_map("x", x, self.in_channels, self.factor)
+        check_tokens(tokens, self.context)
         if len(self.decoder) == 0 and x.shape[2:] != (self.size, self.size):
-            got, size = f"{x.shape[2]} x {x.shape[3]}", self.size
-            raise ValueError(f"x: not the classifier's image size; got {got}; expected {size} x {size}; try that size")
-        if residuals is not None and len(residuals) != len(self.encoder) + 1:
-            needed = len(self.encoder) + 1
-            expected = f"{needed}, one per skip and one for the middle"
-            raise ValueError(f"residuals: wrong number; got {len(residuals)}; expected {expected}; try {needed}")
+            got, size = f"{x.shape[2]}x{x.shape[3]}", self.size
+            raise ValueError(f"x: not the classifier's image size; got {got}; expected {size}x{size}; try that size")
+        if control is not None and len(control) != len(self.encoder) + 1:
+            expected = f"{len(self.encoder) + 1}, one per skip and one for the middle"
+            raise ValueError(f"control: wrong number of residuals; got {len(control)}; expected {expected}")

@@ -5,16 +5,23 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.config.schema import Config
 from ldm.scenes import Camera, Scene, captions, draw, edit, render
 
 PAPER, INK = (255, 255, 255), (40, 44, 52)
 GAP, WIDTH = 4, 1024  # pixels
 TINTS = torch.tensor([(34, 38, 46), (236, 112, 99), (93, 173, 226), (244, 208, 63)], dtype=torch.uint8)
+
+
+def write(config: Config, file: Path) -> None:
+    """The sheet that a configuration describes."""
+    sheet(config["seed"], config["split"]).save(file)
 
 
 def sheet(seed: int, split: str) -> Image.Image:

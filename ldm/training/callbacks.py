@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ class RunCallback(Callback):
             checkpointing.restore(*found, loop)
         utilisation = Utilisation.of(loop)
         with self.explained():
-            first_process(partial(self.start, loop, utilisation), loop.rank)
+            first_process(lambda: self.start(loop, utilisation), loop.rank)
         if loop.counters.step >= loop.settings.steps:
             trainer.should_stop = True
 
@@ -100,7 +99,7 @@ class RunCallback(Callback):
         if self.logs:
             self.logs.progress(loop)
         if row_is_due(loop, ended):
-            first_process(partial(self.add_row, loop), loop.rank)
+            first_process(lambda: self.logs.add_row(loop) if self.logs else None, loop.rank)
         if signals or ended or (planned and step % settings.save_every == 0):
             with self.paused_clock():
                 checkpointing.write(self.folder, loop)
@@ -114,16 +113,10 @@ class RunCallback(Callback):
             self.store_config()
             self.logs.start(loop, utilisation)
 
-    def add_row(self, loop: Loop) -> None:
-        """Log the step that ended."""
-        if self.logs:
-            self.logs.add_row(loop)
-
     def paused_clock(self) -> AbstractContextManager[None]:
         """What is not training does not count in images per second."""
         return self.logs.paused_clock() if self.logs else nullcontext()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the logs."""
         if self.logs:
             self.logs.close()

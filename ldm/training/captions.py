@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ldm.conditioning.text import carriers, text_in, texts_in
+from ldm.conditioning.text import text_in, texts_in, tokenizer_owners
 from ldm.config.schema import Config
 from ldm.data.loader import Data
 from ldm.data.sampler import by_bucket, evenly_spaced
@@ -31,7 +31,7 @@ def learn_tokenizers(conditioner: nn.Module | None, data: Data, config: Config) 
 
 def tokenizers(conditioner: nn.Module | None) -> list[str]:
     """The different tokenizers that a checkpoint has to store, as JSON."""
-    return list(dict.fromkeys(text.require_tokenizer().to_json() for text in carriers(conditioner)))
+    return list(dict.fromkeys(text.require_tokenizer().to_json() for text in tokenizer_owners(conditioner)))
 
 
 def captions_of(data: Data, seed: int, count: int = MOST) -> list[str]:
@@ -52,6 +52,6 @@ def length_notes(conditioner: nn.Module | None, data: Data, seed: int) -> Iterat
     """How many captions are truncated."""
     text = text_in(conditioner)
     captions = captions_of(data, seed, MEASURED) if text and hasattr(data, "captions") else []
-    if text and (longer := sum(map(text.too_long, captions))):
+    if text and (longer := sum(map(text.tokenization.truncates, captions))):
         share = longer / len(captions)
-        yield f"captions: {share:.0%} are truncated to the text encoder's {text.max_tokens} tokens"
+        yield f"captions: {share:.0%} are truncated to the text encoder's {text.tokenization.max_tokens} tokens"

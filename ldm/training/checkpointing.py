@@ -23,10 +23,19 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint import save
 from ldm.checkpoint.files import check_digest, flush_folder, open_file, replacing, write_file
-from ldm.distributed import Rank, all_or_none, first_process, gather, launched, sum_over_ranks
+from ldm.distributed import (
+    Rank,
+    all_or_none,
+    first_process,
+    full_state,
+    gather,
+    launched,
+    mean_over_ranks,
+    sum_over_ranks,
+)
 from ldm.errors import CheckpointError, DivergedError
 from ldm.training.loop import Loop
-from ldm.training.recipe import Recipe, full_state
+from ldm.training.recipe import Recipe
 
 STATE, MANIFEST, MODEL = "state.safetensors", "manifest.json", "model.safetensors"
 Found = tuple[Path, dict[str, Any]]  # a valid checkpoint and its manifest
@@ -75,7 +84,7 @@ def check_finite(loop: Loop) -> None:
     """Refuse to write NaN or infinity; all ranks learn what one of them finds in its shards."""
     shards = {name: x.to_local() if hasattr(x, "to_local") else x for name, x in tensors_of(loop).items()}
     broken = [name for name, x in shards.items() if not x.isfinite().all()]
-    if loop.recipe.mean(torch.tensor(float(len(broken)), device=loop.device)):
+    if mean_over_ranks(torch.tensor(float(len(broken)), device=loop.device), loop.rank):
         got = f"{len(broken)} tensors, such as {broken[0]}" if broken else "some on another rank"
         hint = "the same command with a lower optimizer.lr; it resumes from the last checkpoint"
         step = f"step {loop.counters.step}"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from ldm.distributed import Rank, sum_over_ranks
+from ldm.distributed import Rank, gather_rows, sum_over_ranks
 from ldm.draws import keyed, stream
 from ldm.models.quantize import VectorQuantizer, perplexity
 
@@ -41,12 +41,3 @@ def revive(
         if isinstance(value, Tensor) and value.shape == book.codebook.shape:
             value.masked_fill_(changed, 0)
     usage.zero_()
-
-
-def gather_rows(rows: Tensor, rank: Rank) -> Tensor:
-    """The rows of all ranks, in the order of ranks."""
-    if rank.of == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(rank.of)]
-    distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

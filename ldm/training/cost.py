@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All bytes."""
         return sum(vars(self).values())
 
 
@@ -57,7 +56,6 @@ def memory_of(loop: Loop, ranks: int) -> Memory:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -188,7 +186,6 @@ def unchanged(loop: Loop) -> Iterator[None]:
 
 
 def machine_memory(device: torch.device) -> int:
-    """All bytes of the device or the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -202,29 +199,16 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-class Peak(NamedTuple):
-    """Dense TFLOP/s as the maker states them; those of 16 bits accumulate in float32."""
-
-    float32: float  # TF32 on devices that have it, which cuDNN uses for float32 convolutions
-    half: float  # float16, and bfloat16 on devices that have it
-
-
-# by torch's name of the device; others, and parts of a device (MIG), have no known peak
-A100, H100, V100_SXM2, V100_PCIE = Peak(156, 312), Peak(494.7, 989.4), Peak(15.7, 125), Peak(14, 112)
+# dense TFLOP/s as the makers state them, by torch's name of the device: float32 (TF32 where there is one), and 16 bits
+# with float32 accumulation; other devices, and parts of a device (MIG), have no known peak
+A100, H100, V100_SXM2, V100_PCIE = (156, 312), (494.7, 989.4), (15.7, 125), (14, 112)
 PEAKS = {
-    "NVIDIA A100-SXM4-40GB": A100,
-    "NVIDIA A100-SXM4-80GB": A100,
-    "NVIDIA A100-PCIE-40GB": A100,
-    "NVIDIA A100 80GB PCIe": A100,
-    "NVIDIA H100 80GB HBM3": H100,
-    "NVIDIA H100 PCIe": Peak(378, 756),
-    "NVIDIA H200": H100,
-    "NVIDIA L40S": Peak(183, 362),
-    "NVIDIA GeForce RTX 4090": Peak(82.6, 165.2),
-    "Tesla V100-SXM2-16GB": V100_SXM2,
-    "Tesla V100-SXM2-32GB": V100_SXM2,
-    "Tesla V100-PCIE-16GB": V100_PCIE,
-    "Tesla V100-PCIE-32GB": V100_PCIE,
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), A100),
+    **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), A100),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), H100),
+    **dict.fromkeys(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), V100_SXM2),
+    **dict.fromkeys(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), V100_PCIE),
+    **{"NVIDIA H100 PCIe": (378, 756), "NVIDIA L40S": (183, 362), "NVIDIA GeForce RTX 4090": (82.6, 165.2)},
 }
 
 
@@ -269,5 +253,4 @@ def peak_flops(settings: TrainerSettings, device: str) -> float | None:
     """FLOP/s of all processes on such a device in the precision of training, if they are known."""
     if device not in PEAKS or settings.precision == "64-true":
         return None
-    peak = PEAKS[device]
-    return 1e12 * settings.ranks * (peak.float32 if settings.precision == "32-true" else peak.half)
+    return 1e12 * settings.ranks * PEAKS[device][settings.precision != "32-true"]

@@ -87,7 +87,6 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Of the whole training, with validations and checkpoints."""
         assert self.trial
         steps, settings = sum(phase.steps * phase.seconds for phase in self.trial.phases), self.settings
         validations, checkpoints = (
@@ -98,7 +97,6 @@ class Report:
 
     @property
     def images_per_second(self) -> float:
-        """Of all processes, over the whole training."""
         return self.settings.steps * self.batch_size / self.seconds
 
     @contextmanager

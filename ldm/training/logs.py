@@ -63,7 +63,6 @@ class Logs:
         self.bar.update(loop.counters.step - self.bar.n)
 
     def add_row(self, loop: Loop) -> None:
-        """Log a row."""
         counters = loop.counters
         now = time.perf_counter(), counters.images_seen
         speed = (now[1] - self.since[1]) / max(now[0] - self.since[0], 1e-9)
@@ -80,7 +79,6 @@ class Logs:
             self.print(line)
 
     def print(self, line: str) -> None:
-        """Print a line above the progress bar."""
         tqdm.write(line, file=sys.stderr)
 
     @contextmanager
@@ -91,7 +89,6 @@ class Logs:
         self.since = self.since[0] + time.perf_counter() - start, self.since[1]
 
     def close(self) -> None:
-        """Close the bar and all loggers."""
         if self.bar is not None:
             self.bar.close()
         for sink in self.sinks:
@@ -115,7 +112,6 @@ class Table:
         self._write(rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
         if new := [name for name in row if name not in self.columns]:
             with open(self.file, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
@@ -145,12 +141,10 @@ class TensorBoard:
         self.writer = SummaryWriter(str(run), purge_step=loop.counters.step + 1 if loop.counters.step else None)
 
     def add(self, row: dict[str, Any], step: int) -> None:
-        """Log a row."""
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close."""
         self.writer.close()
 
 
@@ -182,9 +176,7 @@ class WandB:
         )
 
     def add(self, row: dict[str, Any], step: int) -> None:
-        """Log a row."""
         self.run.log(row, step=step)
 
     def close(self) -> None:
-        """Flush and close."""
         self.run.finish()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm.distributed import Rank
+from ldm.distributed import Rank, full, mean_over_ranks
 from ldm.draws import mix32, stream
 from ldm.errors import DivergedError
 from ldm.training.ema import EMA
-from ldm.training.recipe import CPU_ONLY, Counters, Recipe, Report, Turn, batch_to_device, full
+from ldm.training.recipe import CPU_ONLY, Counters, Recipe, Report, Turn, batch_to_device
 from ldm.training.trainer import TrainerSettings
 
 PATIENCE = 5  # skipped steps in a row that end a run
@@ -147,7 +146,7 @@ class Loop(pl.LightningModule):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         signals = torch.tensor(list(self.signals.values()), dtype=dtype).to(self.device, non_blocking=True)
         values = torch.cat((torch.stack([x.to(dtype) for x in scalars.values()]), signals))
-        read = dict(zip((*scalars, *self.signals), self.recipe.mean(values).tolist()))
+        read = dict(zip((*scalars, *self.signals), mean_over_ranks(values, self.rank).tolist()))
         self.stop_requests = [name for name in self.signals if read.pop(name) > 0]
         return read
 
@@ -171,16 +170,13 @@ class Loop(pl.LightningModule):
 
     @property
     def main_group(self) -> str:
-        """The group whose steps count."""
         return next(iter(self.recipe.groups()))
 
     @property
     def rank(self) -> Rank:
-        """Which of how many processes this is."""
         return self.recipe.rank
 
     def optimizers_by_group(self) -> dict[str, Optimizer]:
-        """Each group's optimiser."""
         optimizers: Any = self.optimizers(use_pl_optimizer=False)
         return dict(zip(self.recipe.groups(), optimizers if isinstance(optimizers, list) else [optimizers]))
 
@@ -213,7 +209,6 @@ class Loop(pl.LightningModule):
 
     @torch.no_grad()
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `model.safetensors` holds; every rank calls, the first gets the weights."""
         with self.averaged():
             return self.recipe.export()
 
@@ -252,14 +247,8 @@ class Loop(pl.LightningModule):
         return list(optimizers.values())
 
     def train_dataloader(self) -> Any:
-        """The endless stream of batches from where this run is."""
         return self.recipe.stream(self.counters.images_seen, self.settings.accumulate)
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, index: int) -> dict[str, Any]:
         """Move all of a batch but the sample numbers, which stay on the CPU where reading them is free."""
         return {name: np.asarray(x) if name in CPU_ONLY else batch_to_device(x, device) for name, x in batch.items()}
-
-
-def counters_of(loop: Loop) -> dict[str, Any]:
-    """The counters by name."""
-    return asdict(loop.counters)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ldm.condition import to_device
 from ldm.config.schema import Config, Part
 from ldm.data.loader import Data, loader
-from ldm.distributed import Rank, sum_over_ranks
+from ldm.distributed import Rank
 from ldm.training.ema import EMA
 from ldm.training.trainer import TrainerSettings
 
@@ -199,7 +199,6 @@ class Recipe(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that it trains on."""
         return next(self.parameters()).device
 
     @property
@@ -210,10 +209,6 @@ class Recipe(nn.Module):
     def to_device(self, x: Tensor) -> Tensor:
         """A tensor on the device, without waiting for the copy."""
         return to_device(x, self.device)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The average over ranks, in place; every rank calls."""
-        return sum_over_ranks(x, self.rank).div_(self.rank.of)
 
     def memory_format(self, x: Tensor) -> Tensor:
         """A picture or latent in the networks' memory format."""
@@ -235,12 +230,10 @@ class Recipe(nn.Module):
 
 
 def named_parameters(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters of modules by their full names."""
     return [(f"{name}.{key}", p) for name, m in modules for key, p in m.named_parameters() if p.requires_grad]
 
 
 def prefixed(prefix: str, values: Mapping[str, Tensor], separator: str = "/") -> dict[str, Tensor]:
-    """The values with a prefix before their names."""
     return {f"{prefix}{separator}{name}": value for name, value in values.items()}
 
 
@@ -251,18 +244,3 @@ def batch_to_device(x: Any, device: torch.device) -> Any:
     if isinstance(x, tuple):
         return type(x)(*(batch_to_device(value, device) for value in x))
     return to_device(x, device) if isinstance(x, Tensor) else x
-
-
-def full(x: Tensor) -> Tensor:
-    """A tensor in one piece, gathered if FSDP2 has sharded it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
-
-
-def full_state(tensors: Mapping[str, Tensor], rank: Rank) -> dict[str, Tensor]:
-    """CPU copies of tensors, gathered from all ranks; every rank calls, and the first gets them."""
-    state = {}
-    for name, x in tensors.items():
-        x = full(x.detach())
-        if rank.number == 0:
-            state[name] = x.to("cpu", copy=True)
-    return state

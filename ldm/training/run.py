@@ -19,6 +19,7 @@ from ldm.checkpoint.files import replacing
 from ldm.config import files, parts
 from ldm.config.schema import Config
 from ldm.data.latents import flat
+from ldm.data.loader import check_same_kind
 from ldm.distributed import RANK_VARIABLES
 from ldm.errors import InputError, shown
 from ldm.training import checkpointing
@@ -86,6 +87,8 @@ def summary(loop: Loop, folder: Path, found: Found | None) -> str:
         f"plan: {settings.steps} steps on {settings.hardware}",
         f"run: {folder}, {bytes_needed(loop) / 1e6:.0f} MB a checkpoint",
     ]
+    if note := check_same_kind(data, loop.recipe.validation_data):
+        lines.append(note)
     if found:
         lines.append(f"resumes from step {found[1]['step']}, with the weights of that step")
     return "\n".join(lines)
@@ -96,7 +99,7 @@ def summary(loop: Loop, folder: Path, found: Found | None) -> str:
 
 def check(loop: Loop, config: dict[str, Any], folder: Path, found: Found | None) -> None:
     """Refuse a folder that cannot be resumed, or is too small; nothing is written."""
-    check_config(folder, config, found is not None)
+    check_config(folder, loop, config, found is not None)
     if found:
         check_data(loop, *found)
     check_space(folder, loop)
@@ -105,7 +108,7 @@ def check(loop: Loop, config: dict[str, Any], folder: Path, found: Found | None)
         raise not_writable(folder, parent)
 
 
-def check_config(folder: Path, config: dict[str, Any], resumed: bool) -> None:
+def check_config(folder: Path, loop: Loop, config: dict[str, Any], resumed: bool) -> None:
     """Refuse a folder that has another configuration, or only exported weights."""
     file, weights = folder / CONFIG, folder / MODEL
     unfinished = any(folder.glob("checkpoints/*"))  # killed while it wrote its first checkpoint
@@ -114,7 +117,7 @@ def check_config(folder: Path, config: dict[str, Any], resumed: bool) -> None:
         raise InputError(what, str(folder), weights.name, hint=f"{hint} and another --run")
     if not resumed or not file.exists():
         return
-    before, now = flat(files.read(file, []).values), flat(config)
+    before, now = flat(Config(files.read(file, []), type(loop.recipe).Schema).values), flat(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     fixed = [key for key in changed if key not in FREE and key.split(".")[0] not in (*SAMPLING, "format")]
     if fixed:

@@ -9,7 +9,7 @@ import torch
 
 from ldm.config.schema import Config
 from ldm.data.loader import Data
-from ldm.data.sampler import Order, Stream
+from ldm.data.sampler import MicroBatches, Order
 from ldm.errors import InputError
 from ldm.training.recipe import Setup
 from ldm.training.trainer import TrainerSettings
@@ -99,8 +99,9 @@ def tried(config: Config, key: str, *sample: Any) -> Any:
 def prepare(config: Config, settings: TrainerSettings) -> Setup:
     """The data, if their batches can be split among the ranks, and what else a recipe needs."""
     data = config.build("data")
-    Stream(Order(len(data), data.batch_size, 0), ranks=settings.ranks, accumulate=settings.accumulate)  # or an error
-    validation = config.build("validation") if config["validation"] else None
+    MicroBatches(Order(len(data), data.batch_size, 0), ranks=settings.ranks, accumulate=settings.accumulate)  # or error
+    kept_apart = getattr(data, "validation", lambda: None)  # by data.split
+    validation = config.build("validation") if config["validation"] else kept_apart()
     return Setup(config["seed"], settings, data, validation, portable(config.values))
 
 

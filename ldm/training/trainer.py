@@ -57,19 +57,16 @@ class TrainerSettings:
 
     @property
     def on_gpu(self) -> bool:
-        """True if training runs on GPUs."""
         return self.accelerator != "cpu" and torch.cuda.is_available()
 
     @property
     def devices_per_node(self) -> int:
-        """Processes on each node."""
         if self.devices == "auto":
             return torch.cuda.device_count() if self.on_gpu else 1
         return self.devices
 
     @property
     def ranks(self) -> int:
-        """Processes in all."""
         return self.devices_per_node * self.nodes
 
     @property

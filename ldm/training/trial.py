@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from ldm.errors import InputError
 from ldm.training import checkpointing
 from ldm.training.checkpointing import MODEL
 from ldm.training.cost import Memory, fetch, flops_of, machine_memory, memory_of, peak_memory, precision_of_training
-from ldm.training.loop import Loop, counters_of
+from ldm.training.loop import Loop
 from ldm.training.trainer import TrainerSettings
 
 T = TypeVar("T")
@@ -75,7 +75,6 @@ class ScriptCallback(Callback):
         self.result: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, loop: pl.LightningModule) -> None:
-        """Run what comes before the first step."""
         assert isinstance(loop, Loop)
         self.script = self.make(loop)
         self.advance(trainer)
@@ -83,7 +82,6 @@ class ScriptCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, loop: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Run what comes after a step."""
         assert isinstance(loop, Loop)
         if loop.report:
             self.advance(trainer)
@@ -201,7 +199,6 @@ def processes_per_memory(settings: TrainerSettings) -> int:
 
 
 def clocked(work: Callable[[], Any]) -> float:
-    """The seconds that a function takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -209,7 +206,7 @@ def clocked(work: Callable[[], Any]) -> float:
 
 def state_of(loop: Loop) -> State:
     """Copies of everything that a checkpoint holds, and the counters."""
-    counters = {name: torch.tensor(value) for name, value in counters_of(loop).items()}
+    counters = {name: torch.tensor(value) for name, value in asdict(loop.counters).items()}
     return counters | {name: x.detach().to("cpu", copy=True) for name, x in checkpointing.tensors_of(loop).items()}
 
 

@@ -153,7 +153,7 @@ def test_mirrored_pictures_are_cached_and_crops_at_random_are_not(command, tmp_p
 def test_ranks_share_the_shards(command, tmp_path, capsys, monkeypatch):
     assert command("--rank", "1", "--ranks", "2") == 0
     assert "1 of 3 shards" in (said := capsys.readouterr().out)
-    assert said.endswith("the others are still to come\n")
+    assert said.endswith("; 2 missing\n")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command() == 0

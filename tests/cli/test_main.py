@@ -36,7 +36,7 @@ def failing(monkeypatch):
             raise error
 
         command = types.SimpleNamespace(__doc__="Fail.", options=lambda parser: None, run=run)
-        monkeypatch.setitem(cli.COMMANDS, "fail", "fail")
+        monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("ldm.cli.fail", "fail"))
         monkeypatch.setitem(sys.modules, "ldm.cli.fail", command)
 
     return fail_with
@@ -105,9 +105,10 @@ def test_a_command_that_returns_nothing_has_succeeded(failing, monkeypatch):
     ("arguments", "start", "hint"),
     [
         ([], "the following arguments are required: COMMAND", "ldm --help"),
-        (["dmeo"], "argument COMMAND: invalid choice: 'dmeo'", "ldm --help"),
         (["--stpes"], "the following arguments are required: COMMAND", "ldm --help"),
         (["demo", "--stpes", "3"], "unrecognized arguments: --stpes", "ldm demo --help"),
+        (["sample", "--stpes", "3"], "unrecognized arguments: --stpes", "--steps"),
+        (["sample", "--hieght=64"], "unrecognized arguments: --hieght=64", "--height"),
         (["demo", "--config"], "argument --config: expected one argument", "ldm demo --help"),
     ],
 )
@@ -117,6 +118,29 @@ def test_a_wrong_command_line_is_answered_in_one_line(arguments, start, hint, ca
     assert out == ""
     assert err.startswith(f"error: {start}")
     assert err.endswith(f"(command line); try {hint}\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "hint"),
+    [
+        (["dmeo"], "no such command (command line); got dmeo; expected one of train-autoencoder, train-ldm, ", "demo"),
+        (["evalute"], "no such command (command line); got evalute; expected one of train-", "evaluate"),
+        (
+            ["sample", "--precision", "fp8"],
+            "--precision: unknown (command line); got fp8; expected one of auto, ",
+            "fp32",
+        ),
+        (["convert", "a", "b", "--to", "difusers"], "--to: unknown (command line); got difusers; exp", "diffusers"),
+        (["train-ldm", "--config", "scnes"], "no such configuration (scnes); expected a .yaml file, or one", "scenes"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(arguments, start, hint, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {start}")
+    assert err.endswith(f"; try {hint}\n")
     assert err.count("\n") == 1
 
 
@@ -140,7 +164,7 @@ def test_help_and_version_end_with_0(arguments, capsys):
 def test_help_lists_every_command_and_every_option():
     ended = python("-m", "ldm", "--help")
     assert ended.returncode == 0
-    assert all(f"  {name:17} {line}\n" in ended.stdout for name, line in cli.COMMANDS.items())
+    assert all(f"  {name:17} {each.help}\n" in ended.stdout for name, each in cli.COMMANDS.items())
     ended = python("-m", "ldm", "demo", "--help")
     assert ended.returncode == 0
     assert all(word in ended.stdout for word in ("--config", "--print-config", "--plugin", "--out", "key=value"))
@@ -155,7 +179,7 @@ def test_version_is_the_package_s():
 def test_every_command_is_a_module_with_options_and_run(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    module = sys.modules[f"ldm.cli.{name.replace('-', '_')}"]
+    module = sys.modules[cli.COMMANDS[name].module]
     assert capsys.readouterr().out.startswith(f"usage: ldm {name} ")
     assert callable(module.options)
     assert callable(module.run)

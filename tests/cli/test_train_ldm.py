@@ -101,7 +101,7 @@ def labelled(folder, labels: list[int]) -> str:
     ("label", "words"),
     [
         (9, "label: no such class; got 9; expected 0 to 4"),
-        (4, "label: it is the row that means nothing; got 4"),
+        (4, "label: is the null row; got 4"),
         (3, ""),
     ],
 )

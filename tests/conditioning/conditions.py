@@ -65,6 +65,11 @@ def masked() -> MaskedImage:
     return MaskedImage(encode=autoencoder.encode, latent_channels=4, drop=0.1)
 
 
+def upscaler(**options: Any) -> LowResolution:
+    """A low-resolution condition of the latents' size."""
+    return LowResolution(latent_factor=4, **options)
+
+
 def low_resolution(seed: int) -> dict[str, Any]:
     batch = {"low_resolution": images(seed, 2, 3, 4, 4), "low_resolution_noise": images(9, 2, 3, 4, 4)}
     return batch | {"noise_level": torch.tensor([20, 350])}
@@ -107,7 +112,7 @@ KINDS = {
         lambda: fill(Layout(classes=3, width=12, boxes=5)), BOXES, BOXES | {"boxes": BOXES["boxes"] * 0.9 + 0.05}
     ),
     "segmentation": Kind(
-        lambda: Segmentation(factor=4, classes=3), SEGMENTS, {"segmentation": SEGMENTS["segmentation"].flip(1)}
+        lambda: Segmentation(latent_factor=4, classes=3), SEGMENTS, {"segmentation": SEGMENTS["segmentation"].flip(1)}
     ),
     "masked_image": Kind(masked, MASKED, MASKED | {"image": images(2, 2, 3, 16, 16)}),
     "mask": Kind(masked, MASKED, MASKED | {"mask": 1 - MASKED["mask"]}),
@@ -116,8 +121,8 @@ KINDS = {
         {"source": images(0, 2, 3, 16, 16)},
         {"source": images(1, 2, 3, 16, 16)},
     ),
-    "low_resolution": Kind(LowResolution, low_resolution(0), low_resolution(1)),
-    "noise_level": Kind(LowResolution, low_resolution(0), low_resolution(0) | {"noise_level": torch.tensor([21, 349])}),
+    "low_resolution": Kind(upscaler, low_resolution(0), low_resolution(1)),
+    "noise_level": Kind(upscaler, low_resolution(0), low_resolution(0) | {"noise_level": torch.tensor([21, 349])}),
     "compose_tokens": Kind(
         lambda: fill(Compose(parts=[small_joint(), Label(classes=7, null=6, width=12), masked()])),
         TEXT_AND_LABEL[0] | MASKED,
@@ -146,6 +151,7 @@ def backbone(conditioner: Conditioner) -> UNet:
     """
     numbers = {**TINY, "channels": 64, "multipliers": (1, 1), "heads": 2, "context": conditioner.context}
     numbers |= {"extra_channels": conditioner.concat_channels, "pooled": conditioner.pooled}
+    numbers |= {"vectors": conditioner.vectors}
     return fill(UNet(**numbers, classes=conditioner.classes))
 
 
@@ -154,4 +160,5 @@ def output(unet: UNet, condition) -> torch.Tensor:
     """What the U-Net says under a condition of always the same noise."""
     x, t = images(5, 2, 4, 4, 4), torch.tensor([10, 600])
     x = x if condition.concat is None else torch.cat((x, condition.concat.expand(-1, -1, 4, 4)), 1)
-    return unet(x, t, tokens=condition.tokens, mask=condition.mask, pooled=condition.pooled)
+    fields = {name: value for name, value in condition.items() if name != "concat"}
+    return unet(x, t, **fields)

@@ -1,9 +1,8 @@
 """Every kind of condition: it matters, it is dropped by sample and by part, and what is frozen stays so."""
 
-from dataclasses import fields
-
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -18,6 +17,7 @@ from tests.conditioning.conditions import (
     BOXES,
     KINDS,
     MASKED,
+    OTHER_TEXTS,
     SEGMENTS,
     TEXTS,
     backbone,
@@ -27,6 +27,7 @@ from tests.conditioning.conditions import (
     output,
     small_joint,
     small_t5,
+    upscaler,
 )
 from tests.models.first_stages import fill
 
@@ -38,11 +39,17 @@ def kind(request):
     return KINDS[request.param]
 
 
+def flat(condition: Condition) -> dict[str, torch.Tensor]:
+    """The tensors of a condition by name."""
+    found = dict(condition.items())
+    return {**found.pop("vectors", {}), **found}
+
+
 def same(a: Condition, b: Condition, rows=slice(None)) -> bool:
     """Whether two conditions have the same fields with the same numbers, in these rows."""
-    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Condition)]
-    assert any(x is not None for x, _ in pairs)
-    return all((x is None) == (y is None) and (x is None or torch.equal(x[rows], y[rows])) for x, y in pairs)
+    left, right = flat(a), flat(b)
+    assert left
+    return left.keys() == right.keys() and all(torch.equal(x[rows], right[name][rows]) for name, x in left.items())
 
 
 def everything(conditioner, flags) -> dict[str, torch.Tensor]:
@@ -86,6 +93,7 @@ def test_it_says_what_it_gives(kind):
     assert (conditioner.classes is not None) == (condition.pooled is not None and not vectors)
     assert conditioner.concat_channels == (0 if condition.concat is None else condition.concat.shape[1])
     assert set(conditioner.reads) <= set(kind.batch)
+    assert conditioner.vectors.keys() == (condition.vectors or {}).keys()
     back = kind.make()
     back.load_state_dict(conditioner.state_dict())
 
@@ -95,8 +103,7 @@ def test_it_answers_on_the_device_where_it_lives(name):
     kind = KINDS[name]
     conditioner = kind.make().to("meta")
     for condition in (conditioner(kind.batch, everything(conditioner, FIRST)), conditioner.null(2)):
-        values = [getattr(condition, field.name) for field in fields(Condition)]
-        assert {value.device.type for value in values if value is not None} == {"meta"}
+        assert {value.device.type for value in flat(condition).values()} == {"meta"}
 
 
 # ---------------------------------------------------------------------------------------------------- composition
@@ -134,7 +141,7 @@ def test_guidance_moves_away_from_what_is_said_and_was_dropped():
     inner = Compose(parts=[Label(classes=3, null=2, width=12), never])
     assert inner.guided() == ["label", "label_2_2"]
     assert {name: leaf.drop for name, leaf in inner.leaves()} == inner.parts
-    assert Label(classes=3, null=None).guided() == LowResolution(drop=0.5).guided() == []
+    assert Label(classes=3, null=None).guided() == upscaler(drop=0.5).guided() == []
 
 
 def test_masks_are_completed_where_a_part_has_none():
@@ -231,16 +238,16 @@ def test_edits_take_latents_before_they_are_normalised():
 
 
 def test_noise_of_a_level_is_that_of_the_upscaler_s_scheduler():
-    condition = LowResolution()(KINDS["low_resolution"].batch)
+    condition = upscaler()(KINDS["low_resolution"].batch)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02)
     batch = KINDS["low_resolution"].batch
     image, level, noise = (batch[key] for key in ("low_resolution", "noise_level", "low_resolution_noise"))
     torch.testing.assert_close(condition.concat, scheduler.add_noise(image, noise, level))
-    assert torch.equal(condition.pooled, level)
+    assert torch.equal(condition.vectors["noise_level"], level)
 
 
 def test_a_segmentation_is_the_share_of_each_class_under_a_latent():
-    concat = Segmentation(factor=4, classes=3)(SEGMENTS).concat
+    concat = Segmentation(latent_factor=4, classes=3)(SEGMENTS).concat
     labels = SEGMENTS["segmentation"]
     for b, k, y, x in [(0, 0, 0, 0), (1, 2, 3, 1), (0, 1, 2, 2)]:
         window = labels[b, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
@@ -254,6 +261,45 @@ def test_labels_are_integers_or_rows():
     label = fill(Label(classes=7, null=6, width=12))
     assert torch.equal(label({"label": torch.tensor([3])}).tokens[0, 0], label.table.weight[3])
     assert Label(classes=10, null=None).drop == 0
+
+
+@pytest.mark.parametrize(("factor", "side"), [(4, 4), (8, 2), (2, 8)])
+def test_a_low_resolution_picture_has_a_factor_of_its_own(factor, side):
+    conditioner = upscaler(factor=factor)
+    batch = KINDS["low_resolution"].batch | {"low_resolution": images(3, 2, 3, side, side)}
+    condition = conditioner(batch)
+    assert conditioner.low_resolution_factor == factor
+    assert condition.concat.shape == (2, 3, 4, 4)
+    resized = batch["low_resolution"]
+    if factor == 8:
+        resized = F.interpolate(resized, scale_factor=2.0, mode="bilinear")
+    if factor == 2:
+        resized = F.avg_pool2d(resized, 2)
+    same_size = upscaler()(batch | {"low_resolution": resized})
+    torch.testing.assert_close(condition.concat, same_size.concat)
+    both = Compose(parts=[small_joint(), conditioner])
+    assert both.low_resolution_factor == factor
+    assert torch.equal(both(TEXTS | batch).concat, condition.concat)
+
+
+def test_a_noise_level_and_a_pooled_text_go_together():
+    both = Compose(parts=[small_joint(projection=6), upscaler()])
+    assert (both.pooled, both.vectors) == (6, {"noise_level": ("index", 1000)})
+    unet = backbone(both)
+    assert unet.time.label.weight.shape == (1000, 256)
+    batch = TEXTS | KINDS["low_resolution"].batch
+    outputs = [output(unet, both(batch | change)) for change in ({}, OTHER_TEXTS, KINDS["noise_level"].other)]
+    assert all((outputs[0] - other).abs().amax() > 1e-4 for other in outputs[1:])
+
+
+def test_a_noise_level_without_a_table_goes_with_labels():
+    level = upscaler(table=False)
+    both = Compose(parts=[Label(classes=7, null=6), level])
+    assert both.vectors == {"noise_level": ("numbers", 1)}
+    unet, batch = backbone(both), KINDS["low_resolution"].batch | {"label": torch.tensor([1, 2])}
+    outputs = [output(unet, both({**batch, "noise_level": torch.tensor([n, n])})) for n in (20, 21)]
+    assert not torch.equal(*outputs)
+    assert torch.equal(level.null(2).vectors["noise_level"], torch.tensor([999.0, 999.0]))
 
 
 # ------------------------------------------------------------------------------------------------------- frozen
@@ -304,7 +350,7 @@ REFUSALS = [
     (lambda: Label(classes=7, null=7), "null: no such row; got 7; expected 0 to 6 or null; try 6"),
     (
         lambda: Label(classes=7, null=None, drop=0.1),
-        "drop: there is no null row to drop to; got 0.1; expected 0; try null=7",
+        "drop: needs a null row; got 0.1; expected 0; try null=7",
     ),
     (lambda: Label(drop=1.5), "drop: out of range; got 1.5; expected 0 <= drop < 1; try 0.1"),
     (lambda: Label(drop=float("nan")), "drop: out of range; got nan; expected 0 <= drop < 1; try 0.1"),
@@ -319,9 +365,9 @@ REFUSALS = [
     ),
     (
         lambda: Label(classes=10, null=None).null(1),
-        "label: nothing to guide away from; got no null row; expected a null row; try cfg=1",
+        "label: guidance needs a null row; got none; expected a null row; try cfg=1",
     ),
-    (lambda: Label()({"caption": ["x"]}), "batch: no 'label' in it; got caption; expected label; try adding 'label'"),
+    (lambda: Label()({"caption": ["x"]}), "batch: has no 'label'; got caption; expected label; try adding 'label'"),
     (
         lambda: Label()({"label": torch.tensor([1])}, {"caption": FIRST}),
         "drop: no such part; got caption; expected label; try label",
@@ -340,35 +386,47 @@ REFUSALS = [
     ),
     (
         lambda: KINDS["masked_image"].make()({"image": MASKED["image"]}),
-        "batch: no 'mask' in it; got image; expected image, mask; try adding 'mask'",
+        "batch: has no 'mask'; got image; expected image, mask; try adding 'mask'",
     ),
     (
-        lambda: Segmentation(factor=4, classes=2)(SEGMENTS),
+        lambda: Segmentation(latent_factor=4, classes=2)(SEGMENTS),
         "segmentation: no such class; got -1 to 2; expected 0 to 1, or -1 for none",
     ),
     (
-        lambda: Segmentation(factor=4, classes=3)({"segmentation": torch.zeros(1, 15, 18).long()}),
-        "segmentation: size not divisible; got 15x18; expected multiples of 4; try 16x16",
+        lambda: Segmentation(latent_factor=4, classes=3)({"segmentation": torch.zeros(1, 15, 18).long()}),
+        "segmentation: size not divisible by the network's factor; got 15x18; expected multiples of 4; try 16x16",
     ),
     (
-        lambda: Segmentation(factor=4, classes=3)({"segmentation": torch.zeros(1, 3, 16, 16)}),
+        lambda: Segmentation(latent_factor=4, classes=3)({"segmentation": torch.zeros(1, 3, 16, 16)}),
         "segmentation: not a map of classes; got float32 of shape (1, 3, 16, 16); expected integers of shape (B, H, W)",
     ),
     (
-        lambda: LowResolution(start=-1.0),
-        "start: no schedule of noise; got -1.0 to end 0.02; expected 0 < start <= end < 1",
+        lambda: LowResolution(latent_factor=1),
+        "factor: not smaller than the picture; got 1; expected 2 or more, as there is no autoencoder; try 4",
     ),
     (
-        lambda: LowResolution()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20, 1000])}),
+        lambda: Compose(parts=[Label(), upscaler()]),
+        "parts: vectors need different names, and one label table at most; got noise_level, label",
+    ),
+    (
+        lambda: Compose(parts=[upscaler(table=False), upscaler(table=False)]),
+        "parts: vectors need different names, and one label table at most; got noise_level, noise_level",
+    ),
+    (
+        lambda: upscaler(start=-1.0),
+        "start: not a noise schedule; got -1.0 to end 0.02; expected 0 < start <= end < 1",
+    ),
+    (
+        lambda: upscaler()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20, 1000])}),
         "noise_level: no such level; got 20 to 1000; expected 0 to 999; try 20",
     ),
     (
-        lambda: LowResolution()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20])}),
+        lambda: upscaler()(KINDS["low_resolution"].batch | {"noise_level": torch.tensor([20])}),
         "noise_level: not one integer per image; got int64 of shape (1,); expected shape (2,)",
     ),
     (
-        lambda: LowResolution()(KINDS["low_resolution"].batch | {"low_resolution_noise": torch.zeros(2, 3, 8, 8)}),
-        "low_resolution_noise: not of the image's size; got (2, 3, 8, 8); expected (2, 3, 4, 4)",
+        lambda: upscaler()(KINDS["low_resolution"].batch | {"low_resolution_noise": torch.zeros(2, 3, 8, 8)}),
+        "low_resolution_noise: not of the latents' size; got (2, 3, 8, 8); expected (2, 3, 4, 4)",
     ),
     (
         layout_with(box_labels=torch.tensor([[2, 3, -1]] * 2)),
@@ -387,23 +445,22 @@ REFUSALS = [
         layout_with(boxes=torch.zeros(1, 6, 4), box_labels=-torch.ones(1, 6).long()),
         "boxes: too many; got 6; expected at most 5",
     ),
-    (lambda: Compose(parts=[]), "parts: nothing to join; got an empty list; expected conditioners; try one or more"),
+    (lambda: Compose(parts=[]), "parts: empty; got []; expected conditioners; try one or more"),
     (
         lambda: Compose(parts=[Label(width=8), Label(width=12)]),
-        "parts: tokens of several widths cannot follow one another; got [8, 12]; expected one width; try by: channels",
+        "parts: tokens differ in width; got [8, 12]; expected one width; try by: channels",
     ),
     (
         lambda: Compose(parts=[Label(), Label()]),
-        "parts: one label or some vectors can be told; got 2 with labels, 0 with vectors; expected one kind; "
-        "try a width",
+        "parts: labels and pooled vectors exclude each other; got 2 with labels, 0 with pooled vectors; "
+        "try a width for labels",
     ),
     (
         lambda: Compose(parts=[clip(width=12, layers=1, heads=2), Label(width=8)], by="channels")(
             TEXTS | {"label": torch.tensor([1, 2])}
         ),
-        "parts: tokens side by side must be as many; got 77 and 1; expected one length; try by: tokens",
+        "parts: numbers of tokens differ; got 77 and 1; expected one number; try by: tokens",
     ),
-    (lambda: Compose(parts=[Label()], by="rows"), "by: unknown; got rows; expected tokens or channels; try tokens"),
 ]
 
 

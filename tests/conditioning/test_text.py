@@ -61,7 +61,7 @@ def test_stable_diffusion_2_s_states_are_those_of_open_clip():
     theirs.transformer.resblocks[-2].register_forward_hook(lambda module, inputs, output: inside.append(output))
     ids = theirs_open_clip.tokenize(["a red cube", "", LONG * 3])
     theirs(ids)
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="truncated"):
         assert torch.equal(ours.tokenize(["a red cube", "", LONG * 3]), ids)
     torch.testing.assert_close(ours.encode(ids).tokens, theirs.ln_final(inside[0]), atol=1e-5, rtol=1e-4)
 
@@ -140,8 +140,8 @@ def test_the_published_encoders_have_their_sizes(monkeypatch):
 def test_the_pooled_vector_of_a_joint_encoder_is_what_its_end_token_has_read():
     ours = small_joint(projection=4)
     ids = ours.tokenize(["a red cube"])
-    end = int((ids[0] == ours.known().end).nonzero()[0])
-    states, _ = ours.transformer(ids, ours.counts(ids))
+    end = int((ids[0] == ours.require_tokenizer().end).nonzero()[0])
+    states, _ = ours.transformer(ids, ours.attention_mask(ids))
     pooled = ours({"caption": ["a red cube"]}).pooled
     torch.testing.assert_close(pooled, ours.transformer.projection(states[:, end]))
     assert not torch.allclose(pooled, ours({"caption": ["a blue cube"]}).pooled)
@@ -201,14 +201,14 @@ def test_what_is_cut_off_is_quoted():
     for chunks, room in ((1, 75), (2, 150)):
         ours = clip(**CLIP, chunks=chunks)
         text = "word " * (room - 75) + prompt
-        with pytest.warns(UserWarning, match="cut off") as caught:
+        with pytest.warns(UserWarning, match="truncated") as caught:
             ids = ours.tokenize(["fits", text])
-        message = f"the end of a text is cut off: {room} tokens are read of {room + 4}; lost: 'lost , in translation'"
+        message = f"text truncated to {room} of {room + 4} tokens; lost: 'lost , in translation'"
         assert [str(warning.message) for warning in caught] == [message]
         assert ids.shape == (2, 77 * chunks)
         assert ids[1, -1] == 49407
     ours = small_joint()
-    with pytest.warns(UserWarning, match=r"14 tokens are read of 15; lost: 'cone'$"):
+    with pytest.warns(UserWarning, match=r"14 of 15 tokens; lost: 'cone'$"):
         ours.tokenize(["a red cube left of a blue ball left of a green cone blue cone"])
 
 
@@ -319,16 +319,16 @@ def refusal(call) -> str:
 def test_weights_that_are_not_there_are_refused(tmp_path, hub, monkeypatch):
     missing = f"{tmp_path}/none"
     expected = (
-        f"weights: no such folder or file; got {missing}; expected a folder, a file, a hub's id or random; try random"
+        f"weights: no such folder or file; got {missing}; expected a folder, a file, a Hub id or random; try random"
     )
     assert refusal(lambda: clip(**CLIP, weights=missing)) == expected
     assert refusal(lambda: clip(**CLIP, weights="./runs/clip")) == expected.replace(missing, "./runs/clip")
     said = refusal(lambda: clip(**CLIP, weights="nobody/clip"))
-    assert said.startswith("weights: neither here nor to be had from a hub (nobody/clip); got Cannot reach ")
-    assert said.endswith("; expected a file, a folder or a hub's id; try a folder that has the weights")
-    expected = f"weights: nothing in the folder; got {tmp_path}; expected model.safetensors; try another folder"
+    assert said.startswith("weights: not found locally or on the Hub (nobody/clip); got Cannot reach ")
+    assert said.endswith("; expected a file, a folder or an id of the Hub; try a folder that has the weights")
+    expected = f"weights: none in the folder; got {tmp_path}; expected model.safetensors; try another folder"
     assert refusal(lambda: clip(**CLIP, weights=str(tmp_path))) == expected
-    expected = f"weights: no such folder; got {missing}; expected a folder, a hub's id or random; try random"
+    expected = f"weights: no such folder; got {missing}; expected a folder, a Hub id or random; try random"
     assert refusal(lambda: t5(**T5_NUMBERS, weights=missing)) == expected
     assert refusal(lambda: t5(**T5_NUMBERS, weights=str(tmp_path))).startswith(
         f"weights: cannot be read; got {tmp_path}: "
@@ -365,19 +365,19 @@ def test_texts_and_numbers_that_make_no_sense_are_refused(tmp_path):
     assert refusal(lambda: ours({"caption": ["word " * 10_000]})) == expected
     expected = "caption: not a list of texts; got 'a cat'; expected a list of str; try [caption]"
     assert refusal(lambda: ours({"caption": "a cat"})) == expected
-    expected = "caption: no tokenizer yet; try one learned from captions, or the folder of one"
+    expected = "caption: no tokenizer yet; try training one on captions, or the folder of one"
     assert refusal(lambda: joint_text(width=12, layers=1, heads=2)({"caption": ["a"]})) == expected
     expected = "vocabulary: too small for the tokenizer; got 530 ids; expected at most 520; try more"
     assert (
         refusal(lambda: joint_text(width=12, layers=1, heads=2, vocabulary=520).use(BPE.train(CAPTIONS, 530)))
         == expected
     )
-    expected = "projection: its end token is not found; got 3 of 8 ids; expected the highest, where the pooled vector "
+    expected = "projection: wrong id of the end token; got 3 of 8 ids; expected the highest, where the pooled vector "
     expected += "is read; try none"
     assert refusal(lambda: small_joint(projection=4).use(bert(tmp_path))) == expected
-    assert refusal(lambda: clip(**CLIP, length=2)) == "length: no room for a word; got 2; expected 3 or more; try 77"
+    assert refusal(lambda: clip(**CLIP, length=2)) == "length: too short for a word; got 2; expected 3 or more; try 77"
     assert refusal(lambda: clip(**CLIP, chunks=0)) == "chunks: too small; got 0; expected 1 or more; try 1"
     assert refusal(lambda: clip(**{**CLIP, "heads": 0})) == "heads: too small; got 0; expected 1 or more; try 1"
-    expected = "layers: the last one is not read; got 1; expected 2 or more; try 24"
+    expected = "layers: the last one is not used; got 1; expected 2 or more; try 24"
     assert refusal(lambda: open_clip(width=12, layers=1, heads=2)) == expected
     assert refusal(lambda: t5(**{**T5_NUMBERS, "length": 0})) == "length: too small; got 0; expected 1 or more; try 1"

@@ -83,9 +83,7 @@ def test_special_tokens_in_a_prompt_are_text(special):
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)])
 def test_clip_s_words_without_open_clip(found, monkeypatch):
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: found)
-    with pytest.raises(
-        InputError, match=r"^CLIP's vocabulary is not here; got no open_clip; try pip install open_clip"
-    ):
+    with pytest.raises(InputError, match=r"^CLIP's vocabulary not found; got no open_clip; try pip install open_clip"):
         tokenizer.clip_merges.__wrapped__()
 
 

@@ -254,13 +254,13 @@ def test_whole_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monkeypa
     write(cache(tmp_path))
     before = files(tmp_path)
     path = tmp_path / "00001.safetensors"
-    made, encode = [], latents_writer.encoded
-    monkeypatch.setattr(latents_writer, "encoded", lambda c, b: (made.append(b["index"].tolist()), encode(c, b))[1])
+    made, encode = [], latents_writer.encode
+    monkeypatch.setattr(latents_writer, "encode", lambda c, b: (made.append(b["index"].tolist()), encode(c, b))[1])
     write(cache(tmp_path))
     assert made == []
     for damage in (before[path.name][:-9], before[path.name][:-1] + b"\x7f", b"", b"{"):
         path.write_bytes(damage)
-        with pytest.warns(UserWarning, match="made again: the file is|made again: not a safetensors"):
+        with pytest.warns(UserWarning, match="written again: the file is|written again: not a safetensors"):
             write(cache(tmp_path))
         assert files(tmp_path) == before
     assert made == 4 * [[8, 9, 10, 11], [12, 13, 14, 15]]
@@ -401,7 +401,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_text(manifest)
     other = open_file(tmp_path / "00000.safetensors")
     latents_writer.write_file(tmp_path / "00001.safetensors", dict(other), {})
-    with pytest.raises(DataError, match="another cache's shard"):
+    with pytest.raises(DataError, match="a shard of another cache"):
         Latents(root=str(tmp_path), batch_size=4)
     (tmp_path / "00001.safetensors").unlink()
     with pytest.raises(DataError, match="the cache is damaged: no such file"):

@@ -53,7 +53,7 @@ def test_numbers_that_mean_nothing(solver, numbers, message):
 
 
 def test_the_output_of_a_backbone_must_fit():
-    with pytest.raises(ValueError, match=r"backbone: output has the wrong shape; got shape \(3, 4\); expected \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"output has the wrong shape; got shape \(3, 4\); expected \(3, 2\)"):
         Denoiser(Told(channels=2), path.cosine(), prediction.V())(X.float(), GRID.rows()[1])
     learned = prediction.LearnedRange(of=prediction.V())
     with pytest.raises(ValueError, match=r"got shape \(3, 2\); expected \(3, 4\)"):

@@ -224,7 +224,7 @@ BAD_NUMBERS = [
     ({"in_channels": 0}, "in_channels: too small; got 0; expected 1 or more; try 1"),
     (
         {**VQ, "per_channel": True},
-        "per_channel: codes have one scalar pair; got True with VQ; expected False; try False",
+        "per_channel: VQ has one shift and scale; got True; expected False; try False",
     ),
 ]
 
@@ -239,11 +239,11 @@ def test_impossible_numbers(options, message):
 BAD_CALLS = [
     (
         lambda ours: ours.encode(torch.zeros(1, 3, 30, 33)),
-        "x: size not divisible by the autoencoder's factor; got 30x33; expected multiples of 4; try 32x32",
+        "x: size not divisible by the network's factor; got 30x33; expected multiples of 4; try 32x32",
     ),
     (
         lambda ours: ours.encode(torch.zeros(1, 3, 0, 8)),
-        "x: size not divisible by the autoencoder's factor; got 0x8; expected multiples of 4; try 4x8",
+        "x: size not divisible by the network's factor; got 0x8; expected multiples of 4; try 4x8",
     ),
     (
         lambda ours: ours(torch.zeros(1, 4, 32, 32)),

@@ -154,7 +154,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient():
         ({"depth": 0}, "depth: too small; got 0; expected 1 or more; try 1"),
         (
             {"classes": 3},
-            "classes: cannot be joined with pooled; got 3 and 6; expected one; try None",
+            "classes: cannot be combined with pooled; got 3 and 6; try one of them",
         ),
     ],
 )
@@ -169,22 +169,21 @@ def test_impossible_numbers_are_refused_at_construction(changes, message):
     [
         (
             {"x": torch.ones(2, 4, 7, 8)},
-            "x height: cannot be divided by the network; got 7; expected a multiple of 2; try 8",
+            "x: size not divisible by the network's factor; got 7x8; expected multiples of 2; try 8x8",
         ),
         (
             {"x": torch.ones(2, 5, 8, 8)},
-            "x: wrong size along dimension 1; got shape (2, 5, 8, 8); expected 4 there; "
-            "try in_channels=5 at construction",
+            "x: wrong shape; got (2, 5, 8, 8); expected (B, 4, H, W); try 4 channels",
         ),
         (
             {"tokens": torch.ones(2, 5, 13)},
-            "tokens: wrong size along dimension 2; got shape (2, 5, 13); expected 12 there; try an encoder of width 12",
+            "tokens: not the width of the cross-attention; got 13; expected 12",
         ),
         (
             {"pooled": torch.ones(2, 7)},
-            "pooled: does not fit this network; got float32 of shape (2, 7); expected vectors of shape (2, 6); "
-            "try a pooled width of 6",
+            "pooled: does not fit this network; got float32 of shape (2, 7); expected floats of shape (2, 6)",
         ),
+        ({"control": [torch.ones(1)]}, "control: wrong number of residuals; got 1; expected 2, one per block"),
     ],
 )
 def test_impossible_inputs_are_refused_at_the_first_call(changes, message):

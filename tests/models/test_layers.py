@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from torch import nn
 
+from ldm.condition import Vector
 from ldm.models.layers import (
     SHORT,
     Attention,
@@ -67,24 +67,6 @@ def test_attention_to_nothing_is_zero(keys, dtype):
     torch.testing.assert_close(out, torch.zeros_like(out))
 
 
-def rope(start: int):
-    angle = (start + torch.arange(5.0))[:, None] * torch.tensor([1.0, 0.1])
-    return angle.cos(), angle.sin()
-
-
-def test_rope_knows_only_relative_positions():
-    here, there = attention(Q, K, V, 2, rope=rope(0)), attention(Q, K, V, 2, rope=rope(7))
-    torch.testing.assert_close(here, there)
-    assert not torch.allclose(here, attention(Q, K, V, 2), atol=1e-3)
-
-
-def test_qk_norm_takes_the_length_out_of_queries_and_keys():
-    norms = [nn.LayerNorm(4, eps=1e-12, elementwise_affine=False) for _ in range(2)]
-    torch.testing.assert_close(
-        attention(Q * 100, K * 10, V, 2, qk_norm=norms), attention(Q, K, V, 2, qk_norm=norms), atol=1e-4, rtol=1e-4
-    )
-
-
 def test_attention_reads_a_context_of_another_width():
     layer = Attention(8, heads=2, context=6)
     assert layer(Q, torch.randn(2, 3, 6)).shape == Q.shape
@@ -131,39 +113,55 @@ def test_labels_and_pooled_vectors_are_added_to_the_time():
     torch.testing.assert_close(pooled(t, vectors), time + pooled.pooled(vectors))
 
 
+def test_vectors_are_embedded_as_in_sdxl():
+    vectors = {"sizes": Vector("numbers", 6), "z": Vector("vector", 3), "level": Vector("index", 4)}
+    layer = TimestepEmbedding(8, 16, pooled=5, vectors=vectors)
+    assert layer.pooled[0].weight.shape == (16, 5 + 6 * 256 + 3)
+    t, pooled = torch.tensor([3.0, 4.0]), torch.randn(2, 5)
+    given = {"sizes": torch.randint(0, 1024, (2, 6)).float(), "z": torch.randn(2, 3), "level": torch.tensor([3, 1])}
+    sinusoids = get_timestep_embedding(given["sizes"].flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    joined = torch.cat((pooled, sinusoids.reshape(2, -1), given["z"]), 1)  # diffusers' text_time
+    expected = layer.time(timestep_embedding(t, 8)) + layer.label.weight[given["level"]] + layer.pooled(joined)
+    torch.testing.assert_close(layer(t, pooled, given), expected)
+    alone = TimestepEmbedding(8, 16, vectors={"level": Vector("numbers", 1)})
+    level = torch.tensor([7.0, 0.5])
+    assert torch.equal(alone(t, None, {"level": level}), alone(t, None, {"level": level[:, None]}))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (None, "sizes: does not fit this network; got None; expected floats of shape (2, 6)"),
+        (
+            {"sizes": torch.ones(2, 5)},
+            "sizes: does not fit this network; got float32 of shape (2, 5); expected floats of",
+        ),
+        (
+            {"sizes": torch.ones(2, 6), "level": torch.ones(2)},
+            "level: does not fit this network; got float32 of shape (2,); expected None",
+        ),
+    ],
+)
+def test_named_vectors_that_do_not_fit_are_refused(vectors, message):
+    with pytest.raises(ValueError, match="fit") as error:
+        TimestepEmbedding(8, 16, vectors={"sizes": Vector("numbers", 6)})(torch.ones(2), None, vectors)
+    assert str(error.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     ("build", "pooled", "message"),
     [
-        (
-            {},
-            torch.ones(2, 5),
-            "pooled: does not fit this network; got float32 of shape (2, 5); expected None; "
-            "try classes or pooled at construction",
-        ),
-        (
-            {"classes": 3},
-            None,
-            "pooled: does not fit this network; got None; expected integer labels of shape (2,); "
-            "try one label per image",
-        ),
-        (
-            {"classes": 3},
-            torch.ones(2),
-            "pooled: does not fit this network; got float32 of shape (2,); expected integer labels of shape (2,); "
-            "try one label per image",
-        ),
-        (
-            {"pooled": 5},
-            torch.ones(2, 6),
-            "pooled: does not fit this network; got float32 of shape (2, 6); expected vectors of shape (2, 5); "
-            "try a pooled width of 5",
-        ),
+        ({}, torch.ones(2, 5), "got float32 of shape (2, 5); expected None"),
+        ({"classes": 3}, None, "got None; expected integers of shape (2,)"),
+        ({"classes": 3}, torch.ones(2), "got float32 of shape (2,); expected integers of shape (2,)"),
+        ({"pooled": 5}, torch.ones(2, 6), "got float32 of shape (2, 6); expected floats of shape (2, 5)"),
+        ({"pooled": 5}, torch.ones(2, 5).long(), "got int64 of shape (2, 5); expected floats of shape (2, 5)"),
     ],
 )
 def test_vectors_that_do_not_fit_are_refused(build, pooled, message):
     with pytest.raises(ValueError, match="pooled") as error:
         TimestepEmbedding(8, 16, **build)(torch.ones(2), pooled)
-    assert str(error.value) == message
+    assert str(error.value) == f"pooled: does not fit this network; {message}"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,11 @@ def test_vectors_that_do_not_fit_are_refused(build, pooled, message):
         ),
         (
             lambda: TimestepEmbedding(8, 16, classes=3, pooled=5),
-            "classes: cannot be joined with pooled; got 3 and 5; expected one; try None",
+            "classes: cannot be combined with pooled; got 3 and 5; try one of them",
+        ),
+        (
+            lambda: TimestepEmbedding(8, 16, classes=3, vectors={"level": Vector("index", 4)}),
+            "vectors: only one can be an index; got pooled and level; try numbers",
         ),
         (lambda: check_multiple("size", 0, 8, "too small"), "size: too small; got 0; expected a multiple of 8; try 8"),
     ],

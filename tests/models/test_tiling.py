@@ -64,7 +64,7 @@ BAD = [
     (lambda ours: tiled_decode(ours, torch.zeros(1, 4, 8, 8), tile=0), "tile: must be positive; got 0"),
     (
         lambda ours: tiled_encode(ours, torch.zeros(1, 3, 65, 64)),
-        "x: size not divisible by the autoencoder's factor; got 65x64; expected multiples of 4; try 64x64",
+        "x: size not divisible by the network's factor; got 65x64; expected multiples of 4; try 64x64",
     ),
 ]
 

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from ldm.checkpoint.backbone_keys import attention_modules
+from ldm.checkpoint.unet_keys import attention_modules
 from ldm.models.transformer import GEGLU, AttentionPool, SpatialTransformer, TextTransformer
 from ldm.models.unet import UNet
 from tests.models.backbones import TINY, difference
@@ -160,17 +160,7 @@ def test_impossible_numbers_are_refused(changes, message):
         (
             torch.zeros(2, 10).long(),
             None,
-            "ids: too long for the position table; got 10 tokens; expected at most 9; try 9",
-        ),
-        (
-            torch.zeros(2, 9),
-            None,
-            "ids: not token ids; got float32 of shape (2, 9); expected integers of shape (B, L); try ids.long()",
-        ),
-        (
-            IDS,
-            torch.ones(2, 8),
-            "mask: not one flag per token; got shape (2, 8); expected (2, 9); try a mask made of the ids",
+            "ids: longer than the position table; got 10 tokens; expected at most 9; try 9",
         ),
     ],
 )

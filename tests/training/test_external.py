@@ -127,7 +127,7 @@ def test_another_encoder_is_refused_and_so_is_none(tmp_path, monkeypatch, capsys
     sample = ("sample", "--ckpt", file, "--prompt", "a ball", "--out", str(tmp_path / "out"), "--device", "cpu")
     wanted = checkpoint.open(file).config["left_out"]["conditioner.weights"]
     expected = f"expected a-clip, sha256 {wanted['sha256'][:10]}; try conditioner.weights=FOLDER"
-    start = f"error: conditioner.weights: not the encoder that the file leaves out ({file})"
+    start = f"error: conditioner.weights: not the encoder that the file needs ({file})"
     assert refusal(capsys, *sample) == f"{start}; got none; {expected}"
     line = refusal(capsys, *sample, f"conditioner.weights={other}")
     assert line.startswith(f"{start}; got sha256 ")
@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_the_encoder_that_it_began_with(tmp_path, capsys):
     assert main([*argv, "trainer.steps=2"]) == 0
     (tmp_path / "texts").rename(tmp_path / "before")
     clip_in(tmp_path / "texts", seed=1)
-    assert "not the encoder that the file leaves out" in refusal(capsys, *argv, "trainer.steps=3")
+    assert "not the encoder that the file needs" in refusal(capsys, *argv, "trainer.steps=3")
 
 
 def test_what_has_no_name_stays_inside(tmp_path):
@@ -187,7 +187,7 @@ def test_a_frozen_encoder_is_random_only_where_that_is_written(joined, tmp_path,
     argv = command(tmp_path / "run", f"conditioner={unsaid}", *SHORT)[:-1]
     line = refusal(capsys, *argv, code=2)
     assert line.startswith(f"error: {key}: missing, and the encoder is not trained (")
-    assert line.endswith(f"got none; expected a folder, a file, a hub's id or random; try {key}=FOLDER")
+    assert line.endswith(f"got none; expected a folder, a file, a Hub id or random; try {key}=FOLDER")
     assert not (tmp_path / "run").exists()
     cache = ["cache", *argv[1:3], "--out", str(tmp_path / "cache"), "--device", "cpu"]
     assert refusal(capsys, *cache, f"conditioner={unsaid}", code=2) == line

@@ -72,9 +72,9 @@ def painted(name: str, pipe: Any) -> tuple[Tensor, dict[str, Any]]:
     noise = torch.randn(COUNT, 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
     told = with_derived(batch, pipe.conditioner.reads, noise, SEED)
     told["noise_level"] = torch.full((COUNT,), NOISE_LEVEL)  # of the small picture, where there is one: sampling's
-    condition, recipe = pipe.conditioner(told), pipe.recipe()
+    condition, settings = pipe.conditioner(told), pipe.settings()
     drop = {part: torch.ones(COUNT, dtype=torch.bool) for part in pipe.conditioner.guided()}
-    x = recipe.sampler(pipe.denoiser, noise, None, condition, pipe.conditioner(told, drop))
+    x = settings.sampler(pipe.denoiser, noise, None, condition, pipe.conditioner(told, drop))
     return pipe.decode(x).clamp(-1, 1), told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ldm.checkpoint import Checkpoint, load_weights
 from ldm.checkpoint.networks import build_autoencoder
 from ldm.config.schema import Config, Part
 from ldm.data.loader import Data
+from ldm.distributed import full_state, mean_over_ranks
 from ldm.draws import draw, stream
 from ldm.losses.stage_one import Loss
 from ldm.models.autoencoder import Autoencoder
@@ -37,7 +39,6 @@ from ldm.training.recipe import (
     Start,
     TrainingSchema,
     Turn,
-    full_state,
     named_parameters,
     prefixed,
 )
@@ -98,7 +99,6 @@ class AutoencoderRecipe(Recipe):
     def build(
         cls, config: Config, loaded: Mapping[str, Checkpoint], start: Start, settings: TrainerSettings
     ) -> AutoencoderRecipe:
-        """The recipe that a YAML describes, with weights from `--init-from` if it is given."""
         check_decoder_only(config, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config["seed"], "init"))
@@ -121,27 +121,23 @@ class AutoencoderRecipe(Recipe):
     # --------------------------------------------------------------------------------------------- what is trained
 
     def networks(self) -> dict[str, Network]:
-        """The two players, and the loss, whose networks are frozen."""
         networks = {"autoencoder": Network(self.autoencoder, "trained"), "criterion": Network(self.criterion, "frozen")}
         if self.discriminator is not None:
             networks["discriminator"] = Network(self.discriminator, "trained")
         return networks
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """The autoencoder's parameters and the discriminator's."""
         groups = {GENERATOR: named_parameters([("autoencoder", self.autoencoder)])}
         if self.discriminator is not None:
             groups[DISCRIMINATOR] = named_parameters([("discriminator", self.discriminator)])
         return groups
 
     def turns(self) -> list[Turn]:
-        """Both together, or one after the other; the discriminator starts later."""
         if self.discriminator is None or not self.criterion.discriminator_learns(self.counters.step):
             return [(GENERATOR,)]
         return [(GENERATOR,), (DISCRIMINATOR,)] if self.two_forwards else [(GENERATOR, DISCRIMINATOR)]
 
     def phases(self) -> dict[str, int]:
-        """Without the discriminator, while it learns alone, and against it."""
         if self.discriminator is None or not self.criterion.adversarial_weight:
             return {"no discriminator": 0}
         start, warmup = self.criterion.start, self.criterion.warmup
@@ -155,17 +151,14 @@ class AutoencoderRecipe(Recipe):
         return waiting or (self.discriminator is not None and late)
 
     def blocks(self) -> list[nn.Module]:
-        """The layers of encoder and decoder."""
         return [*self.autoencoder.encoder.layers.values(), *self.autoencoder.decoder.layers.values()]
 
     def roots(self) -> list[nn.Module]:
-        """Encoder, decoder, the convolutions between them, and the discriminator."""
         own = [self.autoencoder.encoder, self.autoencoder.quant, self.autoencoder.post_quant, self.autoencoder.decoder]
         return own if self.discriminator is None else [*own, self.discriminator]
 
     @property
     def codebook(self) -> VectorQuantizer | None:
-        """The bottleneck, if it is a codebook."""
         bottleneck = self.autoencoder.bottleneck
         return bottleneck if isinstance(bottleneck, VectorQuantizer) else None
 
@@ -187,9 +180,9 @@ class AutoencoderRecipe(Recipe):
         if GENERATOR in turn:
             adversarial = self.discriminator is not None and self.criterion.discriminator_counts(self.counters.step)
             logits = self.discriminator(reconstruction) if adversarial and self.discriminator else None
-            last_layer = self.autoencoder.decoder.conv_out.weight
+            last_layer, average = self.autoencoder.decoder.conv_out.weight, partial(mean_over_ranks, rank=self.rank)
             loss, scalars = self.criterion.generator(
-                x, reconstruction, bottled, logits, self.counters.step, last_layer, self.mean
+                x, reconstruction, bottled, logits, self.counters.step, last_layer, average
             )
             losses, report = [loss], prefixed("loss", scalars)
             report |= prefixed("latents", self.describe(bottled.z, bottled.codes))
@@ -233,13 +226,11 @@ class AutoencoderRecipe(Recipe):
         codebook.revive(book, rows, self.usage, shadow, memory, (self.seed, step), self.rank)
 
     def warnings(self, row: Mapping[str, float]) -> Iterable[str]:
-        """Whether the game between the two players goes wrong."""
         return self.monitor_gan(row)
 
     # ------------------------------------------------------------------------------------------ what others see of it
 
     def validate(self, folder: Path) -> dict[str, float]:
-        """How close reconstructions are, and a grid of some of them."""
         lpips = self.criterion.perceptual if isinstance(self.criterion.perceptual, LPIPS) else None
         file = folder / f"{self.counters.step:08d}.png"
         return self.metrics.measure(self.reconstruct_pixels, lpips, file, self.rank)

@@ -18,7 +18,8 @@ from ldm.condition import Condition
 from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner, unguided
 from ldm.conditioning.label import Label
-from ldm.conditioning.text import Tokenization, TruncatedText, text_in
+from ldm.conditioning.text import text_in
+from ldm.conditioning.tokenization import Tokenization, TruncatedText
 from ldm.config.schema import Config, Part
 from ldm.data.derived import DERIVED, derived_draws, with_derived
 from ldm.data.latents import Latents
@@ -29,7 +30,7 @@ from ldm.diffusion.path import Path as NoisePath
 from ldm.diffusion.prediction import Target
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import Uniform
-from ldm.distributed import first_process
+from ldm.distributed import first_process, full_state
 from ldm.draws import draw, stream
 from ldm.models.tiling import sliced
 from ldm.models.transformer import TextTransformer
@@ -47,7 +48,6 @@ from ldm.training.recipe import (
     TrainingSchema,
     Turn,
     batch_to_device,
-    full_state,
 )
 from ldm.training.setup import check_divisible, portable, prepare
 from ldm.training.trainer import TrainerSettings
@@ -84,7 +84,7 @@ class DiffusionRecipe(Recipe):
         if self.autoencoder is not None:
             self.autoencoder.requires_grad_(False)
         encoders = external.encoders(self.conditioner)
-        self.external = tuple(encoder.place for encoder in encoders if encoder.key in self.config["left_out"])
+        self.external = tuple(encoder.prefix for encoder in encoders if encoder.key in self.config["left_out"])
         self.tokenizer = next(iter(captions.tokenizers(self.conditioner)), None)
         warnings.simplefilter("ignore", TruncatedText)  # a note counts them before training
 
@@ -96,6 +96,10 @@ class DiffusionRecipe(Recipe):
 
         A run that is resumed takes its frozen encoders from its own exported file.
         """
+        first = start.exported or start.init_from
+        initial = checkpoint.open(first) if first else None
+        if initial and "autoencoder" not in loaded and initial.config.get("autoencoder") == config["autoencoder"]:
+            loaded = {**loaded, "autoencoder": initial}
         assemble.check_first_stage(config, loaded)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config["seed"], "init"))
@@ -103,17 +107,16 @@ class DiffusionRecipe(Recipe):
         weight, levels = assemble.weight(config, model.denoiser.path), config.build("draw")
         fingerprint = None if model.autoencoder is None else model.autoencoder.fingerprint()
         notes: list[str] = []
-        if first := start.exported or start.init_from:
-            loaded_from = checkpoint.open(first)
-            load_initial_weights(model, loaded_from, fingerprint, str(first), resumed=start.exported is not None)
-            notes += config_notes(config, loaded_from, str(first))
+        if initial:
+            load_initial_weights(model, initial, fingerprint, str(first), resumed=start.exported is not None)
+            notes += config_notes(config, initial, str(first))
         assemble.check_encoders(config, model.conditioner)
         setup = prepare(config, settings)
         captions.learn_tokenizers(model.conditioner, setup.data, config)
         for key, data in (("data", setup.data), ("validation", setup.validation)):
             if data is not None:
                 check_source(config, key, data, model)
-        stored = {**external.remember(portable(config.values), model.conditioner), "fingerprint": fingerprint}
+        stored = {**external.record(portable(config.values), model.conditioner), "fingerprint": fingerprint}
         sampler = assemble.sampler(config, model.denoiser.path)
         return config.build("recipe")(setup._replace(config=stored), model, levels, weight, sampler, notes)
 
@@ -131,7 +134,6 @@ class DiffusionRecipe(Recipe):
         return networks
 
     def turns(self) -> list[Turn]:
-        """All together."""
         return [(DENOISER,)]
 
     def blocks(self) -> list[nn.Module]:
@@ -142,14 +144,12 @@ class DiffusionRecipe(Recipe):
         return [block for blocks in lists for block in blocks]
 
     def roots(self) -> list[nn.Module]:
-        """The backbone, and the conditioner if it is trained."""
         trained = self.conditioner is not None and any(p.requires_grad for p in self.conditioner.parameters())
         return [self.denoiser.backbone, *([self.conditioner] if self.conditioner is not None and trained else [])]
 
     # ---------------------------------------------------------------------------------------------------- the loss
 
     def preparation(self) -> Prepare:
-        """Everything random about a sample, and its token ids."""
         conditioner, autoencoder = self.conditioner, self.autoencoder
         return Preparation(
             seed=self.seed,
@@ -163,7 +163,6 @@ class DiffusionRecipe(Recipe):
         )
 
     def loss(self, batch: dict[str, Any], turn: Turn) -> tuple[Tensor, Report]:
-        """The weighted mean of the samples' losses."""
         x0 = self.clean(batch)  # (B, C, h, w)
         condition = self.condition(batch, x0, batch["drop"])
         plain = self.denoiser.loss(x0, batch["level"], batch["noise"].to(x0.dtype), condition)  # (B,)
@@ -188,14 +187,14 @@ class DiffusionRecipe(Recipe):
         """The condition of a batch, with the null in place of what is dropped."""
         if self.conditioner is None:
             return None
-        inputs = with_derived(batch, self.conditioner.reads, x0, self.seed)
+        factor = self.conditioner.low_resolution_factor
+        inputs = with_derived(batch, self.conditioner.reads, x0, self.seed, factor)
         condition = self.conditioner(inputs, {part: self.to_device(flags) for part, flags in drop.items()})
         return condition.map(lambda x: self.to_device(x.to(self.dtype) if x.dtype == torch.float32 else x))
 
     # --------------------------------------------------------------------------------------- what others see of it
 
     def notes(self) -> Iterable[str]:
-        """Dropout, guidance, sizes, and captions that are too long."""
         yield from self.initial_notes
         if self.drops:
             rates = ", ".join(f"{part} {rate:.0%}" for part, rate in self.drops.items())
@@ -221,16 +220,16 @@ class DiffusionRecipe(Recipe):
             yield "weight: the loss at pure noise, where sampling starts, has weight 0; try weight.type=constant"
 
     def caption_report(self, texts: Sequence[str]) -> CaptionReport | None:
-        """How the text encoder reads these captions."""
         if self.conditioner is None:
             return None
         text, guided = text_in(self.conditioner), self.sampler.guidance.cfg != 1
         if text is None:
             return CaptionReport(0, 0, self.drops, guided)
-        return CaptionReport(text.max_tokens, sum(map(text.too_long, texts)), self.drops, guided)
+        return CaptionReport(
+            text.tokenization.max_tokens, sum(map(text.tokenization.truncates, texts)), self.drops, guided
+        )
 
     def validate(self, folder: Path) -> dict[str, float]:
-        """The loss by noise level, and pictures beside the samples whose conditions made them."""
         self.draw_samples(folder / f"{self.counters.step:08d}.png")
         return self.loss_by_level.measure(self.validation_losses, self.rank)
 
@@ -337,7 +336,6 @@ def check_source(config: Config, key: str, data: Data, model: Model) -> None:
 
 
 def first_samples(data: Data) -> list[SampleId]:
-    """Some samples of one size, spread over a source."""
     return next(by_bucket(evenly_spaced(len(data), CHECKED), CHECKED, data.buckets))
 
 
@@ -350,6 +348,6 @@ def check_conditions(conditioner: Conditioner, data: Data, batch: dict[str, Any]
         height, width = batch["image"].shape[2:]
         x0 = torch.zeros(len(batch["image"]), 1, height // factor, width // factor)
     with warnings.catch_warnings(action="ignore", category=TruncatedText):  # a note counts them
-        conditioner(with_derived(batch, conditioner.reads, x0, 0))
+        conditioner(with_derived(batch, conditioner.reads, x0, 0, conditioner.low_resolution_factor))
     for label in (leaf for _, leaf in conditioner.leaves() if isinstance(leaf, Label)):
-        label.check_taught(torch.as_tensor(getattr(data, "labels", batch["label"])))
+        label.check_data(torch.as_tensor(getattr(data, "labels", batch["label"])))

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm.data.datasets import Rows, saved
 from ldm.data.images import source_of
-from ldm.data.parquet import Parquet
+from ldm.data.tables import Parquet, Rows, saved_dataset
 from ldm.errors import DataError, InputError
 from tests.data.photographs import encoded, photograph
 
@@ -89,7 +88,7 @@ def test_other_kinds_of_dataset_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"data.root.*expected a map-style datasets.Dataset"):
             source_of(other, None, None)
     datasets.DatasetDict({"train": made()}).save_to_disk(str(tmp_path / "set"))
-    check_label = saved(tmp_path / "set" / "train")
+    check_label = saved_dataset(tmp_path / "set" / "train")
     assert len(check_label) == 10
 
 
@@ -144,7 +143,7 @@ def test_a_package_that_is_not_installed_is_named(package, tmp_path, monkeypatch
     datasets.Dataset(table()).save_to_disk(tmp_path / "rows")
     monkeypatch.setattr("ldm.data.source.find_spec", lambda name: None)
     root = tmp_path / {"pyarrow": "0.parquet", "datasets": "rows"}[package]
-    said = rf"takes another package to read \({root}\); got no {package}; try pip install -e '.\[data\]'"
+    said = rf"needs another package \({root}\); got no {package}; try pip install -e '.\[data\]'"
     with pytest.raises(InputError, match=said):
         source_of(str(root), None, None)
 
@@ -153,5 +152,5 @@ def test_a_package_that_is_not_installed_is_named(package, tmp_path, monkeypatch
 def test_a_table_that_cannot_be_read(keep, tmp_path):
     pq.write_table(table(), tmp_path / "0.parquet")
     (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"the table cannot be read \(.*0.parquet\).*expected a parquet file"):
+    with pytest.raises(DataError, match=r"cannot read the table \(.*0.parquet\).*expected a parquet file"):
         source_of(str(tmp_path), None, None)

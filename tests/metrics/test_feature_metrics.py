@@ -7,9 +7,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from ldm.metrics.classes import inception_score
-from ldm.metrics.kernel import kernel_distance, squared_mmd
-from ldm.metrics.prdc import nearest, prdc
+from ldm.metrics.feature_metrics import inception_score, kernel_distance, nearest, prdc, squared_mmd
 
 
 def features(count: int, width: int = 5, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
