@@ -45,27 +45,22 @@ SUSTAINED = 100  # TFLOP/s, for which days are told
 HEAD = f"""# What the configurations cost
 
 Written by `python -m benchmarks.configs --out docs/configs.md`. **Computed, not measured**: the networks are built on
-the meta device,
-which needs no memory, and the operations of a training step are counted there, as `ldm doctor` counts them on your
-machine.
+the meta device, which needs no memory, and the operations of a training step are counted there, as `ldm doctor` counts
+them on your machine. `finetune` is not listed: it takes its networks from a checkpoint.
 
 - *trained*: trainable parameters of all networks.
 - *GFLOP*: operations per sample, forward and backward; a multiplication and an addition are two operations. Frozen
-  encoders and the
-  perceptual loss are included. The most expensive phase is counted. What checkpointing and fused attention recompute
-  is not.
+  encoders and the perceptual loss are included. The most expensive phase is counted. What checkpointing and fused
+  attention recompute is not.
 - *latents*: the part of GFLOP that encodes the picture, which a [cache](latent_diffusion.md#from-a-cache) saves.
 - *memory*: weights, gradients, optimiser moments and averages of one process in float32, unsharded. Activations come
-  on top: they
-  depend on the device and the precision, and `ldm doctor` measures them.
+  on top: they depend on the device and the precision, and `ldm doctor` measures them.
 - *checkpoint*: size of one checkpoint on disk, with the exported model. The newest `trainer.keep` are kept while the
   next is written.
 - *EFLOP*: 1e18 operations, for all steps and phases of the configuration. On N devices that sustain X TFLOP/s each,
-  they take
-  EFLOP / (0.0864 X N) days.
-- *days*: for X = {SUSTAINED} and N = 1. The log of a run shows what your device sustains (`tflops_per_second`).
-  Validation and checkpoints
-  come on top."""
+  they take EFLOP / (0.0864 X N) days.
+- *days*: for X = {SUSTAINED} and N = 1. The log of a run shows what your device sustains (`tflops_per_second`). Validation
+  and checkpoints come on top."""
 
 
 class Source:
