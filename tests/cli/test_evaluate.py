@@ -69,6 +69,7 @@ def test_the_shipped_model_gets_a_page(tmp_path, capsys):
     assert "prompts" not in again
 
 
+@pytest.mark.long
 def test_two_processes_find_what_one_finds(tmp_path):
     """Of seven pictures, two at a time: one has four, the other three."""
     words = ["--only", "samples", "samples=7", "nearest=0", "data.batch_size=2", "--steps", "1"]
@@ -101,6 +102,7 @@ def test_a_first_stage_alone_is_measured_by_hand(tmp_path):
     assert "samples" not in found
 
 
+@pytest.mark.long
 def test_photographs_are_compared_with_inception_of_a_file(tmp_path):
     from ldm.models.inception import Inception
 

@@ -33,6 +33,7 @@ FOUND = {
 }
 
 
+@pytest.mark.long
 def test_pictures_and_tables(tmp_path, capsys):
     (tmp_path / "evaluation.json").write_text(json.dumps(FOUND))
     files = [tmp_path / "words.csv", tmp_path / "run" / "metrics.csv"]

@@ -26,13 +26,14 @@ COMPILED = ["trainer.compile=true", "trainer.steps=2"]
 
 def both(tmp_path, monkeypatch, begin, overrides, ranks=1):
     """The same training with and without a count of its operations: the runs' folders."""
-    more = [*overrides, f"trainer.devices={ranks}"]
+    more = ["trainer.steps=6", *overrides, f"trainer.devices={ranks}"]
     assert wait(start(begin(tmp_path / "counted", *more), ranks)) == [0] * ranks, (tmp_path / "counted.log").read_text()
     monkeypatch.setattr(cost, "flops_by_phase", lambda loop: {})
     assert wait(start(begin(tmp_path / "plain", *more), ranks)) == [0] * ranks, (tmp_path / "plain.log").read_text()
     return tmp_path / "counted", tmp_path / "plain"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("begin", "overrides", "ranks"),
     [

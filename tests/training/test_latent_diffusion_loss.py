@@ -166,6 +166,7 @@ class Gaussian(nn.Module):
         return (x - a * x0) / s - x0
 
 
+@pytest.mark.long
 def test_a_short_training_beats_the_best_gaussian_without_correlations(tmp_path):
     """On latents of scenes, at the same images, levels and noise; unconditional, to be short."""
     overrides = ["conditioner=null", "backbone.attend=[]", "backbone.multipliers=[1, 1]", "optimizer.lr=4e-3"]

@@ -10,16 +10,17 @@ from tests.training.killing import assert_same_after_kills, toy_data
 __all__ = ["toy_data"]
 
 
+@pytest.mark.long
 def test_killed_twice_in_accumulation(tmp_path):
-    assert_same_after_kills(tmp_path, 2, ["trainer.accumulate=4"])
+    assert_same_after_kills(tmp_path, 2, ["trainer.accumulate=4"], steps=40)
 
 
 def test_killed_once_with_muon(tmp_path):
-    assert_same_after_kills(tmp_path, 1, ["optimizer={type: muon, lr: 1e-3}"])
+    assert_same_after_kills(tmp_path, 1, ["optimizer={type: muon, lr: 1e-3}"], steps=30)
 
 
 def test_killed_once_with_an_optimiser_that_counts_in_python(tmp_path):
-    assert_same_after_kills(tmp_path, 1, ["optimizer={type: counting, lr: 1e-3}"])
+    assert_same_after_kills(tmp_path, 1, ["optimizer={type: counting, lr: 1e-3}"], steps=30)
 
 
 @pytest.mark.slow
