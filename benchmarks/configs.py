@@ -59,8 +59,8 @@ them on your machine. `finetune` is not listed: it takes its networks from a che
   next is written.
 - *EFLOP*: 1e18 operations, for all steps and phases of the configuration. On N devices that sustain X TFLOP/s each,
   they take EFLOP / (0.0864 X N) days.
-- *days*: for X = {SUSTAINED} and N = 1. The log of a run shows what your device sustains (`tflops_per_second`). Validation
-  and checkpoints come on top."""
+- *days*: for X = {SUSTAINED} and N = 1. The log of a run shows what your device sustains (`tflops_per_second`).
+  Validation and checkpoints come on top."""
 
 
 class Source:
