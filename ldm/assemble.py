@@ -100,7 +100,8 @@ def load(
             known = configuration.keywords(schema)
             fill_in(source, loaded["init_from"], [field.name for field in fields(Schema) if field.name in known])
 
-    return configuration.load(file, overrides, schema, (*PATHS, *DENOISER), complete), loaded
+    pending = (*PATHS, *DENOISER) if init_from is None else [field.name for field in fields(Schema)]
+    return configuration.load(file, overrides, schema, pending, complete), loaded
 
 
 def fill_in(source: files.Source, loaded: Checkpoint, keys: Sequence[str]) -> None:

@@ -102,8 +102,7 @@ class Pipeline(Placed):
     ) -> list[Image.Image]:
         """n pictures per prompt; `settings` are those of `settings()`, such as cfg=7.5, steps=30, solver="unipc"."""
         samplers.check_arguments(settings, self.__call__, self.settings)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [text for text in prompts for _ in range(n)]
+        prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
         requests = [Request(text, negative, label, seed + i) for i, text in enumerate(prompts)]
         batches = self.batches(requests, self.settings(**settings), batch_size, on_step, progress)
         return [image for _, images in batches for image in images]
@@ -191,8 +190,8 @@ class Pipeline(Placed):
         region = None if mask is None else pictures.to_mask(mask, size)
         given = {name: x for name, x in (("image", pixels), ("mask", region)) if name in self.reads and x is not None}
         if given:
-            inputs = {**settings.inputs, **given}
-            return replace(settings, inputs=inputs, mask=region, image=None if region is None else pixels)
+            kept = None if region is None else pixels
+            return replace(settings, inputs={**settings.inputs, **given}, mask=region, image=kept)
         if not 0 < strength <= 1:
             raise InputError("strength: out of range", got=str(strength), expected="above 0 and at most 1")
         grid = settings.sampler.grid
@@ -210,9 +209,8 @@ class Pipeline(Placed):
         """The pictures of one batch; each depends on its own request and not on the others."""
         noise = self.noise(requests, settings)
         with self.autocast():
-            condition = self.condition(requests, settings)
-            guided = settings.sampler.guided(self.denoiser, self.negative(requests, settings))
-            x, denoiser = self.start(guided, noise(), settings)
+            condition, negative = self.condition(requests, settings), self.negative(requests, settings)
+            x, denoiser = self.start(settings.sampler.guided(self.denoiser, negative), noise(), settings)
             with self.on_device(self.denoiser):
                 x = settings.sampler(denoiser, x, noise, condition, on_step=on_step)
         x = denoiser.kept(x) if isinstance(denoiser, Inpainted) else x
@@ -251,11 +249,11 @@ class Pipeline(Placed):
 
     def check(self, requests: Sequence[Request]) -> None:
         """Refuse a prompt or a label that this model does not read."""
-        expected = f"only {', '.join(self.reads)}" if self.reads else "no condition at all"
-        if any(r.prompt or r.negative for r in requests) and "caption" not in self.reads:
-            raise InputError("prompt: this model reads none", expected=expected)
-        if any(r.label is not None for r in requests) and "label" not in self.reads:
-            raise InputError("label: this model reads none", expected=expected)
+        texts, labels = any(r.prompt or r.negative for r in requests), any(r.label is not None for r in requests)
+        for name, key, given in (("prompt", "caption", texts), ("label", "label", labels)):
+            if given and key not in self.reads:
+                expected = f"only {', '.join(self.reads)}" if self.reads else "no condition at all"
+                raise InputError(f"{name}: this model reads none", expected=expected)
 
     def negative(self, requests: Sequence[Request], settings: SamplingSettings) -> Condition | None:
         """The condition that guidance moves away from: a negative prompt, else the null of each part."""
@@ -277,8 +275,7 @@ class Pipeline(Placed):
         """The requests as a conditioner reads them."""
         batch: dict[str, Any] = {name: x.expand(len(requests), *x.shape[1:]) for name, x in settings.inputs.items()}
         batch["caption"] = captions
-        labels = [request.label for request in requests]
-        if None not in labels:
+        if None not in (labels := [request.label for request in requests]):
             batch["label"] = torch.tensor(labels)  # on the CPU, where they are checked
         if "low_resolution" in batch:
             batch["noise_level"] = torch.full((len(requests),), NOISE_LEVEL)
@@ -300,8 +297,7 @@ class Pipeline(Placed):
 
         loaded = restore(self.loaded, self.conditioner) if self.conditioner else self.loaded
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "model"
-            text = text_in(self.conditioner)
+            target, text = Path(folder) / "model", text_in(self.conditioner)
             tokenizer = text.require_tokenizer() if text else None
             checkpoint.write_diffusers(target, self.config.values, loaded.state, tokenizer)
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)

@@ -79,8 +79,17 @@ def test_init_from_fills_what_nothing_else_says(load, models):
     )
     assert (config["path"]["type"], config["prediction"]["type"], config["conditioner"]) == ("flow", "flow", None)
     assert config["backbone"] == stored["backbone"]
+    with pytest.raises(InputError, match=r"guidance\.cfgg: unknown key"):
+        load(text, "guidance.cfgg=3", init_from=Path("none"))
     config, _ = load(text + BACKBONE, init_from=models["joint"])
     assert config["backbone"]["multipliers"] == [1]
+
+
+def test_init_from_fills_how_it_is_sampled(models, tmp_path):
+    (tmp_path / "c.yaml").write_text(TRAINING[TRAINING.index("draw") :])
+    schema = parts.find("recipe", "diffusion").Schema
+    config, _ = assemble.load(tmp_path / "c.yaml", [], schema, models["joint"])
+    assert all(config[key] == nodes(models["joint"])[key] for key in ("guidance", "spacing", "solver", "size"))
 
 
 def test_a_node_without_type_changes_single_settings(load, models):

@@ -87,8 +87,10 @@ class Config:
             if schema[name].annotation is Part and isinstance(default, str):  # the name of a part
                 own = node.get(name, {})
                 node = {**node, name: {"type": default, **own} if isinstance(own, dict) else own}
-            if not key and name in self.pending and not (isinstance(own := node.get(name), dict) and "type" in own):
-                continue
+            own = node.get(name)
+            typeless = isinstance(own, dict) and "type" not in own and isinstance(parts.TABLES.get(name), dict)
+            if not key and name in self.pending and (typeless or not isinstance(own, dict)):
+                continue  # it is completed later
             if name in node:
                 checked[name] = self._value(node[name], schema[name].annotation, full, table or name)
             elif default is inspect.Parameter.empty:

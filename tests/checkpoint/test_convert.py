@@ -117,8 +117,8 @@ def test_clips_own_tokenizer_is_written_where_nothing_was_carried(tmp_path):
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("x.ckpt", [], "not a name for a file of weights (DST); got {}/x.ckpt; expected NAME.safetensors"),
-        ("x", ["--to", "compvis"], "not a name for a file of weights (DST); got {}/x; expected NAME.safetensors"),
+        ("x.ckpt", [], "not the name of a weights file (DST); got {}/x.ckpt; expected NAME.safetensors"),
+        ("x", ["--to", "compvis"], "not the name of a weights file (DST); got {}/x; expected NAME.safetensors"),
         ("no/x.safetensors", [], "no such folder (DST); got {}/no; expected a folder that exists"),
         ("there", [], "exists already (DST); got {}/there; expected a new folder"),
     ],

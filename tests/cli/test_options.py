@@ -36,11 +36,11 @@ def test_sample_batch_size(size, expected, tmp_path, monkeypatch):
 
 def test_fetch_looks_at_what_is_there_already(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    target = fetch.place(fetch.KNOWN["vgg16"])
+    target = fetch.cached(fetch.DOWNLOADS["vgg16"])
     target.parent.mkdir(parents=True)
     target.write_bytes(b"half of it")
     with pytest.raises(DataError, match="other weights than the published ones"):
-        fetch.fetch(fetch.KNOWN["vgg16"])
+        fetch.fetch(fetch.DOWNLOADS["vgg16"])
 
 
 def test_judge(tmp_path, monkeypatch):
@@ -66,8 +66,10 @@ def test_doctor(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "build", lambda config, loaded, start: start.init_from)
     monkeypatch.setattr(doctor, "examine", examine)
-    assert main(["doctor", str(tmp_path / "toy.yaml"), "--run", "R", "--minutes", "2", "--init-from", "F"]) == 130
-    assert seen == ["F", "R", 2.0]
+    assert (
+        main(["doctor", str(tmp_path / "toy.yaml"), "--run", "R", "--minutes", "2", "--init-from", str(SHIPPED)]) == 130
+    )
+    assert seen == [str(SHIPPED), "R", 2.0]
 
 
 def evaluated(tmp_path, monkeypatch, *words: str) -> tuple[dict, list[int]]:
@@ -103,5 +105,5 @@ def test_evaluate_vae(tmp_path, monkeypatch):
 
 def test_evaluate_training_seed():
     config = configuration.load(config_file("scenes", "evaluate"), ["seed=1", "training_seed=7"], evaluate.Schema)
-    source, _, training = evaluate.sources(config)
+    source, _, training = evaluate.references(config)
     assert (source.seed, training.seed) == (1, 7)

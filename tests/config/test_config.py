@@ -131,7 +131,8 @@ def test_a_text_that_is_no_configuration_is_answered_in_one_line(name, capsys):
         (".", "cannot read the configuration: Is a directory (.)"),
         (
             "swiss_rol",
-            "no such configuration (swiss_rol); expected a .yaml file, or one of gallery, scenes, swiss_roll",
+            "no such configuration (swiss_rol); expected a .yaml file, or one of gallery, scenes, swiss_roll; "
+            "try swiss_roll",
         ),
     ],
 )
