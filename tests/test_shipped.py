@@ -28,8 +28,8 @@ def test_sample_needs_no_checkpoint(tmp_path):
 def test_words_that_it_cannot_know_are_named(tmp_path, capsys):
     words = ["sample", "--steps", "1", "--out", str(tmp_path)]
     assert main([*words, "--prompt", "a red sphere", "--prompt", "a photo of a cat"]) == 0
-    expected = "note: the shipped model knows scenes on a table, and nothing of photo, cat; "
-    assert expected + "--ckpt FILE takes another, such as a Stable Diffusion file\n" in capsys.readouterr().err
+    expected = "note: the model's text encoder has not seen: photo, cat; "
+    assert expected + "try --ckpt FILE for another model, such as a Stable Diffusion file\n" in capsys.readouterr().err
     assert main([*words, "--prompt", "there is a shiny red ball to the left of a gray box on a wooden floor"]) == 0
     assert "note" not in capsys.readouterr().err
 
