@@ -135,7 +135,7 @@ SABOTAGES = [
     Sabotage("resume: on top of what cannot be read", "ldm/training/checkpointing.py", "    if damaged:\n", "    if not damaged:\n", "tests/training/test_faults.py"),
     Sabotage("resume: any data of the same number", "ldm/training/checkpointing.py", '"data": getattr(recipe.data, "digest", None)', '"data": None', "tests/training/test_setup.py"),
     Sabotage("resume: bare weights are a run", "ldm/training/run.py", "if weights.exists() and not resumed and not unfinished:", "if weights.exists() and resumed and unfinished:", "tests/training/test_faults.py"),
-    Sabotage("resume: a frozen encoder begins anew", "ldm/training/recipes/diffusion.py", "if first := start.exported or start.init_from:", "if first := start.init_from if not start.exported else None:", "tests/training/test_latent_diffusion.py"),
+    Sabotage("resume: a frozen encoder begins anew", "ldm/training/recipes/diffusion.py", "first = start.exported or start.init_from", "first = start.init_from if not start.exported else None", "tests/training/test_latent_diffusion.py"),
     Sabotage("left out: any encoder will do", "ldm/conditioning/external.py", 'if found != wanted["sha256"]:', "if not found:", "tests/training/test_external.py"),
     Sabotage("left out: a folder's name goes along", "ldm/conditioning/external.py", "public = on_hub(text.weights)", "public = True", "tests/training/test_external.py"),
     Sabotage("left out: the file's encoder goes by the other's name", "ldm/assemble.py", "            encoder.text.weights = None", "            pass", "tests/training/test_external.py"),
