@@ -2,7 +2,7 @@
 
     python -m benchmarks.configs [--out docs/configs.md] [NAME ...]
 
-The stages are those of `train_autoencoder.py` and `train_ldm.py`, and what is counted is what `ldm doctor` counts: the
+The recipes are those of `train_autoencoder.py` and `train_ldm.py`, and what is counted is what `ldm doctor` counts: the
 operations of one sample, forward and back, encoders and losses included; the bytes of one process before activations;
 the bytes of a checkpoint. Pictures are scenes of each configuration's own size, whose contents do not change the count.
 """
@@ -22,7 +22,6 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import assemble
-from ldm.assemble import AutoencoderSchema, DiffusionSchema
 from ldm.conditioning.external import LARGEST, encoders
 from ldm.conditioning.text import Text
 from ldm.config import schema as configuration
@@ -32,13 +31,12 @@ from ldm.losses.perceptual import FeatureDistance
 from ldm.models.empty import empty
 from ldm.models.lpips import LPIPS
 from ldm.scenes import Scenes
-from ldm.training.loop import Stage
-from ldm.training.needs import remembered, size, without_checkpointing
-from ldm.training.recipes.autoencoder import AutoencoderStage
-from ldm.training.recipes.diffusion import LatentDiffusionStage
-from ldm.training.run import disk_needed
-from ldm.training.sample_grid import SampleGrid
-from ldm.training.setup import settings
+from ldm.training.cost import optimizer_bytes, size, without_checkpointing
+from ldm.training.loop import Loop
+from ldm.training.recipe import Recipe, Setup
+from ldm.training.recipes import autoencoder, diffusion
+from ldm.training.run import bytes_needed
+from ldm.training.setup import makers
 
 ROOT = Path(__file__).parent.parent / "configs"
 STAGES = {"autoencoder": "First stages", "ldm": "Second stages"}
@@ -46,21 +44,28 @@ ONE = ["trainer.devices=1", "trainer.accelerator=cpu"]
 SUSTAINED = 100  # TFLOP/s, for which days are told
 HEAD = f"""# What the configurations cost
 
-Written by `python -m benchmarks.configs --out docs/configs.md`. **Computed, not measured**: networks are built on the
-meta device, where they have shapes and no numbers, and a training step of one sample is counted there, as `ldm doctor`
-counts it on yours.
+Written by `python -m benchmarks.configs --out docs/configs.md`. **Computed, not measured**: the networks are built on
+the meta device,
+which needs no memory, and the operations of a training step are counted there, as `ldm doctor` counts them on your
+machine.
 
-- *trained*: parameters that learn, of all networks.
-- *GFLOP*: of one sample, forward and back, a multiplication and an addition being two; with the frozen encoders and the
-  perceptual loss, in the phase that costs most; without what checkpointing or fused attention computes again.
-- *latents*: of these, what encoding the picture takes, and a [cache](latent_diffusion.md#from-a-cache) saves.
-- *memory*: weights, gradients, moments and averages of one process in float32, unsharded. Activations come on top: they
-  depend on the device and the precision, and `ldm doctor` counts them.
-- *checkpoint*: what one takes on disk, with the model's own file; `trainer.keep` of them stay, and the next is written.
-- *EFLOP*: 1e18 operations, of all steps of the configuration, phase by phase. With X sustained TFLOP/s on each of N
-  devices they take EFLOP / (0.0864 X N) days.
-- *days*: that, for X = {SUSTAINED} and N = 1. What a device of yours sustains, the log of a run says
-  (`tflops_per_second`); validation and checkpoints come on top."""
+- *trained*: trainable parameters of all networks.
+- *GFLOP*: operations per sample, forward and backward; a multiplication and an addition are two operations. Frozen
+  encoders and the
+  perceptual loss are included. The most expensive phase is counted. What checkpointing and fused attention recompute
+  is not.
+- *latents*: the part of GFLOP that encodes the picture, which a [cache](latent_diffusion.md#from-a-cache) saves.
+- *memory*: weights, gradients, optimiser moments and averages of one process in float32, unsharded. Activations come
+  on top: they
+  depend on the device and the precision, and `ldm doctor` measures them.
+- *checkpoint*: size of one checkpoint on disk, with the exported model. The newest `trainer.keep` are kept while the
+  next is written.
+- *EFLOP*: 1e18 operations, for all steps and phases of the configuration. On N devices that sustain X TFLOP/s each,
+  they take
+  EFLOP / (0.0864 X N) days.
+- *days*: for X = {SUSTAINED} and N = 1. The log of a run shows what your device sustains (`tflops_per_second`).
+  Validation and checkpoints
+  come on top."""
 
 
 class Source:
@@ -92,43 +97,41 @@ class Cost(NamedTuple):
     checkpoint: int
 
 
-# ---------------------------------------------------------------------------------------------------- the stages
+# ----------------------------------------------------------------------------------------------------- the loops
 
 
-def common(config: Config) -> dict[str, Any]:
-    """What both stages are told."""
-    return {
-        "plan": config.build("trainer"),
-        "data": Source(config["data"]),
-        "config": {**config.values, "left_out": {}},
-        "seed": config["seed"],
-        **settings(config),
-    }
+def setup_of(config: Config) -> Setup:
+    """What both recipes are built from."""
+    source = Source(config["data"])
+    return Setup(config["seed"], config.build("trainer"), source, None, {**config.values, "left_out": {}})
 
 
-def first_stage(file: Path) -> AutoencoderStage:
+def loop_of(config: Config, recipe: Recipe) -> Loop:
+    """The loop that runs a recipe."""
+    return Loop(recipe, settings=recipe.settings, **makers(config))
+
+
+def first_stage(file: Path) -> Loop:
     """An autoencoder and its adversary, with the perceptual loss that they are trained with."""
     values = yaml.safe_load(file.read_text())
     given = ["data.root=DIR"] if values["data"]["type"] == "images" else []
-    config = configuration.load(file, [*given, *ONE], AutoencoderSchema)
+    config = configuration.load(file, [*given, *ONE], autoencoder.Schema)
     loss = config.amended(["loss.perceptual_weight=0"]).build("loss")
     loss.perceptual_weight = config["loss"]["perceptual_weight"]
     with empty():
-        autoencoder = config.build("autoencoder")
+        network = config.build("autoencoder")
         discriminator = config.build("discriminator", in_channels=3) if config["discriminator"] else None
         if config["loss"]["perceptual"] == "lpips" and loss.perceptual_weight:
             loss.perceptual = LPIPS().requires_grad_(False)
     if config["loss"]["perceptual"] == "judge" and loss.perceptual_weight:
         built: FeatureDistance = config.build("loss").perceptual
         loss.perceptual = built.to("meta")
-    names = ("train", "sample_from", "two_forwards", "revive")
-    players = {"autoencoder": autoencoder, "discriminator": discriminator, "loss": loss}
-    stage = AutoencoderStage(**players, **{name: config[name] for name in names}, **common(config))
-    stage.describe = lambda z, chosen: {}  # type: ignore[method-assign] # counts codes, which have no values here
-    return stage
+    recipe = config.build("recipe")(setup_of(config), network, discriminator, loss)
+    recipe.describe = lambda z, codes: {}  # counts codes, which have no values here
+    return loop_of(config, recipe)
 
 
-def second_stage(file: Path) -> LatentDiffusionStage:
+def second_stage(file: Path) -> Loop:
     """A denoiser, with the first stage that its file's default path names and the text encoder of its name."""
     values = yaml.safe_load(file.read_text())
     given = ["data.root=DIR"] if values["data"]["type"] == "images" else []
@@ -137,42 +140,44 @@ def second_stage(file: Path) -> LatentDiffusionStage:
         given += [f"autoencoder={json.dumps(node)}"]
     if (values.get("conditioner") or {}).get("weights"):
         given += ["conditioner.weights=random"]
-    config = configuration.load(file, [*given, *ONE], DiffusionSchema)
+    config = configuration.load(file, [*given, *ONE], diffusion.Schema)
     with empty():
         model = assemble.model(config)
     large = [x for x in encoders(model.conditioner) if size(x.text.transformer.parameters()) > LARGEST]
     for module in () if model.conditioner is None else model.conditioner.modules():
         if isinstance(module, Text) and module.tokenizer is None:
             module.learn(["a large green cone"])  # which words do not change the count
-    weight, level = assemble.weight(config, model.denoiser.path), config.build("draw")
-    samples = SampleGrid(config, model.denoiser.path)
-    stage = LatentDiffusionStage(model=model, level=level, weight=weight, samples=samples, **common(config))
-    stage.left_out = tuple(x.prefix for x in large)
-    return stage
+    path = model.denoiser.path
+    weight, sampler = assemble.weight(config, path), assemble.sampler(config, path)
+    recipe = config.build("recipe")(setup_of(config), model, config.build("draw"), weight, sampler)
+    recipe.external = tuple(x.prefix for x in large)
+    return loop_of(config, recipe)
 
 
 # ------------------------------------------------------------------------------------------------------ the costs
 
 
-def cost_of(stage: Stage) -> Cost:
-    """Of all phases of its plan."""
-    stage.trainer = stage.plan.trainer([], stage.unused)
-    trained = [p for group in stage.groups().values() for _, p in group]
-    flops, total = 0, 0
-    for _, first, steps in stage.spans():
-        stage.step = first
-        flops = operations(stage)
-        total += flops * steps * stage.data.batch_size
-    main = [p for _, p in stage.groups()[stage.main]]
-    memory = size([*stage.parameters(), *stage.buffers(), *trained, *main]) + round(size(trained) * remembered(stage))
+def cost_of(loop: Loop) -> Cost:
+    """The cost of all phases."""
+    recipe, settings = loop.recipe, loop.settings
+    trained = [p for group in recipe.groups().values() for _, p in group]
+    flops, total, batch = 0, 0, recipe.data.batch_size
+    for _, first, steps in loop.spans():
+        loop.counters.step = first
+        flops = operations(loop)
+        total += flops * steps * batch
+    main = [p for _, p in recipe.groups()[loop.main_group]]
+    memory = size([*recipe.parameters(), *recipe.buffers(), *trained, *main])
+    memory += round(size(trained) * optimizer_bytes(loop))
     parameters = sum(p.numel() for p in trained)
-    plan, batch = stage.plan, stage.data.batch_size
-    return Cost(parameters, flops, encoding(stage), batch, plan.steps, total, memory, disk_needed(stage))
+    return Cost(parameters, flops, encoding(loop), batch, settings.steps, total, memory, bytes_needed(loop))
 
 
-def sample(stage: Stage) -> dict[str, Any]:
+def sample(loop: Loop) -> dict[str, Any]:
     """The first one, on the meta device."""
-    return stage.transfer_batch_to_device(stage.data.batch([SampleId(0, 0, 0)], stage.seed), torch.device("meta"), 0)
+    recipe = loop.recipe
+    batch, prepare = recipe.data.batch([SampleId(0, 0, 0)], recipe.seed), recipe.preparation()
+    return loop.transfer_batch_to_device(batch if prepare is None else prepare(batch), torch.device("meta"), 0)
 
 
 def no_autocast() -> Any:
@@ -180,22 +185,20 @@ def no_autocast() -> Any:
     return mock.patch.object(torch, "autocast", return_value=nullcontext())
 
 
-def operations(stage: Stage) -> int:
-    """Of one sample, forward and back."""
-    stage.to("meta")
-    parameters = [p for p in stage.parameters() if p.requires_grad]
-    with no_autocast(), without_checkpointing(stage), FlopCounterMode(display=False) as counter:
-        for turn in stage.turns():
-            torch.autograd.grad(stage.loss(sample(stage), turn)[0], parameters, allow_unused=True)
+def operations(loop: Loop) -> int:
+    """The operations of one sample, forward and backward."""
+    recipe = loop.to("meta").recipe
+    parameters = [p for p in recipe.parameters() if p.requires_grad]
+    with no_autocast(), without_checkpointing(loop), FlopCounterMode(display=False) as counter:
+        for turn in recipe.turns():
+            torch.autograd.grad(recipe.loss(sample(loop), turn)[0], parameters, allow_unused=True)
     return counter.get_total_flops()
 
 
-def encoding(stage: Stage) -> int:
-    """Of one picture to its latents, where that is no training."""
-    if not isinstance(stage, LatentDiffusionStage):
-        return 0
+def encoding(loop: Loop) -> int:
+    """The operations that encode one picture, if a frozen first stage does; latents of pixels cost none."""
     with no_autocast(), FlopCounterMode(display=False) as counter:
-        stage.latents(sample(stage))
+        loop.recipe.latents(sample(loop))
     return counter.get_total_flops()
 
 
@@ -221,8 +224,8 @@ def page(names: Sequence[str]) -> Iterator[str]:
         rows = []
         for file in sorted((ROOT / folder).glob("*.yaml")):
             if not names or file.stem in names:
-                stage = first_stage(file) if folder == "autoencoder" else second_stage(file)
-                rows.append(row(file.stem, cost_of(stage)))
+                loop = first_stage(file) if folder == "autoencoder" else second_stage(file)
+                rows.append(row(file.stem, cost_of(loop)))
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         yield f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -15,7 +15,7 @@ import json
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter, process_time
@@ -34,8 +34,9 @@ from benchmarks.start_up import measure
 from ldm.checkpoint.files import DIGEST, open_file, write_file
 from ldm.data.images import Images
 from ldm.data.latents import FORMAT, MANIFEST, Latents
+from ldm.data.latents_writer import caption_bytes, joined
 from ldm.data.loader import Data, Loader, loader
-from ldm.data.sampler import grouped
+from ldm.data.sampler import by_bucket
 from ldm.pictures import to_float
 from ldm.scenes import Scenes
 from tests.data.photographs import encoded, photograph
@@ -136,7 +137,7 @@ def compare_pictures(
         data = Images(
             root=str(root), resolution=SIDE, batch_size=BATCH, workers=options.workers, manifest=f"{name}/index"
         )
-        mine = Loader(data, 0, list(grouped(range(len(data)), BATCH, data.buckets)))
+        mine = Loader(data, 0, list(by_bucket(range(len(data)), BATCH, data.buckets)))
         other = theirs(root, options.workers)
         difference = max(float((a - b).abs().mean()) for a, b in zip(floats(mine), other, strict=True)) * 127.5
         if difference >= 2:
@@ -182,7 +183,7 @@ def rate(what: str, data: Data, wanted: float, options: argparse.Namespace, batc
     return Line(what, float(np.median(figures[1:])), wanted, f"samples/s of a core, {low:.0f} to {high:.0f}")
 
 
-def write_cache(root: Path, count: int, tokens: bool) -> None:
+def write_cache(root: Path, count: int, tokens: bool, captions: Sequence[str] = ()) -> None:
     """A cache of random numbers, as `ldm cache` lays it out."""
     rows = []
     for number in range(count // 1024):
@@ -191,11 +192,13 @@ def write_cache(root: Path, count: int, tokens: bool) -> None:
         shard["latents"] = torch.randn(1024, 1, 4, 32, 32).bfloat16()
         if tokens:
             shard["caption.tokens"] = torch.randn(1024, 77, 768).bfloat16()
+        if captions:
+            shard |= joined([caption_bytes(captions[number * 1024 : (number + 1) * 1024])])
         file = f"{number:05}.safetensors"
         write_file(root / file, shard, {})
         rows.append({"file": file, "bucket": 0, "samples": 1024, DIGEST: open_file(root / file).metadata[DIGEST]})
-    texts = {"caption": {}} if tokens else {}
-    key = {"sizes": [[256, 256]], "count": count, "texts": texts, "keeps": [], "flip": False}
+    texts, keeps = {"caption": {}} if tokens else {}, ["caption"] if captions else []
+    key = {"sizes": [[256, 256]], "count": count, "texts": texts, "keeps": keeps, "flip": False}
     (root / MANIFEST).write_text(json.dumps({"format": FORMAT, "key": key, "shards": rows}))
 
 

@@ -25,7 +25,7 @@ from ldm.metrics.images import gradient_energy, measures
 from ldm.models.autoencoder import Autoencoder
 from ldm.scenes import draw, render
 from ldm.scenes.pretrained import judge
-from ldm.scenes.scoring import score, tally
+from ldm.scenes.scoring import score_all, tally
 
 BATCH, SIZE, SEED, ROWS = 50, 64, 1, 4
 WIDTH, HEIGHT, LEFT, DOWN = 420, 260, 44, 24  # of a plot, in pixels, and its margins
@@ -59,12 +59,12 @@ def bicubic(x: Tensor, factor: int) -> Tensor:
 def measured(x: Tensor, y: Tensor, scenes: list) -> Measured:
     """Everything about y, which should be x."""
     values = measures(x, y) | {"gradient energy": gradient_energy(y) / gradient_energy(x)}
-    verdicts, moments = [], []
+    scores, moments = [], []
     for start in range(0, len(x), BATCH):
         part = slice(start, start + BATCH)
-        verdicts += score(judge()(y[part]), scenes[part])
+        scores += score_all(judge()(y[part]), scenes[part])
         moments.append([judge().pooled(each[part]) for each in (x, y)])
-    right = {name: a / b for name, (a, b) in tally(verdicts).items() if b}
+    right = {name: a / b for name, (a, b) in tally(scores).items() if b}
     true, made = (Moments.of(torch.cat(side)) for side in zip(*moments))
     return Measured(values, right, frechet_distance(true, made))
 

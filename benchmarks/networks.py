@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm.checkpoint.autoencoder_keys import write_autoencoder
-from ldm.checkpoint.backbone_keys import write_backbone
+from ldm.checkpoint.unet_keys import unet_keys
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.quantize import Gaussian
 from ldm.models.unet import UNet
@@ -53,7 +53,7 @@ def unets(channels: int) -> tuple[UNet, UNet2DConditionModel]:
         attention_head_dim=8,
         cross_attention_dim=512,
     )
-    theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
+    theirs.load_state_dict(unet_keys(ours, "diffusers").write(ours.state_dict()))
     return ours, theirs
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm import assemble
-from ldm.training.recipes.diffusion import LatentDiffusionStage, build
+from ldm.training.recipe import Start
+from ldm.training.recipes.diffusion import DiffusionRecipe, Schema
+from ldm.training.run import build
 
 CONFIG = Path(__file__).parent.parent / "configs/ldm/scenes.yaml"
 BATCH = 100
@@ -51,30 +54,37 @@ def gaussians(z: Tensor) -> dict[str, Gaussian]:
 
 
 @torch.no_grad()
-def latents(stage: LatentDiffusionStage, count: int) -> Tensor:
+def latents(recipe: DiffusionRecipe, count: int) -> Tensor:
     """(N, D) of the first training scenes."""
     sample_ids = [(i, i, 0) for i in range(count)]
-    batches = (stage.data.batch(sample_ids[k : k + BATCH], stage.seed) for k in range(0, count, BATCH))
-    return torch.cat([stage.latents(batch).flatten(1) for batch in batches]).double()
+    batches = (recipe.data.batch(sample_ids[k : k + BATCH], recipe.seed) for k in range(0, count, BATCH))
+    return torch.cat([recipe.latents(batch).flatten(1) for batch in batches]).double()
 
 
 @torch.no_grad()
-def loss(stage: LatentDiffusionStage) -> Tensor:
-    """(N,) over training's levels."""
-    batches = (stage.fetched(stage.loss_by_level.data, sample_ids) for sample_ids in stage.loss_by_level.batches)
-    return torch.cat([stage.loss_by_level.losses(stage, batch)["loss"].double() for batch in batches])
+def loss(recipe: DiffusionRecipe) -> Tensor:
+    """(N,) at the levels of training."""
+    found: list[Tensor] = []
+
+    def losses(batch: dict[str, Any], part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        each = recipe.validation_losses(batch, part)
+        found.append(each[0].double())
+        return each
+
+    recipe.loss_by_level.measure(losses, recipe.rank)
+    return torch.cat(found)
 
 
 def compare(file: Path, count: int, images: int) -> None:
     """A line for the model and each Gaussian, with the standard error of the difference."""
     overrides = [f"autoencoder={file}", f"trainer.validate_images={images}"]
-    config, loaded = assemble.load(CONFIG, overrides, assemble.DiffusionSchema)
-    stage = build(config, loaded, init_from=str(file)).eval()
-    found = loss(stage)
+    config, loaded = assemble.load(CONFIG, overrides, Schema)
+    recipe: Any = build(config, loaded, Start(init_from=str(file))).recipe.eval()
+    found = loss(recipe)
     print(f"loss of the model: {found.mean():.4f} on {len(found)} unseen scenes")
-    for name, gaussian in gaussians(latents(stage, count)).items():
-        stage.denoiser.backbone = gaussian.float()
-        best = loss(stage)
+    for name, gaussian in gaussians(latents(recipe, count)).items():
+        recipe.denoiser.backbone = gaussian.float()
+        best = loss(recipe)
         error = (best - found).std() / len(found) ** 0.5
         below = 1 - found.mean() / best.mean()
         print(f"  {name}: {best.mean():.4f}; the model is {below:.1%} below, +- {error / best.mean():.1%}", flush=True)

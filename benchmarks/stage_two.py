@@ -2,7 +2,7 @@
 
     python -m benchmarks.stage_two [--channels 128] [--size 16] [--batch 4] [--rounds 10] [--threads 2] [--peak TFLOPS]
 
-Ours is LatentDiffusionStage as `train_ldm.py` runs it. Inside the timing are the loader's next batch, its way to the
+Ours is the diffusion recipe as `train_ldm.py` runs it. Inside the timing are the loader's next batch, its way to the
 device, Lightning's precision and all of `training_step`: keyed noise and times, the condition, loss, backward pass,
 clipping, the one read of norm and losses, schedule, AdamW, average. Outside are Lightning's own loop, logs, validation,
 checkpoints, and the reading of files: samples lie in memory for both sides, and benchmarks/data.py times a cache.
@@ -34,7 +34,7 @@ from benchmarks.device import DEVICE, flops, has_bfloat16, peak, per_second, set
 from benchmarks.networks import fill, paired_ratio, unets, verdict
 from benchmarks.text_to_image import ADAMW, CLIP, Example
 from ldm.assemble import Model
-from ldm.checkpoint.backbone_keys import write_backbone
+from ldm.checkpoint.families import backbone_of
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.label import Label
 from ldm.conditioning.text import clip
@@ -49,12 +49,13 @@ from ldm.draws import draw, stream
 from ldm.models.autoencoder import Autoencoder, kl
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
+from ldm.training.cost import Memory, SavedTensors, peak_flops, size
 from ldm.training.ema import EMA
-from ldm.training.needs import Needs, Waiting, size
+from ldm.training.loop import Loop
 from ldm.training.optimizers import adamw, constant
-from ldm.training.recipes.diffusion import DENOISER, LatentDiffusionStage
-from ldm.training.trainer import Plan
-from ldm.training.utilisation import peak_of
+from ldm.training.recipe import Setup
+from ldm.training.recipes.diffusion import DENOISER, DiffusionRecipe
+from ldm.training.trainer import TrainerSettings
 
 SEED, BATCHES = 0, 8  # of so many batches the set consists
 SD15: dict[str, Any] = {"channels": 320, "multipliers": (1, 2, 4, 4), "attend": (1, 2, 4), "heads": 8, "context": 768}
@@ -128,33 +129,35 @@ def cached(shape: Shape, width: int = 512) -> Ready:
     return Ready(shape.batch, torch.randn(count, 77, width, generator=generator), latents=latents)
 
 
-def stage_of(model: Model, data: Ready, row: Row) -> LatentDiffusionStage:
-    """A stage with the example's numbers."""
-    return LatentDiffusionStage(
-        model=model,
-        level=Uniform(),
-        weight=Constant(),
-        samples=None,  # type: ignore[arg-type]  # of validation, which is not done
-        config={},
-        data=data,
-        plan=Plan(steps=1000, clip=CLIP, precision=row.ours, channels_last=row.channels_last, devices=1),
-        seed=SEED,
-        optimizer=partial(adamw, **ADAMW),
+def loop_of(model: Model, data: Ready, row: Row) -> Loop:
+    """A loop with the example's numbers."""
+    settings = TrainerSettings(steps=1000, clip=CLIP, precision=row.ours, channels_last=row.channels_last, devices=1)
+    recipe = DiffusionRecipe(
+        Setup(SEED, settings, data, None, {"left_out": {}}),
+        model,
+        Uniform(),
+        Constant(),
+        None,  # type: ignore[arg-type]  # the sampler of validation, which is not done
+    )
+    return Loop(
+        recipe,
+        settings=settings,
+        optimizers={"": partial(adamw, **ADAMW)},
         schedule=constant,
         ema=partial(EMA, decay=0.9999),
     )
 
 
-def small(network: UNet, data: Ready, row: Row, autoencoder: Autoencoder | None = None) -> LatentDiffusionStage:
-    """The stage that is compared: its conditioner has no weights and hands on the states of the data."""
+def small(network: UNet, data: Ready, row: Row, autoencoder: Autoencoder | None = None) -> Loop:
+    """The loop that is compared: its conditioner has no weights and hands on the states of the data."""
     conditioner = Conditioner("caption", drop=0.0)
     conditioner.freeze()  # as what a cache has the states of
     model = Model(Denoiser(network, scaled_linear(), Eps()), conditioner, autoencoder)
-    return stage_of(model, data, row)
+    return loop_of(model, data, row)
 
 
 class Within(pl.Callback):
-    """Work to do where a training would begin: the stage is in its place, with its optimiser, and no loop runs."""
+    """Work to do where a training would start: the loop is set up, with its optimiser, and takes no step."""
 
     def __init__(self, work: Callable[[], object]):
         self.work = work
@@ -164,24 +167,24 @@ class Within(pl.Callback):
         trainer.should_stop = True
 
 
-def within(stage: LatentDiffusionStage, work: Callable[[], object]) -> None:
-    """Do something with a stage that Lightning has put in its place."""
-    stage.plan.trainer([Within(work)], stage.unused).fit(stage)
+def within(loop: Loop, work: Callable[[], object]) -> None:
+    """Do something with a loop that Lightning has set up."""
+    loop.settings.trainer([Within(work)], loop.recipe.sometimes_unused).fit(loop)
 
 
-def ours(stage: LatentDiffusionStage) -> Side:
-    """A stage that is in its place; its step is what Lightning's loop calls."""
-    batches = iter(stage.train_dataloader())
+def ours(loop: Loop) -> Side:
+    """A loop that is set up; its step is what Lightning's loop calls."""
+    batches = iter(loop.train_dataloader())
 
     def step() -> None:
-        batch = stage.transfer_batch_to_device(next(batches), stage.device, 0)
-        with stage.trainer.precision_plugin.train_step_context():
-            stage.training_step(batch, 0)
+        batch = loop.transfer_batch_to_device(next(batches), loop.device, 0)
+        with loop.trainer.precision_plugin.train_step_context():
+            loop.training_step(batch, 0)
 
-    return Side(step, stage, stage.optimizers_by_group()[DENOISER], stage.ema.shadows.values())
+    return Side(step, loop, loop.optimizers_by_group()[DENOISER], loop.ema.shadows.values())
 
 
-def pair(shape: Shape, row: Row) -> tuple[LatentDiffusionStage, Example]:
+def pair(shape: Shape, row: Row) -> tuple[Loop, Example]:
     """Both with the same weights and samples."""
     mine, other = unets(shape.channels)
     batches = iter(loader(cached(shape), SEED))
@@ -191,20 +194,24 @@ def pair(shape: Shape, row: Row) -> tuple[LatentDiffusionStage, Example]:
 # ------------------------------------------------------------------------------------------- gates and measures
 
 
-def check(stage: LatentDiffusionStage, example: Example, tolerance: float) -> str:
+def check(loop: Loop, example: Example, tolerance: float) -> str:
     """Stop unless both have one loss and the same gradients at the same noise and times; says how near they are."""
-    batch = stage.transfer_batch_to_device(next(iter(stage.train_dataloader())), stage.device, 0)
+    recipe: Any = loop.recipe
+    batch = loop.transfer_batch_to_device(next(iter(loop.train_dataloader())), loop.device, 0)
     x0, tokens = batch["latents"], batch["states"]["caption"]["tokens"].to(DEVICE)
-    u, noise = draw(stream(SEED, "loss"), batch["number"].tolist(), 1 + len(stage.drops), x0.shape[1:])
-    steps = stage.level(stage.denoiser.path, u[:, 0]).t.long()  # (B,)
+    u, noise = draw(stream(SEED, "loss"), batch["number"].tolist(), 1 + len(recipe.drops), x0.shape[1:])
+    steps = recipe.draw(recipe.denoiser.path, u[:, 0]).t.long()  # (B,)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        with stage.trainer.precision_plugin.train_step_context():
-            mine = stage.loss(batch, (DENOISER,))[0]
-            stage.manual_backward(mine)
+        with loop.trainer.precision_plugin.train_step_context():
+            mine = recipe.loss(batch, (DENOISER,))[0]
+            loop.manual_backward(mine)
         other = example.loss(x0, tokens, steps.to(DEVICE), noise.to(DEVICE))
         other.backward()
-    apart = {"loss": abs(mine.item() - other.item()) / other.item(), **gradients_apart(stage, example.network)}
-    for network in (stage, example.network):
+    apart = {
+        "loss": abs(mine.item() - other.item()) / other.item(),
+        **gradients_apart(recipe.denoiser.backbone, example.network),
+    }
+    for network in (loop, example.network):
         network.zero_grad(set_to_none=True)
     for name, difference in apart.items():
         limit = tolerance * (1 if name in ("loss", "gradient") else 10)
@@ -213,10 +220,11 @@ def check(stage: LatentDiffusionStage, example: Example, tolerance: float) -> st
     return f"losses {apart['loss']:.1e} apart, gradients {apart['gradient']:.1e}, at most {max(apart.values()):.1e}"
 
 
-def gradients_apart(stage: LatentDiffusionStage, other: nn.Module) -> dict[str, float]:
+def gradients_apart(backbone: nn.Module, other: nn.Module) -> dict[str, float]:
     """How far, as a part of their size, the whole gradients are apart, and those of each weight by its name there."""
-    backbone = stage.denoiser.backbone
-    mine = write_backbone({name: p.grad for name, p in backbone.named_parameters()}, backbone, "diffusers")
+    kind = backbone_of("unet" if isinstance(backbone, UNet) else "dit")
+    assert kind is not None
+    mine = kind.keys(backbone, "diffusers").write({name: p.grad for name, p in backbone.named_parameters()})
     norms = {name: (float((mine[name] - p.grad).norm()), float(p.grad.norm())) for name, p in other.named_parameters()}
     difference, whole = torch.tensor(list(norms.values())).norm(dim=0).tolist()
     return {"gradient": difference / whole} | {name: a / max(b, TINY * whole) for name, (a, b) in norms.items()}
@@ -225,24 +233,24 @@ def gradients_apart(stage: LatentDiffusionStage, other: nn.Module) -> dict[str, 
 def compare(name: str, shape: Shape, rounds: int) -> None:
     """Gate, ratio and memory of one pair of precisions."""
     row = ROWS[name]
-    stage, example = pair(shape, row)
+    loop, example = pair(shape, row)
 
     def work() -> None:
-        print(f"{name}: {check(stage, example, row.tolerance)}", flush=True)
-        a, b = ours(stage), Side(example.step, example.network, example.optimizer, example.ema.shadow_params)
+        print(f"{name}: {check(loop, example, row.tolerance)}", flush=True)
+        a, b = ours(loop), Side(example.step, example.network, example.optimizer, example.ema.shadow_params)
         ratio, low = paired_ratio(settled(a.step), settled(b.step), rounds)
         words = verdict(ratio, row.wanted) if DEVICE == "cpu" else "no target on a GPU"
         print(f"  ratio {ratio:.3f}, at least {low:.3f}; {words}")
         compare_memory(a, b)
 
-    within(stage, work)
+    within(loop, work)
 
 
 def compare_memory(a: Side, b: Side) -> None:
     """Of both sides the parts and the peak, in MiB."""
     table = {}
     for name, side in {"ours": a, "theirs": b}.items():
-        parts = {part: count / 2**20 for part, count in vars(needs_of(side)).items()}
+        parts = {part: count / 2**20 for part, count in vars(memory_of(side)).items()}
         step = peak(settled(side.step))
         kept = parts["weights"] + parts["optimizer"] + parts["averages"]
         table[name] = {**parts, "of a step": step, "peak": kept + step}
@@ -253,18 +261,18 @@ def compare_memory(a: Side, b: Side) -> None:
     print(f"  peak {ratio:.3f} of theirs; {verdict(ratio, MEMORY, most=True)}; the aim is {AIM}", flush=True)
 
 
-def needs_of(side: Side) -> Needs:
-    """The bytes of each part; activations are the most that waits for the backward pass, weights left out."""
-    waiting = Waiting(side.network)
-    with torch.autograd.graph.saved_tensors_hooks(waiting.pack, lambda kept: kept.x):
+def memory_of(side: Side) -> Memory:
+    """The bytes of each part; activations are the most that is saved for the backward pass, without weights."""
+    counter = SavedTensors(side.network)
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda saved: saved.x):
         side.step()
     states = side.optimizer.state.values()
-    return Needs(
+    return Memory(
         weights=size((*side.network.parameters(), *side.network.buffers())),
         gradients=size(p for p in side.network.parameters() if p.requires_grad),
         optimizer=size(x for state in states for x in state.values() if isinstance(x, Tensor)),
         averages=size(side.averages),
-        activations=waiting.most,
+        activations=counter.most,
     )
 
 
@@ -287,22 +295,22 @@ def compare_cached(shape: Shape, row: Row, rounds: int) -> None:
 # --------------------------------------------------------------------------------------------------------- on a GPU
 
 
-def large(name: str) -> LatentDiffusionStage:
-    """Stable Diffusion 1.5's or DiT-XL/2's stage at 256 pixels."""
+def large(name: str) -> Loop:
+    """Stable Diffusion 1.5's or DiT-XL/2's loop at 256 pixels."""
     data = cached(Shape(320, 32, 32), 768)
     with torch.device(DEVICE):
         network = UNet(**SD15) if name == "SD 1.5" else DiT(classes=1001)
     if name == "SD 1.5":
         model = Model(Denoiser(network, scaled_linear(), Eps()), clip(weights="random"), None)
-        return stage_of(model, data, ROWS["defaults"])
+        return loop_of(model, data, ROWS["defaults"])
     labelled = Ready(data.batch_size, label=torch.arange(len(data)), **data.columns)
     model = Model(Denoiser(network, linear(), LearnedRange(of=Eps())), Label(), None)
-    return stage_of(model, labelled, ROWS["bfloat16"])
+    return loop_of(model, labelled, ROWS["bfloat16"])
 
 
-def speed(name: str, stage: LatentDiffusionStage, best: float | None, rounds: int) -> None:
+def speed(name: str, loop: Loop, best: float | None, rounds: int) -> None:
     """Images/s, how much of the device's peak that is, and where the time goes."""
-    step, batch = ours(stage).step, stage.data.batch_size
+    step, batch = ours(loop).step, loop.recipe.data.batch_size
     operations = flops(step) / batch
     many = settled(lambda: [step() for _ in range(STEPS)])
     many()
@@ -331,9 +339,9 @@ def main() -> None:
         compare(name, shape, rounds)
     compare_cached(shape, ROWS[names[-1]], rounds)
     for name in () if cpu else ("SD 1.5", "DiT-XL/2"):
-        stage = large(name)
-        best = 1e12 * arguments.peak or peak_of(stage.plan, torch.cuda.get_device_name())
-        within(stage, partial(speed, name, stage, best, rounds))
+        loop = large(name)
+        best = 1e12 * arguments.peak or peak_flops(loop.settings, torch.cuda.get_device_name())
+        within(loop, partial(speed, name, loop, best, rounds))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What it costs to begin with an index of a million pictures: seconds and memory beyond the imports.
+"""What start-up costs: of commands beyond a bare interpreter, of a million pictures' index beyond the imports.
 
 python -m benchmarks.start_up
 """
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,19 @@ def measure(count: int = 1_000_000) -> tuple[float, float]:
     return seconds, megabytes
 
 
+def beyond(*arguments: str, pairs: int = 9) -> float:
+    """Seconds that a fresh interpreter takes for these beyond an empty one: the median of pairs that alternate."""
+
+    def seconds(*words: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *words], capture_output=True, check=True)
+        return time.perf_counter() - begin
+
+    return statistics.median(-seconds("-c", "pass") + seconds(*arguments) for _ in range(pairs))
+
+
 if __name__ == "__main__":
+    print(f"import ldm: {beyond('-c', 'import ldm'):.2f} s beyond a bare interpreter (wanted: 0.1 s)")
+    print(f"sample.py --help: {beyond('sample.py', '--help'):.2f} s (wanted: 0.3 s)")
     seconds, megabytes = measure()
     print(f"a million pictures: {seconds:.2f} s and {megabytes:.0f} MB beyond imports (wanted: 2 s, 200 MB)")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def mix32(seed: int, number: int) -> int:
-    """A 32-bit hash of two integers: torch's CPU generator looks at 32 bits of its seed only."""
+    """A 32-bit hash of two integers; torch's CPU generator uses only 32 bits of its seed."""
     x = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -18,17 +18,17 @@ def mix32(seed: int, number: int) -> int:
 
 
 def stream(seed: int, name: str) -> int:
-    """A seed of its own for each use of randomness, so that a sample's flip knows nothing of its noise level."""
+    """A separate seed for each use of randomness, so that a sample's flip is independent of its noise level."""
     return mix32(seed, zlib.crc32(name.encode()))
 
 
 def keyed(generator: torch.Generator, seed: int, number: int) -> torch.Generator:
-    """The generator, set to the beginning of sample `number`'s own stream."""
+    """The generator, reseeded for sample `number`."""
     return generator.manual_seed(mix32(seed, number))
 
 
 def draw(seed: int, numbers: Iterable[int], uniforms: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(B, uniforms) uniform numbers in float64 and (B, *shape) normal ones, drawn sample by sample in this order."""
+    """Uniform numbers (B, uniforms) in float64 and normal ones (B, *shape), drawn in this order for each sample."""
     numbers, generator = list(numbers), torch.Generator()
     u = torch.empty(len(numbers), uniforms, dtype=torch.float64)
     noise = torch.empty(len(numbers), *shape)

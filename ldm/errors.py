@@ -7,10 +7,10 @@ from typing import Any
 
 
 class LdmError(Exception):
-    """An error whose text is written for its reader; commands print it as one line and exit with its code."""
+    """An error that its reader can act on; commands print it as one line and exit with its code."""
 
     code = 1
-    table: Sequence[str] = ()  # lines that a command prints before the one of the error
+    table: Sequence[str] = ()  # lines that a command prints before the error's
 
     def __init__(self, what: str, where: str = "", got: str = "", expected: str = "", hint: str = ""):
         where = f" ({where})" if where else ""
@@ -20,36 +20,36 @@ class LdmError(Exception):
 
 
 class InputError(LdmError):
-    """Something that the user wrote: a configuration, an option, a prompt."""
+    """An error in a configuration, an option or a prompt."""
 
     code = 2
 
 
 class DataError(LdmError):
-    """Something in the data."""
+    """An error in the data."""
 
     code = 3
 
 
 class CheckpointError(LdmError):
-    """Something in a checkpoint file."""
+    """An error in a checkpoint file."""
 
     code = 4
 
 
 class DivergedError(LdmError):
-    """Training or sampling left the finite numbers."""
+    """Training or sampling produced numbers that are not finite."""
 
     code = 5
 
 
 def shown(value: Any) -> str:
-    """A value in JSON, cut where it is long."""
+    """A value in JSON, truncated to 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def nearest(name: Any, names: Iterable[str]) -> str:
-    """The name that was probably meant, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5) if isinstance(name, str) else []
+def nearest(name: Any, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """The name that was probably meant, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff) if isinstance(name, str) else []
     return "".join(close)

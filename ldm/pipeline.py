@@ -1,7 +1,8 @@
-"""What a user holds: prompts and seeds in, pictures out."""
+"""A model that is ready to sample: prompts and seeds in, pictures out."""
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,24 +15,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import assemble, checkpoint, pictures
+from ldm.checkpoint import Checkpoint
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.external import restore
 from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.text import Text, text_in
-from ldm.config import parts
+from ldm.config import parts, samplers
 from ldm.config.schema import Config
 from ldm.devices import Placed, placement
-from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.inpaint import Inpainted
-from ldm.diffusion.path import Level
-from ldm.diffusion.solvers import Step
-from ldm.errors import CheckpointError, DivergedError, InputError
+from ldm.diffusion.sampler import OnStep, Sampler
+from ldm.errors import CheckpointError, DivergedError, InputError, nearest
 from ldm.models.empty import empty
 from ldm.models.tiling import tiled_decode, tiled_encode
 
-Told = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
-OnStep = Callable[[int, Step], None]
+ConditionInput = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
 OPTIONS = {
     "label": "--label N",
@@ -40,13 +39,21 @@ OPTIONS = {
     **dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE"),
     **dict.fromkeys(("boxes", "box_labels"), "--condition FILE.json"),
 }
-ENCODED = {"image", "mask", "source"}  # what a conditioner may give the first stage; it checks the others on the CPU
-NOISE_LEVEL = 20  # of 1000, in which a low-resolution condition is hidden
+OTHER_NAMES = {  # arguments of diffusers' pipelines and of our command line -> ours
+    "sampler": "solver",
+    "guidance_scale": "cfg",
+    "num_inference_steps": "steps",
+    "negative_prompt": "negative",
+    "num_images_per_prompt": "n",
+    "generator": "seed",
+}
+ENCODED = {"image", "mask", "source"}  # inputs that the autoencoder encodes; the others are checked on the CPU
+NOISE_LEVEL = 20  # of 1000: how noisy a low-resolution condition is made
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: what it shows and which noise it starts from."""
+    """One picture: what it shows, and the seed of its noise."""
 
     prompt: str = ""
     negative: str = ""
@@ -59,22 +66,21 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SamplingSettings:
     """How all pictures of a call are made."""
 
-    guidance: Guidance
-    solver: Callable[..., Iterator[Step]]
-    grid: Level
+    config: Config  # the model's, with the settings of this call
+    sampler: Sampler
     height: int
     width: int
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what a conditioner reads beside text, each (1, ...)
-    image: Tensor | None = None  # (1, 3, H, W) in [-1, 1] to begin from, noised to the grid's first level
-    mask: Tensor | None = None  # (1, 1, H, W), 1 where `image` is to be repainted
-    tile: int | None = None  # latents a side that the first stage codes at a time; None: all
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what a conditioner reads besides text, each (1, ...)
+    image: Tensor | None = None  # (1, 3, H, W) in [-1, 1]: sampling starts from it, noised to the grid's first level
+    mask: Tensor | None = None  # (1, 1, H, W), 1 where `image` is repainted
+    tile: int | None = None  # side of the autoencoder's tiles, in latents; None: no tiles
 
 
 class Pipeline(Placed):
-    """A model and its first stage; calling it makes pictures. Gradients are off here, and nowhere below."""
+    """A model on a device; calling it makes pictures. Gradients are switched off here, and nowhere below."""
 
     def __init__(
         self,
@@ -82,11 +88,12 @@ class Pipeline(Placed):
         config: Config,
         device: torch.device,
         dtype: torch.dtype | None = None,
-        loaded: checkpoint.Checkpoint | None = None,
+        loaded: Checkpoint | None = None,
         offload: bool = False,
     ):
         self.denoiser, self.conditioner, self.autoencoder = model
         self.config, self.loaded = config, loaded
+        self.reads = () if self.conditioner is None else self.conditioner.reads
         self.factor = 1 if self.autoencoder is None else self.autoencoder.factor
         self.channels = config["channels"] if self.autoencoder is None else self.autoencoder.latent_channels
         for module in filter(None, model):
@@ -103,73 +110,84 @@ class Pipeline(Placed):
         n: int = 1,
         batch_size: int = 4,
         on_step: OnStep | None = None,
+        progress: bool = True,
         **settings: Any,
     ) -> list[Image.Image]:
-        """n pictures per prompt; `settings` are those of `recipe`, such as cfg=7.5, steps=30, solver="unipc"."""
+        """n pictures per prompt; `settings` are those of `settings()`, such as cfg=7.5, steps=30, solver="unipc"."""
+        refuse_unknown(settings)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(n)]
         requests = [Request(text, negative, label, seed + i) for i, text in enumerate(prompts)]
-        recipe = self.recipe(**settings)
-        batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
-        return [image for batch in batches for image in self.images(batch, recipe, on_step)]
+        batches = self.batches(requests, self.settings(**settings), batch_size, on_step, progress)
+        return [image for _, images in batches for image in images]
 
-    def settled(
+    def batches(
+        self,
+        requests: Sequence[Request],
+        settings: SamplingSettings,
+        batch_size: int,
+        on_step: OnStep | None = None,
+        progress: bool = True,
+    ) -> Iterator[tuple[Sequence[Request], list[Image.Image]]]:
+        """The requests and pictures of each batch; on a terminal, with a progress bar."""
+        from tqdm import tqdm
+
+        starts = range(0, len(requests), batch_size)
+        total = (len(settings.sampler.grid.t) - 1) * len(starts)
+        with tqdm(total=total, desc="sampling", disable=None if progress else True, leave=False) as bar:
+
+            def count(number: int, step: Any) -> None:
+                bar.update()
+                if on_step is not None:
+                    on_step(number, step)
+
+            for start in starts:
+                batch = requests[start : start + batch_size]
+                yield batch, self.images(batch, settings, count)
+
+    def settings(
         self,
         *,
         cfg: float | None = None,
         steps: int | None = None,
-        solver: str | None = None,
-        overrides: Sequence[str] = (),
-    ) -> Config:
-        """The model's own configuration, with what is given here in its place."""
-        wanted = {"guidance.cfg": cfg, "spacing.steps": steps, "solver.type": solver}
-        return self.config.amended([*(f"{k}={v}" for k, v in wanted.items() if v is not None), *overrides])
-
-    def recipe(
-        self,
-        *,
-        cfg: float | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
+        solver: str | None = None,  # or a sampler by another program's name, such as "DPM++ 2M Karras"
         overrides: Sequence[str] = (),
         height: int | None = None,
         width: int | None = None,
         image: Image.Image | None = None,
         strength: float = 0.8,
         mask: Image.Image | None = None,
-        condition: Told | None = None,
+        condition: ConditionInput | None = None,
         tile: int | None = None,
-    ) -> Recipe:
-        """The model's own settings, with what is given here in their place."""
-        config = self.settled(cfg=cfg, steps=steps, solver=solver, overrides=overrides)
+    ) -> SamplingSettings:
+        """The model's own settings, changed by the arguments that are given."""
+        config = self.config.amended(samplers.overrides(cfg, steps, solver, overrides, self.config["spacing"]))
         size = self.size(*(config["size"] if side is None else side for side in (height, width)))
-        grid = assemble.grid(config, self.denoiser.path)
-        recipe = Recipe(config.build("guidance"), assemble.solver(config), grid, *size, tile=tile)
+        settings = SamplingSettings(config, assemble.sampler(config, self.denoiser.path), *size, tile=tile)
         if condition is not None:
-            recipe = replace(recipe, inputs=self.inputs(condition, size))
+            settings = replace(settings, inputs=self.inputs(condition, size))
         if mask is not None and image is None:
             raise InputError("mask: nothing to repaint", hint=OPTIONS["image"])
-        return recipe if image is None else self.from_image(recipe, image, strength, mask)
+        return settings if image is None else self.from_image(settings, image, strength, mask)
 
-    def inputs(self, condition: Told, size: tuple[int, int]) -> dict[str, Tensor]:
-        """A picture, or boxes, under the name by which this model's conditioner reads it."""
-        reads = () if self.conditioner is None else self.conditioner.reads
-        if "boxes" in reads and not isinstance(condition, Image.Image):
+    def inputs(self, condition: ConditionInput, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A picture or boxes, under the name that this model's conditioner reads."""
+        if "boxes" in self.reads and not isinstance(condition, Image.Image):
             return read_boxes(condition)
         if isinstance(condition, Mapping):
-            raise InputError("condition: this model reads no boxes", expected=", ".join(reads) or "nothing")
+            raise InputError("condition: this model reads no boxes", expected=", ".join(self.reads) or "nothing")
         if not isinstance(condition, Image.Image):
             condition = pictures.read(condition)
-        if "segmentation" in reads:
+        if "segmentation" in self.reads:
             return {"segmentation": pictures.to_classes(condition, size)}
-        names = [name for name in ("source", "low_resolution") if name in reads]
+        names = [name for name in ("source", "low_resolution") if name in self.reads]
         if not names or self.conditioner is None:
-            raise InputError("condition: this model reads no picture", expected=", ".join(reads) or "nothing")
+            raise InputError("condition: this model reads no picture", expected=", ".join(self.reads) or "nothing")
         unit = 1 if names[0] == "source" else self.conditioner.low_resolution_factor or self.factor
         return {names[0]: pictures.to_tensor(condition, (size[0] // unit, size[1] // unit))}
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width, if the first stage and the backbone can divide them."""
+        """Height and width, if they are multiples of what autoencoder and backbone reduce them by."""
         unit = self.factor * getattr(self.denoiser.backbone, "factor", 1)
         for name, value in (("height", height), ("width", width)):
             if value < 1 or value % unit:
@@ -177,118 +195,110 @@ class Pipeline(Placed):
                 raise InputError(f"{name}: not divisible by this model", "", str(value), f"a multiple of {unit}", near)
         return height, width
 
-    def from_image(self, recipe: Recipe, image: Image.Image, strength: float, mask: Image.Image | None) -> Recipe:
-        """Begin from a picture, or repaint the masked part of it; a model that reads the two is told them."""
-        size = (recipe.height, recipe.width)
+    def from_image(
+        self, settings: SamplingSettings, image: Image.Image, strength: float, mask: Image.Image | None
+    ) -> SamplingSettings:
+        """Start from a picture, or repaint its masked part; an inpainting model gets both as conditions."""
+        size = (settings.height, settings.width)
         pixels = pictures.to_tensor(image, size)
         region = None if mask is None else pictures.to_mask(mask, size)
-        reads = () if self.conditioner is None else self.conditioner.reads
-        inputs = {name: x for name, x in (("image", pixels), ("mask", region)) if name in reads and x is not None}
-        if inputs:
-            inputs = {**recipe.inputs, **inputs}
-            return replace(recipe, inputs=inputs, mask=region, image=None if region is None else pixels)
+        given = {name: x for name, x in (("image", pixels), ("mask", region)) if name in self.reads and x is not None}
+        if given:
+            inputs = {**settings.inputs, **given}
+            return replace(settings, inputs=inputs, mask=region, image=None if region is None else pixels)
         if not 0 < strength <= 1:
             raise InputError("strength: out of range", got=str(strength), expected="above 0 and at most 1")
-        steps = len(recipe.grid.t) - 1
+        grid = settings.sampler.grid
+        steps = len(grid.t) - 1
         first = steps - min(int(steps * strength), steps)
         if first == steps:
             raise InputError("strength: leaves no step", got=f"{strength} of {steps} steps", hint="more steps")
-        return replace(recipe, image=pixels, mask=region, grid=recipe.grid.map(lambda column: column[first:]))
+        sampler = replace(settings.sampler, grid=grid.map(lambda column: column[first:]))
+        return replace(settings, image=pixels, mask=region, sampler=sampler)
 
     @torch.inference_mode()
-    def images(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> list[Image.Image]:
-        """The pictures of one batch of requests."""
-        images = self.decode(self.latents(requests, recipe, on_step), recipe.tile).float()
+    def images(
+        self, requests: Sequence[Request], settings: SamplingSettings, on_step: OnStep | None = None
+    ) -> list[Image.Image]:
+        """The pictures of one batch; each depends on its own request and not on the others."""
+        noise = self.noise(requests, settings)
+        with self.autocast():
+            condition = self.condition(requests, settings)
+            guided = settings.sampler.guided(self.denoiser, self.negative(requests, settings))
+            x, denoiser = self.start(guided, noise(), settings)
+            with self.on_device(self.denoiser):
+                x = settings.sampler(denoiser, x, noise, condition, on_step=on_step)
+        x = denoiser.kept(x) if isinstance(denoiser, Inpainted) else x
+        images = self.decode(x, settings.tile).float()  # (B, 3, H, W)
         if not images.isfinite().all():
             raise DivergedError("decoding left the finite numbers", hint="--precision fp32, or a smaller cfg")
-        if recipe.image is not None and recipe.mask is not None:  # what was not to change does not
-            images = torch.lerp(recipe.image.to(images), images, recipe.mask.to(images))
+        if settings.image is not None and settings.mask is not None:  # outside the mask nothing changes
+            images = torch.lerp(settings.image.to(images), images, settings.mask.to(images))
         return pictures.to_pil(images)
 
-    @torch.inference_mode()
-    def latents(self, requests: Sequence[Request], recipe: Recipe, on_step: OnStep | None = None) -> Tensor:
-        """Sampling alone: (B, C, h, w), from noise that depends on each request's seed and on nothing else."""
-        noise, finite = self.noise(requests, recipe), []
-        with self.autocast():
-            x, denoise, kept = self.begin(noise(), requests, recipe)
-            with self.on_device(self.denoiser):
-                for number, step in enumerate(recipe.solver(denoise, x, recipe.grid, noise)):
-                    finite.append(step.x.isfinite().all())
-                    if on_step is not None:
-                        on_step(number, step)
-        check_finite(torch.stack(finite), recipe.grid)
-        return kept(step.x)
-
-    def noise(self, requests: Sequence[Request], recipe: Recipe) -> Callable[[], Tensor]:
+    def noise(self, requests: Sequence[Request], settings: SamplingSettings) -> Callable[[], Tensor]:
         """A source of noise with one CPU generator per picture, so that a picture is the same in every batch."""
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        shape = (self.channels, recipe.height // self.factor, recipe.width // self.factor)
+        shape = (self.channels, settings.height // self.factor, settings.width // self.factor)
         return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
-    def begin(self, z: Tensor, requests: Sequence[Request], recipe: Recipe) -> tuple[Tensor, Callable, Callable]:
-        """Where sampling starts, the guided denoiser with its condition bound, and what is kept of where it ends."""
-        condition, told = self.condition(requests, recipe), "image" in recipe.inputs
-        negative = self.negative(requests, recipe)
-        denoiser: Any = self.denoiser if negative is None else recipe.guidance(self.denoiser, negative)
-        x, kept = self.denoiser.path.prior(z), lambda x: x
-        if recipe.image is not None and not told:
-            known, first = self.encode(recipe.image, recipe.tile).to(z).expand_as(z), recipe.grid.rows()[0]
-            x = first.alpha * known + first.sigma * z
-            if recipe.mask is not None:
-                mask = nn.functional.interpolate(recipe.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
-                denoiser = Inpainted(denoiser, known, z, mask)
-                kept = denoiser.kept
-        return x, lambda x, level: denoiser(x, level, condition), kept
+    def start(self, denoiser: Any, z: Tensor, settings: SamplingSettings) -> tuple[Tensor, Any]:
+        """The first x, and the denoiser, which for inpainting keeps what lies outside the mask."""
+        if settings.image is None or "image" in settings.inputs:
+            return self.denoiser.path.prior(z), denoiser
+        known, first = self.encode(settings.image, settings.tile).to(z).expand_as(z), settings.sampler.grid.rows()[0]
+        x = first.alpha * known + first.sigma * z
+        if settings.mask is None:
+            return x, denoiser
+        mask = nn.functional.interpolate(settings.mask.to(z), z.shape[2:])  # (1, 1, h, w), the nearest pixel
+        return x, Inpainted(denoiser, known, z, mask)
 
-    def condition(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
-        """What the requests ask for."""
+    def condition(self, requests: Sequence[Request], settings: SamplingSettings) -> Condition | None:
+        """The condition of a batch of requests."""
         self.check(requests)
         if self.conditioner is None:
             return None
-        batch = self.batch(requests, recipe, [r.prompt for r in requests])
+        batch = self.batch(requests, settings, [r.prompt for r in requests])
         with self.on_device(self.conditioner, self.autoencoder):
             return self.conditioner(batch).map(self.to_device)
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Refuse what this model would not read."""
-        reads = () if self.conditioner is None else self.conditioner.reads
-        given = {
-            "caption": ("prompt", any(r.prompt or r.negative for r in requests)),
-            "label": ("label", any(r.label is not None for r in requests)),
-        }
-        for name, (what, wanted) in given.items():
-            if wanted and name not in reads:
-                expected = f"only {', '.join(reads)}" if reads else "nothing to go by"
-                raise InputError(f"{what}: this model reads none", expected=expected)
+        """Refuse a prompt or a label that this model does not read."""
+        expected = f"only {', '.join(self.reads)}" if self.reads else "no condition at all"
+        if any(r.prompt or r.negative for r in requests) and "caption" not in self.reads:
+            raise InputError("prompt: this model reads none", expected=expected)
+        if any(r.label is not None for r in requests) and "label" not in self.reads:
+            raise InputError("label: this model reads none", expected=expected)
 
-    def negative(self, requests: Sequence[Request], recipe: Recipe) -> Condition | None:
-        """What guidance moves away from: a negative prompt, else what is said lacking, beside the same pictures."""
-        if self.conditioner is None or recipe.guidance.cfg == 1:
+    def negative(self, requests: Sequence[Request], settings: SamplingSettings) -> Condition | None:
+        """The condition that guidance moves away from: a negative prompt, else the null of each part."""
+        cfg = settings.sampler.guidance.cfg
+        if self.conditioner is None or cfg == 1:
             return None
-        unsaid = torch.tensor([not request.negative for request in requests])
+        without = torch.tensor([not request.negative for request in requests])
         guided = self.conditioner.guided()
-        if not guided and unsaid.all():
-            warnings.warn(unguided(self.conditioner, recipe.guidance.cfg), stacklevel=2)
+        if not guided and without.all():
+            warnings.warn(unguided(self.conditioner, cfg), stacklevel=2)
             return None
         texts = [name for name, leaf in self.conditioner.leaves() if isinstance(leaf, Text)]
-        drop = {part: unsaid if part in texts else torch.ones_like(unsaid) for part in guided}
-        batch = self.batch(requests, recipe, [request.negative or request.prompt for request in requests])
+        drop = {part: without if part in texts else torch.ones_like(without) for part in guided}
+        batch = self.batch(requests, settings, [request.negative or request.prompt for request in requests])
         with self.on_device(self.conditioner, self.autoencoder):
             return self.conditioner(batch, drop).map(self.to_device)
 
-    def batch(self, requests: Sequence[Request], recipe: Recipe, captions: list[str]) -> dict[str, Any]:
+    def batch(self, requests: Sequence[Request], settings: SamplingSettings, captions: list[str]) -> dict[str, Any]:
         """The requests as a conditioner reads them."""
-        batch: dict[str, Any] = {name: x.expand(len(requests), *x.shape[1:]) for name, x in recipe.inputs.items()}
+        batch: dict[str, Any] = {name: x.expand(len(requests), *x.shape[1:]) for name, x in settings.inputs.items()}
         batch["caption"] = captions
         labels = [request.label for request in requests]
         if None not in labels:
             batch["label"] = torch.tensor(labels)  # on the CPU, where they are checked
         if "low_resolution" in batch:
             batch["noise_level"] = torch.full((len(requests),), NOISE_LEVEL)
-            shape = (batch["low_resolution"].shape[1], recipe.height // self.factor, recipe.width // self.factor)
+            shape = (batch["low_resolution"].shape[1], settings.height // self.factor, settings.width // self.factor)
             sources = [torch.Generator().manual_seed(request.seed ^ 0x10F2E5) for request in requests]
             batch["low_resolution_noise"] = torch.stack([torch.randn(shape, generator=g) for g in sources])
-        for name in () if self.conditioner is None else self.conditioner.reads:
+        for name in self.reads:
             if name not in batch:
                 raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
         for name in ENCODED & batch.keys():
@@ -296,7 +306,7 @@ class Pipeline(Placed):
         return batch
 
     def to_diffusers(self):
-        """The same model as a pipeline of diffusers, with the weights of the opened file, and what it leaves out."""
+        """The same model as a diffusers pipeline, with the weights of the checkpoint file."""
         if self.loaded is None:
             raise InputError("to_diffusers: needs a pipeline that was loaded from a file", hint="ldm.load(PATH)")
         from diffusers import DiffusionPipeline
@@ -310,7 +320,7 @@ class Pipeline(Placed):
             return DiffusionPipeline.from_pretrained(target, local_files_only=True)
 
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
-        """Pictures in [-1, 1] to what is sampled, at once or by tiles of so many latents a side."""
+        """Pictures in [-1, 1] to latents, at once or in tiles of `tile` latents a side."""
         x = self.to_device(images)
         if self.autoencoder is None:
             return x
@@ -318,7 +328,7 @@ class Pipeline(Placed):
             return tiled_encode(self.autoencoder, x, tile)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """What was sampled to pictures in [-1, 1], likewise; in float32 where half precision overflows."""
+        """Latents to pictures in [-1, 1]; in float32 where half precision overflows."""
         if self.autoencoder is None:
             return latents
         with self.on_device(self.autoencoder):
@@ -328,18 +338,17 @@ class Pipeline(Placed):
                 return images if images.isfinite().all() else tiled_decode(self.autoencoder, latents.float(), tile)
 
 
-def check_finite(finite: Tensor, grid: Level) -> None:
-    """Never a black picture: say at which step the numbers ran away."""
-    bad = (~finite).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        row = grid.rows()[step]
-        where = f"step {step + 1} of {len(finite)}, sigma {row.sigma:.4g}, t {row.t:.4g}"
-        raise DivergedError("sampling left the finite numbers", where, hint="--precision fp32, or a smaller cfg")
+def refuse_unknown(settings: Mapping[str, Any]) -> None:
+    """Answer an argument that a pipeline does not have with the name of the one that was meant."""
+    known = [*inspect.signature(Pipeline.__call__).parameters, *inspect.signature(Pipeline.settings).parameters]
+    for name in settings:
+        if name not in known:
+            meant = OTHER_NAMES.get(name) or nearest(name, known)
+            raise InputError(f"{name}: no such argument of a pipeline", hint=f"{meant}=" if meant else "")
 
 
 def load(
-    path: str | Path | None = None,
+    path: str | Path | Checkpoint | None = None,
     *,
     vae: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -347,35 +356,21 @@ def load(
     precision: str = "auto",
     offload: bool = False,
 ) -> Pipeline:
-    """Open any checkpoint that `ldm.checkpoint` knows, or the shipped one, and make it ready to sample."""
-    if path is None and not SHIPPED.exists():
-        raise InputError("no checkpoint given, and no model ships with this version", hint="--ckpt PATH")
+    """Make a checkpoint ready to sample: the shipped one, an opened one, or any that `ldm.checkpoint` can open."""
     parts.plug_installed()
-    where, dtype = placement(device, precision)
-    if offload and where.type == "cpu":
-        raise InputError("offload: needs a GPU to be off from", got="device cpu", hint="leaving --offload out")
-    path = SHIPPED if path is None else path
-    loaded = checkpoint.open(path, vae=vae)
-    return assembled(loaded, str(path), where, dtype, overrides, offload)
-
-
-def assembled(
-    loaded: checkpoint.Checkpoint,
-    path: str,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    overrides: Sequence[str] = (),
-    offload: bool = False,
-) -> Pipeline:
-    """What was opened, made ready to sample."""
+    placed, dtype = placement(device, precision)
+    if offload and placed.type == "cpu":
+        raise InputError("offload: only with a GPU", got="device cpu", hint="leaving --offload out")
+    loaded = path if isinstance(path, Checkpoint) else checkpoint.open(SHIPPED if path is None else path, vae=vae)
+    origin = str(loaded.files[0] if isinstance(path, Checkpoint | None) else path)
     if loaded.config.get("backbone") is None:
-        raise CheckpointError("a first stage alone makes no pictures", path, "an autoencoder", hint="it as --vae")
-    config = assemble.configure(loaded.config, path, overrides)
-    channels = checkpoint.latents(loaded)
+        raise CheckpointError("a first stage alone makes no pictures", origin, "an autoencoder", hint="it as --vae")
+    config = assemble.configure(loaded.config, origin, overrides)
+    channels = checkpoint.latent_channels(loaded)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
-        raise CheckpointError("no first stage inside to make pictures of latents", path, got, hint="--vae PATH")
+        raise CheckpointError("no first stage inside to make pictures of latents", origin, got, hint="--vae PATH")
     with empty():
         model = assemble.model(config)
     assemble.fill(model, loaded)
-    return Pipeline(model, config, device, dtype, loaded, offload)
+    return Pipeline(model, config, placed, dtype, loaded, offload)

@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ldm import pictures, pipeline
 from ldm.data.sampler import SampleId
 from ldm.devices import visiting
-from ldm.distributed import Rank
+from ldm.diffusion import sampler
 from ldm.pipeline import Pipeline, Request
-from ldm.training.recipes.autoencoder import AutoencoderStage
 from tests import small_models
 from tests.test_pipeline import PROMPT, SIZE, mask, picture
 from tests.training import second_stage, test_autoencoder
@@ -69,7 +68,7 @@ def pretended(monkeypatch):
     """A machine with a GPU, of whose values no question has an answer but yes."""
     monkeypatch.setattr(FakeTensor, "__bool__", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    monkeypatch.setattr(pipeline, "check_finite", lambda *_: None)
+    monkeypatch.setattr(sampler, "check_finite", lambda *_: None)
     monkeypatch.setattr(pictures, "to_pil", lambda x: x)
     with Pretended() as mode:
         yield mode
@@ -91,16 +90,16 @@ def test_no_model_meets_tensors_of_another_device(name, offload, pretended, tmp_
     model().save_pretrained(tmp_path / "model")
     pipe = pipeline.load(tmp_path / "model", device="cpu", precision="fp32")
     pipe.device, pipe.offload = GPU, offload
-    recipe = pipe.recipe(steps=3, **SIZE, **{key: make() for key, make in given.items()})
+    settings = pipe.settings(steps=3, **SIZE, **{key: make() for key, make in given.items()})
     texts, label = ((PROMPT, "blue"), None) if name != "classes" else (("", ""), 1)
     requests = [Request(*texts, label, 0), Request(texts[0], "", label, 1)]
     with ExitStack() as there:
         if not offload:
             with pytest.raises(RuntimeError, match="same device"):  # it would be seen
-                pipe.images(requests, recipe)
+                pipe.images(requests, settings)
             for network in networks(pipe):
                 there.enter_context(visiting(network, GPU))
-        images = pipe.images(requests, recipe)
+        images = pipe.images(requests, settings)
         assert (images.device, tuple(images.shape)) == (GPU, (2, 3, *SIZE.values()))
         assert where(pipe) == {"cpu" if offload else "cuda"}
 
@@ -108,29 +107,30 @@ def test_no_model_meets_tensors_of_another_device(name, offload, pretended, tmp_
 @pytest.mark.parametrize(("conditioner", "adds"), [("null", "[]"), (TEXT, "[]"), *CONDITIONS])
 def test_no_training_of_a_denoiser_meets_them(conditioner, adds, pretended, tmp_path):
     backbone = f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"
-    stage = second_stage.stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", backbone)
-    batch = stage.transfer_batch_to_device(stage.data.batch(ASKED, 3), GPU, 0)
-    stage.__dict__["_device"] = GPU
+    loop = second_stage.loop_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", backbone)
+    recipe = loop.recipe
+    fetched = recipe.data.batch(ASKED, 3)
+    batch = loop.transfer_batch_to_device(recipe.preparation()(fetched), GPU, 0)
     with pytest.raises(RuntimeError, match="same device"):
-        stage.loss(batch, ("denoiser",))
-    with visiting(stage, GPU):
-        loss, report = stage.loss(batch, ("denoiser",))
+        recipe.loss(batch, ("denoiser",))
+    with visiting(loop, GPU):
+        loss, report = recipe.loss(batch, ("denoiser",))
         assert {x.device for x in (loss, *report.values())} == {GPU}
-        assert {x.device for x in stage.loss_by_level.losses(stage, batch).values()} == {GPU}
+        assert {x.device for x in recipe.validation_losses(fetched, torch.arange(8))} == {GPU}
 
 
 @pytest.mark.parametrize("more", [[], VQ, ["loss.perceptual=judge"]], ids=["KL", "VQ", "judge"])
 def test_no_training_of_a_first_stage_meets_them(more, pretended, tmp_path, toy_data, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda y, x, *_, **__: (torch.zeros_like(x),))  # which needs a driver
-    monkeypatch.setattr(AutoencoderStage, "rank", Rank())
-    stage = test_autoencoder.stage_of(tmp_path, *more, "loss.start=0")
-    batch = stage.transfer_batch_to_device(stage.data.batch(ASKED, 3), GPU, 0)
-    stage.__dict__["_device"] = GPU
-    with visiting(stage, GPU):
-        for turn in stage.turns():
-            loss, report = stage.loss(batch, turn)
+    loop = test_autoencoder.loop_of(tmp_path, *more, "loss.start=0")
+    recipe = loop.recipe
+    fetched, prepare = recipe.data.batch(ASKED, 3), recipe.preparation() or dict
+    batch = loop.transfer_batch_to_device(prepare(fetched), GPU, 0)
+    with visiting(loop, GPU):
+        for turn in recipe.turns():
+            loss, report = recipe.loss(batch, turn)
             assert {x.device for x in (loss, *report.values())} == {GPU}
-        assert {x.device for x in stage.reconstruct(stage.data.batch(ASKED, 3)["image"])} == {GPU}
+        assert {x.device for x in recipe.reconstruct_pixels(fetched["image"])} == {GPU}
 
 
 def test_what_visits_is_there_for_its_turn_and_comes_home_after_an_error():

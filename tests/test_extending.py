@@ -1,13 +1,15 @@
-"""What is said of parts of one's own is true: docs/extending.md's networks train and are used, README's loop learns."""
+"""The parts of docs/extending.md train and are used, and README's loop learns."""
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ldm import checkpoint, pictures
 from ldm.checkpoint.networks import fingerprint
@@ -23,7 +25,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-(BACKBONE, FIRST_STAGE), (*_, LOOP) = blocks(ROOT / "docs/extending.md"), blocks(ROOT / "README.md")
+(BACKBONE, FIRST_STAGE, RECIPE), (*_, LOOP) = blocks(ROOT / "docs/extending.md"), blocks(ROOT / "README.md")
 SMALL = ["trainer.steps=1", "data.batch_size=4", "data.workers=0", "validation.workers=0", "trainer.validate_images=4"]
 
 
@@ -32,11 +34,13 @@ def plugged(tmp_path, monkeypatch):
     """The modules of the page, and the tables as they were, afterwards."""
     (tmp_path / "my_backbone.py").write_text(BACKBONE)
     (tmp_path / "my_first_stage.py").write_text(FIRST_STAGE)
+    (tmp_path / "my_recipe.py").write_text(RECIPE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for axis in ("backbone", "autoencoder", "solver"):
+    for axis in ("backbone", "autoencoder", "solver", "recipe"):
         monkeypatch.setitem(parts.TABLES, axis, dict(parts.TABLES[axis]))
     yield
-    for name in ("my_backbone", "my_first_stage"):
+    parts.TABLES.pop("network", None)
+    for name in ("my_backbone", "my_first_stage", "my_recipe"):
         sys.modules.pop(name, None)
 
 
@@ -68,7 +72,7 @@ def test_the_backbone_of_the_page_trains_samples_and_is_converted(plugged, tmp_p
     assert parts.TABLES["backbone"] == fresh
     assert main(["convert", file, str(tmp_path / "half.safetensors"), "--dtype", "float16"]) == 0
     assert main(["convert", file, str(tmp_path / "folder")]) == 4
-    assert "error: no other program knows this backbone; got plain; expected unet or dit" in capsys.readouterr().err
+    assert "error: other programs have no such backbone; got plain; expected dit or unet" in capsys.readouterr().err
 
 
 def test_a_wrong_width_is_told_in_its_words(plugged, capsys):
@@ -97,7 +101,7 @@ def test_the_first_stage_of_the_page_trains_is_converted_and_used(plugged, tmp_p
     assert main(["sample", *whole, "--prompt", "a red cube", "--steps", "1", "--out", str(tmp_path / "out")]) == 0
     assert len([*(tmp_path / "out").glob("*.png")]) == 1
     assert main(["convert", file, str(tmp_path / "x.safetensors"), "--to", "compvis"]) == 4
-    assert "error: no other program knows this first stage; got light; expected kl or vq" in capsys.readouterr().err
+    assert "error: other programs have no such first stage; got light; expected kl or vq" in capsys.readouterr().err
 
 
 def test_a_first_stage_of_other_latents_is_refused(plugged, tmp_path, capsys):
@@ -115,6 +119,30 @@ def test_a_first_stage_of_other_latents_is_refused(plugged, tmp_path, capsys):
     assert main(sample) == 4
     assert "error: another model's first stage" in (said := capsys.readouterr().err)
     assert "got 3 latent channels; expected 4" in said
+
+
+def test_the_recipe_of_the_page_trains_and_resumes(plugged, tmp_path, capsys):
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (line,) = [line for line in text.splitlines() if line.startswith("$ ldm train ")]
+    (tmp_path / "cleaning.yaml").write_text(yaml)
+    words = (
+        line.replace("cleaning.yaml", str(tmp_path / "cleaning.yaml")).replace("runs/", f"{tmp_path}/runs/").split()[2:]
+    )
+    few = ["data.batch_size=4", "data.resolution=16", "data.workers=0", "schedule={type: constant}"]
+    more = [*few, "optimizer.lr=1e-2", "trainer.log_every=1", "ema.decay=0.5"]
+    for steps in (10, 30):
+        assert main([*words, *more, f"trainer.steps={steps}"]) == 0
+    assert "resumes from step 10" in capsys.readouterr().out
+    run = tmp_path / "runs" / "cleaning"
+    with open(run / "metrics.csv", encoding="utf-8") as file:
+        losses = [float(row["loss/loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] / 2
+    assert load_file(run / "model.safetensors")["0.weight"].shape == (16, 3, 3, 3)
+    assert main([*words, *few, "recipe.strenght=1"]) == 2
+    assert "error: recipe.strenght: unknown key (command line)" in (said := capsys.readouterr().err)
+    assert said.endswith("; try strength\n")
 
 
 def test_a_sampler_of_ones_own_is_asked_for_by_its_name(plugged, tmp_path):

@@ -87,7 +87,7 @@ def test_shards_a_first_stage_and_a_file_of_ours(served, sd1_folder):
 def test_a_repository_without_any_of_them_is_refused(served):
     (served / "anything-v3.safetensors").touch()
     said = (
-        r"nothing in that repository is opened by its name \(some/body\); got anything-v3.safetensors; try downloading"
+        r"no model in that repository that its id can open \(some/body\); got anything-v3.safetensors; try downloading"
     )
     with pytest.raises(CheckpointError, match=said):
         checkpoint.open("some/body")
@@ -120,7 +120,7 @@ def test_without_a_network_the_cache_is_read_as_it_is(cached):
     loaded = checkpoint.open("somebody/model")
     assert loaded.family == SD1
     assert loaded.files == [cached / name for name in weights(".fp16")]
-    said = r"neither here nor to be had from a hub \(somebody/other\); got Cannot reach .*; expected a file, a folder"
+    said = r"not found locally or on the Hub \(somebody/other\); got Cannot reach .*; expected a file, a folder"
     with pytest.raises(CheckpointError, match=said):
         pipeline.load("somebody/other")
 

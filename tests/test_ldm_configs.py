@@ -12,18 +12,19 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm import assemble, checkpoint
-from ldm.assemble import AutoencoderSchema, DiffusionSchema
 from ldm.cli import main
 from ldm.config import schema as configuration
 from ldm.diffusion.guidance import Guidance
 from ldm.models.empty import empty
-from ldm.training.recipes.diffusion import LatentDiffusionStage
+from ldm.training.recipes.autoencoder import Schema as AutoencoderSchema
+from ldm.training.recipes.diffusion import DiffusionRecipe
+from ldm.training.recipes.diffusion import Schema as DiffusionSchema
 from tests.checkpoint.made_up import make
 from tests.data.photographs import photograph
 from tests.reduced import FILES, ROOT, reads_images, small, stage_of, words, written
 from tests.training.killing import rows
 
-OWN = {"scenes"}  # nobody published its size
+OWN = {"scenes", "small"}  # of no published size
 EXACT = {  # parameters of the backbone
     "sd15": 859_520_964,
     "sd21_v": 865_910_724,
@@ -84,7 +85,7 @@ def test_it_is_short_and_says_how_it_is_used(name):
     assert lines[1].startswith("#   python ")
     assert f"train_ldm.py --config {name}" in lines[1]
     stage = stage_of(name)
-    assert stage == "" or stage == "scenes" or f"autoencoder=runs/{stage}/model.safetensors" in lines[1]
+    assert stage == "" or stage in OWN or f"autoencoder=runs/{stage}/model.safetensors" in lines[1]
     assert ("data.root=DIR" in lines[1]) == reads_images(name)
 
 
@@ -145,10 +146,10 @@ FEW = {"resolution": SIDE, "batch_size": 4, "workers": 0}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Four pictures with captions and labels."""
+    """Some pictures with captions and labels, one more than a batch: `data.split` keeps at least one apart."""
     folder = tmp_path_factory.mktemp("pictures")
     lines = []
-    for i, name in enumerate(("red cube", "green cone", "blue ball", "gray cylinder")):
+    for i, name in enumerate(("red cube", "green cone", "blue ball", "gray cylinder", "black cube")):
         photograph(SIDE, SIDE, i).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name}", "label": i}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -200,6 +201,16 @@ def test_it_takes_a_step_at_reduced_width(name, train, tmp_path):
     assert any(key.startswith("backbone.") for key in loaded.state)
 
 
+def test_the_small_first_stage_takes_a_step(pictures, tmp_path):
+    changes = {"autoencoder.channels": 32, "discriminator.channels": 16, "loss.start": 0, "loss.warmup": 0}
+    changes |= {"data.root": str(pictures), "data.manifest": str(tmp_path / "manifest"), "trainer.steps": 2}
+    changes |= {f"data.{key}": x for key, x in FEW.items()} | {"trainer.validate_images": 4, "trainer.log_every": 1}
+    file = ROOT / "autoencoder/small.yaml"
+    assert main(["train-autoencoder", "--config", str(file), "--run", str(tmp_path / "run"), *words(changes)]) == 0
+    assert all(math.isfinite(float(row["loss/loss"])) for row in rows(tmp_path / "run"))
+    assert checkpoint.open(tmp_path / "run/model.safetensors").config["data"]["split"] == 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "rate", "parts"),
     [
@@ -211,14 +222,14 @@ def test_it_takes_a_step_at_reduced_width(name, train, tmp_path):
 )
 def test_what_is_never_dropped_is_not_guided_away_from(name, rate, parts, train, monkeypatch, capsys):
     """Nor what lies beside the latents: samples are made without guidance, whatever cfg says, and that is said."""
-    seen, condition = [], LatentDiffusionStage.condition
+    seen, condition = [], DiffusionRecipe.condition
 
-    def watched(stage, batch, x0, drop):
-        if not stage.training:
+    def watched(recipe, batch, x0, drop):
+        if not recipe.training:
             seen.append(drop)
-        return condition(stage, batch, x0, drop)
+        return condition(recipe, batch, x0, drop)
 
-    monkeypatch.setattr(LatentDiffusionStage, "condition", watched)
+    monkeypatch.setattr(DiffusionRecipe, "condition", watched)
     guide, guided = Guidance.__call__, []
     monkeypatch.setattr(Guidance, "__call__", lambda *args: guided.append(1) or guide(*args))
     assert train(name, **{"guidance.cfg": 3, "conditioner.drop": rate}) == 0

@@ -25,6 +25,7 @@ SCHEDULERS = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
     "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
 }
+KARRAS = {"rho": 7.0, "end": "zero"}
 every_sampler = pytest.mark.parametrize("name", SCHEDULERS)
 
 
@@ -266,7 +267,7 @@ def test_negative_prompts_count_only_under_guidance(sd1):
 def test_defaults_are_the_model_s(sd1):
     assert ask_ours(sd1).size == (16, 16)  # 8 latents, a factor of 2
     assert distance(ask_ours(sd1, cfg=None), ask_ours(sd1, cfg=7.5)) == 0
-    assert len(sd1.recipe().grid.t) == 51
+    assert len(sd1.settings().sampler.grid.t) == 51
 
 
 def test_previews(sd1):
@@ -293,7 +294,7 @@ def test_numbers_that_run_away_name_the_step(sd1):
         return output * float("inf") if len(calls) == 2 else output
 
     sd1.denoiser.backbone.register_forward_hook(run_away)
-    level = sd1.recipe(steps=3).grid.rows()[1]
+    level = sd1.settings(steps=3).sampler.grid.rows()[1]
     with pytest.raises(DivergedError, match=f"step 2 of 3, sigma {level.sigma:.4g}, t {level.t:.4g}"):
         sd1(PROMPT, steps=3)
 
@@ -402,7 +403,7 @@ def test_a_low_resolution_condition_without_an_autoencoder_has_a_factor(tmp_path
     assert not np.array_equal(one, other)
     for factor in ({}, {"factor": 1}):
         wrong = {**config, "conditioner": {"type": "low_resolution", **factor}}
-        with pytest.raises(InputError, match="conditioner.factor: not smaller than the picture .* got 1; expected 2"):
+        with pytest.raises(InputError, match=r"conditioner\.factor: not smaller than the picture .* got 1; expected 2"):
             assemble.model(assemble.configure(wrong, "test"))
 
 
@@ -417,7 +418,7 @@ def test_a_backbone_that_cannot_read_the_condition_is_refused():
         "spacing": {"type": "trailing", "steps": 2},
         "solver": {"type": "ddim"},
     }
-    with pytest.raises(InputError, match="backbone.type: this backbone takes no pooled .* got MLP"):
+    with pytest.raises(InputError, match=r"backbone\.type: this backbone takes no pooled .* got MLP"):
         assemble.model(assemble.configure(config, "test"))
 
 
@@ -443,10 +444,10 @@ def test_a_low_resolution_condition(tmp_path):
     assert np.array_equal(one, again)
     other = pipe(seed=4, condition=picture().rotate(180), **SIZE)[0]
     assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() > 3
-    recipe, noises = pipe.recipe(condition=picture(), **SIZE), []
+    settings, noises = pipe.settings(condition=picture(), **SIZE), []
     for seeds in ([4, 5], [5]):
         requests = [pipeline.Request(seed=seed) for seed in seeds]
-        noises.append(pipe.batch(requests, recipe, [""] * len(seeds))["low_resolution_noise"])
+        noises.append(pipe.batch(requests, settings, [""] * len(seeds))["low_resolution_noise"])
     assert torch.equal(noises[0][1], noises[1][0])
     assert not torch.equal(*noises[0])
     with pytest.raises(InputError, match="low_resolution: this model needs one"):
@@ -465,3 +466,46 @@ def test_a_model_without_its_first_stage_asks_for_one(sd1, tmp_path):
         pipeline.load(tmp_path / "model.safetensors", device="cpu")
     with_vae = pipeline.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors", device="cpu")
     assert with_vae.autoencoder is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("sampler", "solver="),
+        ("guidance_scale", "cfg="),
+        ("num_inference_steps", "steps="),
+        ("negative_prompt", "negative="),
+        ("num_images_per_prompt", "n="),
+        ("generator", "seed="),
+        ("stpes", "steps="),
+    ],
+)
+def test_arguments_of_other_pipelines_are_told_ours(name, meant, sd1):
+    with pytest.raises(InputError, match=f"^{name}: no such argument of a pipeline; try {meant}$"):
+        sd1(PROMPT, **{name: 1})
+
+
+def test_a_sampler_with_its_spacing_keeps_the_model_s_steps(sd1):
+    """As other programs name it; the spacing of a name is the same as one in an override."""
+    config = sd1.settings(solver="DPM++ 2M Karras").config
+    assert (config["solver"]["type"], config["spacing"]) == ("dpmpp_2m", {"type": "karras", "steps": 50} | KARRAS)
+    assert sd1.settings(solver="Euler a", overrides=["spacing.steps=9"]).config["spacing"]["steps"] == 9
+    assert sd1.settings(solver="Euler Karras", overrides=["spacing.steps=9"]).config["spacing"]["steps"] == 9
+    assert sd1.settings(solver="Euler Karras", steps=7, overrides=["spacing.steps=9"]).config["spacing"]["steps"] == 7
+    wanted = ["solver.type=dpmpp_2m", "spacing.type=karras", "spacing.steps=6"]
+    a, b = (ask_ours(sd1, **asked) for asked in ({"solver": "DPM++ 2M Karras", "steps": 6}, {"overrides": wanted}))
+    assert distance(a, ask_ours(sd1, overrides=wanted, steps=6)) == 0
+    assert distance(a, b) > 3, "without steps=6 there are ten"
+    sd1.config = sd1.config.amended(["spacing.type=explicit", "spacing.times=[900, 500, 9]"])
+    spacing = sd1.settings(solver="Heun SGM Uniform").config["spacing"]
+    assert spacing == {"type": "linspace", "steps": 3, "spare": 1, "end": "zero"}
+
+
+def test_the_progress_bar_is_for_terminals(sd1, capsys, monkeypatch):
+    sd1(PROMPT, steps=2)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    sd1(PROMPT, steps=2, n=2, batch_size=1)
+    assert "0/4" in capsys.readouterr().err
+    sd1(PROMPT, steps=2, progress=False)
+    assert capsys.readouterr() == ("", "")

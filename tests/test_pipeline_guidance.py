@@ -27,21 +27,21 @@ def test_what_guidance_moves_away_from():
     text, first, second, _ = fill(model.conditioner).members
     text.learn([BALL, BLUE, "two green cubes"])
     pipe = pipeline.Pipeline(model, config, torch.device("cpu"))
-    recipe = pipe.recipe(condition=Image.fromarray(np.eye(16, dtype="uint8")))
+    settings = pipe.settings(condition=Image.fromarray(np.eye(16, dtype="uint8")))
     requests = [pipeline.Request(BALL, negative, 1) for negative in ("", BLUE)]
-    away = pipe.negative(requests, recipe)
+    away = pipe.negative(requests, settings)
     expected = [
         text({"caption": ["", BLUE]}).tokens,
         first.null(2).tokens,
         second.encode(torch.tensor([1, 1])).tokens,
     ]
     torch.testing.assert_close(away.tokens, torch.cat(expected, 1))
-    torch.testing.assert_close(away.concat, pipe.condition(requests, recipe).concat)
+    torch.testing.assert_close(away.concat, pipe.condition(requests, settings).concat)
     assert away.concat.any()
     for leaf in (text, first):
         leaf.drop = 0.0
-    kept = pipe.negative(requests, recipe)
+    kept = pipe.negative(requests, settings)
     expected = [text({"caption": [BALL, BLUE]}).tokens, first.encode(torch.tensor([1, 1])).tokens, expected[2]]
     torch.testing.assert_close(kept.tokens, torch.cat(expected, 1))
     with pytest.warns(UserWarning, match="no effect: caption, label, label_2, segmentation was never dropped"):
-        assert pipe.negative(requests[:1], recipe) is None
+        assert pipe.negative(requests[:1], settings) is None

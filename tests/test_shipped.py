@@ -6,20 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import ldm
 from ldm.cli import main
 from ldm.pictures import to_tensor
 from ldm.pipeline import SHIPPED
-from ldm.scenes.alignment import prompts, verdicts
+from ldm.scenes.verifier import PromptSet, Verifier
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return ldm.load(device="cpu")
-
-
-def test_it_paints_what_no_two_prompts_share(pipe):
-    red, blue = pipe(["a large red sphere", "a large blue sphere"], cfg=4, steps=8)
+def test_it_paints_what_no_two_prompts_share(shipped):
+    red, blue = shipped(["a large red sphere", "a large blue sphere"], cfg=4, steps=8)
     assert red.size == blue.size == (64, 64)
     first, second = (np.asarray(image, dtype=float).mean((0, 1)) for image in (red, blue))
     assert first[0] - first[2] > second[0] - second[2] + 5  # redder
@@ -41,11 +35,11 @@ def test_words_that_it_cannot_know_are_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_object_is_as_it_was_told(pipe):
-    texts, right = prompts(200, 1), {}
+def test_one_object_is_as_it_was_told(shipped):
+    texts, right = PromptSet(200, 1).captions, {}
     for cfg in (1, 4, 7.5):
-        made = torch.cat([to_tensor(image) for image in pipe(texts, cfg=cfg, batch_size=50)])
-        right[cfg] = sum(verdict.whole for verdict in verdicts(made, texts)) / len(texts)
+        made = torch.cat([to_tensor(image) for image in shipped(texts, cfg=cfg, batch_size=50)])
+        right[cfg] = sum(score.correct for score in Verifier().scores(made, texts)) / len(texts)
     print("right in everything: " + ", ".join(f"cfg {cfg:g} {share:.1%}" for cfg, share in right.items()))
     assert right[4] >= 0.85
     assert 1 - right[4] <= (1 - right[1]) / 2  # guidance takes away half of what is wrong without it

@@ -1,4 +1,4 @@
-"""Weights that others published and that we may not ship: what they are, and where torch's own cache keeps them."""
+"""Weights that others published and that we may not ship, and where torch's cache keeps them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Weights(NamedTuple):
-    """A file of weights: what reads it, its name, its address or the package that knows it, and its sha256."""
+    """A file of weights: its purpose, its name, its URL or the package that knows it, and its sha256."""
 
     purpose: str
     file: str
@@ -16,7 +16,7 @@ class Weights(NamedTuple):
     sha256: str
 
 
-KNOWN = {
+DOWNLOADS = {
     "vgg16": Weights(
         "the perceptual loss and LPIPS",
         "vgg16-397923af.pth",
@@ -32,8 +32,8 @@ KNOWN = {
 }
 
 
-def place(weights: Weights) -> Path:
-    """Where torch, torchvision and torchmetrics look for a file."""
+def cached(weights: Weights) -> Path:
+    """The path at which torch, torchvision and torchmetrics look for a file."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("TORCH_HOME", f"{cache}/torch")
     return Path(home).expanduser() / "hub" / "checkpoints" / weights.file

@@ -1,4 +1,4 @@
-"""The one place that opens and writes files of tensors: safetensors, memory-mapped; pickles for `ldm convert` alone."""
+"""The one place that opens and writes tensor files: safetensors, memory-mapped; pickles for `ldm convert` alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
 
-DTYPES = {  # safetensors' names of what weights may be stored in
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+DTYPES = {  # of weights, by safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -25,17 +28,17 @@ DTYPES = {  # safetensors' names of what weights may be stored in
 }
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()} | {torch.bool: "BOOL"}
-COUNTS = (torch.int64, torch.int32, torch.bool)  # buffers of a user's own networks
+COUNTS = (torch.int64, torch.int32, torch.bool)  # buffers of plugins' networks
 FORMAT = "a .safetensors file"
 AGAIN = "copy or download it again"
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # a key in its files of 2021
-DIGEST = "sha256"  # the metadata's key of the digest of the file with this one blank
+DIGEST = "sha256"  # the metadata's key; the digest is that of the file with this value blank
 BLANK = "0" * 64
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of one file by name, each mapped into memory when it is asked for; shapes cost nothing."""
+    """The tensors of one file by name, memory-mapped when they are read; shapes cost nothing."""
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def open_file(path: str | Path) -> Tensors:
-    """A safetensors file, its header checked first, so that what is wrong with it is said in one line."""
+    """A safetensors file; its header is checked first, so that an error is one readable line."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -67,7 +70,7 @@ def open_file(path: str | Path) -> Tensors:
         header = read_header(file, path)
     try:
         get = safe_open(path, framework="pt").get_tensor
-    except SafetensorError as error:  # what else there may be
+    except SafetensorError as error:  # whatever else is wrong
         raise CheckpointError("the header is damaged", str(path), str(error), FORMAT, AGAIN) from error
     metadata = header.pop("__metadata__", {})
     return Tensors(path, {name: tuple(entry["shape"]) for name, entry in header.items()}, get, metadata)
@@ -75,7 +78,7 @@ def open_file(path: str | Path) -> Tensors:
 
 @contextmanager
 def readable(path: Path) -> Iterator[BinaryIO]:
-    """The open file, or an error for people."""
+    """The open file, or a readable error."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -86,7 +89,7 @@ def readable(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
-    """The JSON that begins a safetensors file: for each tensor its type, shape and place."""
+    """The JSON at the start of a safetensors file: each tensor's type, shape and offsets."""
     where, size, start = str(path), os.fstat(file.fileno()).st_size, file.read(40)
     if size == 0:
         raise CheckpointError("the file is empty", where, "0 bytes", FORMAT, AGAIN)
@@ -102,7 +105,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
         truncated(where, size, f"a header of {length} bytes")
     file.seek(8)
     try:
-        header = json.loads(file.read(length))
+        header: dict[str, Any] = json.loads(file.read(length))
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError("the header is damaged", where, str(error), FORMAT, AGAIN) from error
@@ -117,22 +120,22 @@ def truncated(where: str, size: int, expected: str) -> None:
 
 
 def is_pickle(path: str | Path) -> bool:
-    """Whether a file is a pickle, whatever its name says."""
+    """True if a file is a pickle, whatever its name."""
     with readable(Path(path)) as file:
         return pickled(file.read(9))
 
 
 def pickled(start: bytes) -> bool:
-    """Whether a file that begins so is a pickle; the length that begins a safetensors file may look like one's."""
+    """True if a file with this start is a pickle; the length at the start of a safetensors file may look like one."""
     return start.startswith(PICKLES) and start[8:9] != b"{"
 
 
 class Callback:
-    """Stands for the class by which Lightning's old files name a callback; nothing is made of it."""
+    """Stands for the class that Lightning's old files have as a key; it is never instantiated."""
 
 
 def open_pickle(path: str | Path) -> Tensors:
-    """The tensors of a .ckpt or .pt, memory-mapped where its format allows; nothing but weights is unpickled."""
+    """The tensors of a .ckpt or .pt, memory-mapped where the format allows; only weights are unpickled."""
     path = Path(path)
     with readable(path) as file:
         zipped = file.read(4) == PICKLES[0]
@@ -152,19 +155,19 @@ def open_pickle(path: str | Path) -> Tensors:
 
 
 def kept(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type that a tensor is written in: weights in `dtype`, counts and single numbers as they are."""
+    """The type that a tensor is written in: `dtype` for weights, its own for counts and single numbers."""
     return dtype if dtype and x.is_floating_point() and x.ndim else x.dtype
 
 
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors as they will be read again."""
+    """The tensors as they will be after writing and reading."""
     return {name: x.to(kept(x, dtype)) for name, x in state.items()}
 
 
 def write_file(
     path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> str:
-    """Write all or nothing, one tensor at a time, floating-point ones in `dtype`; returns the digest that it stores."""
+    """Write all or nothing, one tensor at a time, weights in `dtype`; returns the digest that the file stores."""
     dtypes = {name: kept(x, dtype) for name, x in state.items()}
     names = sorted(state, key=lambda name: (-dtypes[name].itemsize, name))  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, DIGEST: BLANK}}
@@ -190,12 +193,32 @@ def check_digest(path: str | Path) -> str:
     """The digest that one of our files stores, or an error if its bytes have another."""
     path = Path(path)
     with readable(path) as file:
-        stored = read_header(file, path)["__metadata__"][DIGEST]
-        file.seek(0)
-        text = file.read(int.from_bytes(file.read(8), "little"))
-        digest = hashlib.sha256(text.replace(stored.encode(), BLANK.encode()))
+        digest, stored = start_digest(file, path)
         while block := file.read(2**20):
             digest.update(block)
+    return compare(digest, stored, path)
+
+
+def check_ours(tensors: Tensors) -> str:
+    """The digest of one of our files, or an error if its bytes or numbers are damaged; they are read once."""
+    with readable(tensors.path) as file:
+        digest, stored = start_digest(file, tensors.path)
+    wrong = wrong_numbers(tensors, (*DTYPES.values(), *COUNTS), digest)
+    compare(digest, stored, tensors.path)
+    refuse_numbers(tensors, *wrong, str(tensors.path))
+    return stored
+
+
+def start_digest(file: BinaryIO, path: Path) -> tuple[Hash, str]:
+    """The digest of a file's header without the stored one, and the stored one; the file is left behind the header."""
+    stored: str = read_header(file, path)["__metadata__"][DIGEST]
+    file.seek(0)
+    text = file.read(int.from_bytes(file.read(8), "little"))
+    return hashlib.sha256(text.replace(stored.encode(), BLANK.encode())), stored
+
+
+def compare(digest: Hash, stored: str, path: Path) -> str:
+    """The stored digest, or an error if the file has another."""
     if digest.hexdigest() != stored:
         got, hint = f"sha256 {digest.hexdigest()[:10]}", AGAIN
         raise CheckpointError("the file is damaged", str(path), got, f"{stored[:10]}, as when it was saved", hint)
@@ -203,13 +226,13 @@ def check_digest(path: str | Path) -> str:
 
 
 def raw(tensor: Tensor) -> Any:
-    """A tensor's bytes in order, without a copy where it is contiguous."""
+    """A tensor's bytes, without a copy where it is contiguous."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when all is written and on the disk, and leaves it alone otherwise."""
+    """A new file that replaces `path` once it is written and on the disk; on failure `path` stays as it was."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -225,7 +248,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the disk remember what a folder now holds."""
+    """Flush a folder's entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -234,25 +257,38 @@ def flush_folder(folder: Path) -> None:
 
 
 def file_hash(path: str | Path) -> str:
-    """A file's sha256, by which other programs know it too."""
+    """A file's sha256, as other programs compute it."""
     with readable(Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def check_numbers(state: Mapping[str, Tensor], where: str, whole: bool = False) -> None:
-    """Refuse tensors that hold NaN or infinity, or are not floating point; with `whole`, counts may be among them."""
-    fine = (*DTYPES.values(), *(COUNTS if whole else ()))
-    integers = [name for name, x in state.items() if x.dtype not in fine]
-    refuse_tensors(state, integers, "weights must be floating point", where, lambda x: NAMES.get(x.dtype, str(x.dtype)))
-    floating = {name: x for name, x in state.items() if x.is_floating_point() and x.numel()}
-    broken = [name for name, x in floating.items() if not torch.stack(torch.aminmax(x)).isfinite().all()]
-    refuse_tensors(state, broken, "weights hold NaN or infinity", where, lambda x: f"{int((~x.isfinite()).sum())}")
+def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that hold NaN or infinity, or are not floating point."""
+    refuse_numbers(state, *wrong_numbers(state, tuple(DTYPES.values())), where)
 
 
-def refuse_tensors(
-    state: Mapping[str, Tensor], names: list[str], what: str, where: str, detail: Callable[[Tensor], str]
-) -> None:
-    """Raise if there are names, with their count, the first five, and a detail of each."""
-    if names:
-        shown = ", ".join(f"{name} ({detail(state[name])})" for name in names[:5]) + ", ..." * (len(names) > 5)
-        raise CheckpointError(what, where, f"{len(names)}: {shown}", "finite numbers in F32, F16 or BF16")
+def wrong_numbers(
+    state: Mapping[str, Tensor], legal: tuple[torch.dtype, ...], digest: Hash | None = None
+) -> tuple[list[str], list[str]]:
+    """The tensors of another type than the legal ones, and those with NaN or infinity; adds all bytes to `digest`."""
+    types, broken = [], []
+    for name, x in state.items():
+        if digest is not None:
+            digest.update(raw(x))
+        if x.dtype not in legal:
+            types.append(name)
+        elif x.is_floating_point() and x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
+            broken.append(name)
+    return types, broken
+
+
+def refuse_numbers(state: Mapping[str, Tensor], types: list[str], broken: list[str], where: str) -> None:
+    """Raise if there are names, with their count and the first five."""
+    details: dict[str, Callable[[Tensor], Any]] = {
+        "weights must be floating point": lambda x: NAMES.get(x.dtype, x.dtype),
+        "weights hold NaN or infinity": lambda x: int((~x.isfinite()).sum()),
+    }
+    for (what, detail), names in zip(details.items(), (types, broken)):
+        if names:
+            shown = ", ".join(f"{name} ({detail(state[name])})" for name in names[:5]) + ", ..." * (len(names) > 5)
+            raise CheckpointError(what, where, f"{len(names)}: {shown}", "finite numbers in F32, F16 or BF16")

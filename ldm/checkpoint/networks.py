@@ -1,119 +1,159 @@
-"""The networks that a stored configuration describes, without memory: what key maps are derived from."""
+"""The networks that a stored configuration describes, without memory for their weights, and strict loading."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoint.hyperparameters import given
 from ldm.config import parts
 from ldm.errors import CheckpointError
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.dit import DiT
 from ldm.models.empty import empty
 from ldm.models.transformer import TextTransformer
-from ldm.models.unet import UNet
 
-Node = Mapping[str, Any]
+Node = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
 ROWS = 12  # of a table of differences
-
-BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
-TEXTS: dict[str, dict[str, Any]] = {  # what each text conditioner gives its TextTransformer beside its own arguments
+TEXTS: dict[str, Node] = {  # what each text conditioner gives its TextTransformer beside its own arguments
     "clip": {"activation": "quick_gelu"},
     "open_clip": {"activation": "gelu"},
     "joint_text": {"causal": False, "bias": False},
 }
 TEXT_ARGUMENTS = ("width", "layers", "heads", "head_width", "length", "vocabulary", "projection")
+COUNTS = ("layers", "depth", "blocks")  # arguments that count modules
+SIZES = (
+    *("width", "hidden", "head_width", "heads", "length", "vocabulary", "projection", "classes", "chunks"),
+    *("channels", "multipliers", "latent", "codes", "patch"),
+)
+ALWAYS = 1024  # a size that needs no tensor to confirm it
+LARGEST = 2**16  # of numbers that no tensor can confirm: steps of a schedule, sides of a picture
+
+
+def check_sizes(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    """Refuse sizes in a configuration that the tensors beside it do not confirm, before anything is built from them.
+
+    A network has at least one tensor for each of its layers, and its widths are sides of its tensors.
+    """
+    widest = max((side for shape in shapes.values() for side in shape), default=0)
+    external = config.get("left_out") or {}  # encoders that are stored elsewhere
+    for key, node in nodes(config):
+        layers = math.prod(max(integers(node.get(name)), default=1) for name in COUNTS)
+        layers *= len(integers(node.get("multipliers"))) or 1
+        check_size(f"{key}: more layers than tensors", layers, max(len(shapes), ALWAYS), where)
+        for name in SIZES if f"{key}.weights" not in external else ():
+            size = max(integers(node.get(name)), default=0)
+            check_size(f"{key}.{name}: no tensor is so large", size, max(widest, ALWAYS), where)
+    settings = {axis: config.get(axis) for axis in ("path", "spacing")}
+    others = {f"{axis}.steps": node.get("steps") for axis, node in settings.items() if isinstance(node, dict)}
+    for key, value in (others | {"size": config.get("size")}).items():
+        check_size(f"{key}: too large", max(integers(value), default=0), LARGEST, where)
+
+
+def check_size(what: str, size: int, limit: int, where: str) -> None:
+    """Refuse a size above its limit."""
+    if size > limit:
+        raise CheckpointError(what, where, f"{size:.3g}" if size > 10**9 else str(size), f"at most {limit}")
+
+
+def nodes(config: Mapping[str, Any]) -> Iterator[tuple[str, Node]]:
+    """The nodes of a configuration that describe networks, with their keys."""
+    found = [(axis, config.get(axis)) for axis in ("backbone", "conditioner", "autoencoder")]
+    for key, node in found:
+        if isinstance(node, dict):
+            yield key, node
+            found += [(f"{key}.parts.{number}", part) for number, part in enumerate(node.get("parts") or ())]
+
+
+def integers(value: Any) -> list[int]:
+    """The integers in a value: itself, or those of a list."""
+    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
 
 
 def build(function: Any, arguments: Mapping[str, Any], what: str) -> Any:
-    """A network on the meta device, or an error for people if its numbers describe none."""
+    """A network on the meta device, or a readable error if its numbers describe none."""
     try:
         with empty():
             return function(**arguments)
-    except (ValueError, TypeError, ZeroDivisionError, NotImplementedError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"no {what} has such numbers", got=str(error)) from error
 
 
-def build_backbone(node: Node, supplied: Mapping[str, Any]) -> UNet | DiT:
+def build_backbone(node: Mapping[str, Any], given: Mapping[str, Any], what: str = "U-Net") -> Any:
     """The backbone of a configuration and of what the assembly gives it."""
     arguments = {name: value for name, value in node.items() if name != "type"}
-    dit = node["type"] == "dit"
-    return build(BACKBONES[node["type"]], {**arguments, **supplied}, "DiT" if dit else "U-Net")
+    return build(parts.find("backbone", node["type"]), {**arguments, **given}, what)
 
 
-def build_autoencoder(node: Node) -> Autoencoder:
-    """The autoencoder of a configuration, which may be one of a user's own."""
+def build_autoencoder(node: Mapping[str, Any]) -> Autoencoder:
+    """The autoencoder of a configuration, which may be a plugin's."""
     arguments = {name: value for name, value in node.items() if name != "type"}
     if node["type"] not in (known := parts.TABLES["autoencoder"]):
         expected = f"one of {', '.join(known)}"
         raise CheckpointError("autoencoder.type: unknown name", got=node["type"], expected=expected, hint="--plugin")
-    return build(parts.find("autoencoder", node["type"]), arguments, "autoencoder")
+    autoencoder: Autoencoder = build(parts.find("autoencoder", node["type"]), arguments, "autoencoder")
+    return autoencoder
 
 
-def autoencoder_of(node: Node, state: Mapping[str, Tensor]) -> Autoencoder:
+def build_text(node: Mapping[str, Any]) -> TextTransformer:
+    """The transformer inside a text conditioner."""
+    arguments = {name: node[name] for name in TEXT_ARGUMENTS if node.get(name) is not None}
+    if node["type"] == "open_clip":
+        arguments["layers"] -= 1  # the last one is not read
+    text: TextTransformer = build(TextTransformer, {**arguments, **TEXTS[node["type"]]}, "text encoder")
+    return text
+
+
+def autoencoder_of(node: Mapping[str, Any], state: Mapping[str, Tensor]) -> Autoencoder:
     """The autoencoder in a checkpoint, with its weights, frozen."""
     autoencoder = build_autoencoder(node)
     load_weights(autoencoder, state, "autoencoder")
     return autoencoder.eval().requires_grad_(False)
 
 
-def fingerprint(node: Node, state: Mapping[str, Tensor]) -> str:
-    """That of the autoencoder in a checkpoint."""
+def fingerprint(node: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """The fingerprint of the autoencoder in a checkpoint."""
     return autoencoder_of(node, state).fingerprint()
 
 
-def build_text(node: Node) -> TextTransformer:
-    """The transformer inside a text conditioner."""
-    arguments = {name: node[name] for name in TEXT_ARGUMENTS if node.get(name) is not None}
-    if node["type"] == "open_clip":
-        arguments["layers"] -= 1  # the last one is not read
-    return build(TextTransformer, {**arguments, **TEXTS[node["type"]]}, "text encoder")
-
-
-def supplied(node: Node, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the assembly gave a backbone, read off its own tensors."""
-    shapes = {name: tuple(state[name].shape) for name in state}
-    label = shapes.get("time.label.weight", (None,))[0]
-    pooled = shapes.get("time.pooled.0.weight", (0, None))[1]
-    keys = [name for name in shapes if name.endswith("cross_attention.k.weight")]
-    context = shapes[keys[0]][1] if keys else None
-    if node["type"] == "dit":
-        first, out = shapes["embed.weight"], shapes["out.weight"][0] // shapes["embed.weight"][2] ** 2
-    else:
-        first, out = shapes["encoder.0.main.weight"], shapes["out.weight"][0]
-    return given(first[1], out, context=context, classes=label, pooled=pooled)
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Load the tensors under a prefix strictly; a module on the meta device takes them over without a copy."""
+    dotted = f"{prefix.rstrip('.')}." if prefix else ""
+    own = {name.removeprefix(dotted): state[name] for name in state if name.startswith(dotted)}
+    fit(own, module, prefix.rstrip(".") or type(module).__name__)
+    empty = any(x.is_meta for x in module.state_dict().values())
+    module.load_state_dict(own, assign=empty)
 
 
 def fit(state: Mapping[str, Tensor], network: nn.Module, what: str) -> None:
-    """Refuse tensors that are not exactly a network's: missing, extra, or of another shape."""
+    """Refuse tensors that are not exactly a network's: missing, left over, or of another shape."""
     own = network.state_dict()
-    wrong = {
-        "tensors are missing": [name for name in own if name not in state],
-        "tensors without a place": [name for name in state if name not in own],
-        "tensors of another shape": [
-            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ],
-    }
-    for problem, names in wrong.items():
+    problems = ("tensors are missing in the ", "tensors without a place in the ", "tensors of another shape in the ")
+    for problem, names in zip(problems, misfits(own, state).values()):
         if names:
-            shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-            error = CheckpointError(f"{problem} in the {what}", got=f"{len(names)}: {shown}", expected="none")
+            shaped = problem == problems[-1]
+            found = [f"{x} {shape(state, x)} for {shape(own, x)}" if shaped else x for x in names[:5]]
+            got = f"{len(names)}: {', '.join(found)}{', ...' * (len(names) > 5)}"
+            error = CheckpointError(f"{problem}{what}", got=got, expected="none")
             error.table = differences(own, state)
             raise error
 
 
-def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    """A table of what a network and a checkpoint disagree about, of each kind about as many rows, and how many more."""
-    kinds = {
+def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names about which a network and a checkpoint disagree, by kind."""
+    return {
         "missing": [name for name in ours if name not in theirs],
         "extra": [name for name in theirs if name not in ours],
         "other shape": [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape],
     }
+
+
+def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """A table of what a network and a checkpoint disagree about: a few rows of each kind, and how many more."""
+    kinds = misfits(ours, theirs)
     shown = ROWS // max(1, sum(bool(names) for names in kinds.values()))
     rows = [("", "tensor", "the network's", "the checkpoint's")]
     for kind, names in kinds.items():
@@ -126,12 +166,3 @@ def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> lis
 def shape(state: Mapping[str, Tensor], name: str) -> str:
     """A tensor's shape as a table shows it."""
     return str(tuple(state[name].shape)) if name in state else "-"
-
-
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Give a module the tensors under a prefix, exactly; on the meta device they become its own, without a copy."""
-    dotted = f"{prefix.rstrip('.')}." if prefix else ""
-    own = {name.removeprefix(dotted): state[name] for name in state if name.startswith(dotted)}
-    fit(own, module, prefix.rstrip(".") or type(module).__name__)
-    empty = any(x.is_meta for x in module.state_dict().values())
-    module.load_state_dict(own, assign=empty)

@@ -1,4 +1,4 @@
-"""Noise schedules of others: tables of betas in files, and diffusers' schedulers, in both directions."""
+"""Noise schedules of other programs: tables of betas, and diffusers' schedulers in both directions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.networks import LARGEST, check_size
 from ldm.diffusion.path import Table, cosine
 from ldm.errors import CheckpointError
 
 Node = dict[str, Any]
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SOLVERS = {  # their classes that are a solver of ours, and the spacing that each has unless it says otherwise
+SOLVERS = {  # diffusers' class -> our solver, and the class's default spacing
     "DDIMScheduler": ("ddim", "leading"),
     "DDPMScheduler": ("ddpm", "leading"),
     "EulerDiscreteScheduler": ("euler", "linspace"),
@@ -24,8 +25,8 @@ SOLVERS = {  # their classes that are a solver of ours, and the spacing that eac
     "UniPCMultistepScheduler": ("unipc", "linspace"),
 }
 SPACINGS = ("leading", "linspace", "trailing")
-MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # whose steps are of N + 1, but for the last
-KARRAS = (*MULTISTEP, "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # who heed `use_karras_sigmas`
+MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # they take N of N + 1 steps
+KARRAS = (*MULTISTEP, "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # they read `use_karras_sigmas`
 DPM_SOLVERS = {  # (algorithm_type, solver_order) -> our solver
     ("dpmsolver++", 1): {"type": "ddim"},
     ("dpmsolver++", 2): {"type": "dpmpp_2m"},
@@ -37,7 +38,7 @@ WRITTEN: dict[str, Node] = {ours: {"_class_name": theirs} for theirs, (ours, _) 
     for (algorithm, order), node in DPM_SOLVERS.items()
     if order > 1
 }
-UNHEARD = {  # options of theirs that are nothing here, and what they are where they do nothing
+UNSUPPORTED = {  # options that we ignore, and their values that do nothing
     "clip_sample": False,
     "thresholding": False,
     "predict_x0": True,
@@ -46,15 +47,15 @@ UNHEARD = {  # options of theirs that are nothing here, and what they are where 
     "use_lu_lambdas": False,
     "euler_at_final": False,
 }
-ROUNDED = {torch.float16: (3, 2e-3), torch.bfloat16: (2, 2e-2)}  # significant digits that survive, and the error
+ROUNDED = {torch.float16: (3, 2e-3), torch.bfloat16: (2, 2e-2)}  # significant digits, relative error
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
 
 
 def path_of_betas(betas: Tensor) -> Node:
-    """The path of a table of betas: a named one where it is that."""
-    digits, rtol = ROUNDED.get(betas.dtype, (6, 1e-4))  # 6: as before they were stored in float32
+    """The path of a table of betas, by its name if it has one."""
+    digits, rtol = ROUNDED.get(betas.dtype, (6, 1e-4))  # 6 of float32
     betas = betas.double()
-    start, end = (float(f"{betas[place].item():.{digits}g}") for place in (0, -1))
+    start, end = (float(f"{betas[index].item():.{digits}g}") for index in (0, -1))
     roots = torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64)
     known = {"linear": torch.linspace(start, end, len(betas), dtype=torch.float64), "scaled_linear": roots.square()}
     for kind, table in known.items():
@@ -64,15 +65,15 @@ def path_of_betas(betas: Tensor) -> Node:
 
 
 def read_scheduler(scheduler: Mapping[str, Any], notes: list[str]) -> dict[str, Node]:
-    """Path, prediction, spacing and solver that a scheduler's configuration stands for."""
+    """The path, prediction, spacing and solver of a scheduler's configuration."""
     kind = scheduler.get("_class_name", "DDIMScheduler")
     if kind not in SOLVERS and "beta_schedule" not in scheduler:
         expected = ", ".join(SOLVERS)
         raise CheckpointError("a scheduler of another kind of noise", "scheduler_config.json", kind, expected)
     if kind not in SOLVERS:
-        notes.append(f"{kind} is not here: DPM-Solver++ 2M takes its place")
-    said = {name: scheduler[name] for name, idle in UNHEARD.items() if scheduler.get(name, idle) != idle}
-    notes += [f"the scheduler's {name}={value} does nothing here" for name, value in said.items()]
+        notes.append(f"{kind} is not supported: DPM-Solver++ 2M replaces it")
+    ignored = {name: scheduler[name] for name, idle in UNSUPPORTED.items() if scheduler.get(name, idle) != idle}
+    notes += [f"the scheduler's {name}={value} is ignored" for name, value in ignored.items()]
     _, spacing = SOLVERS.get(kind, ("", "leading"))
     prediction: Node = {"type": known("prediction_type", scheduler.get("prediction_type", "epsilon"), PREDICTIONS)}
     variance = VARIANCES.get(scheduler.get("variance_type") or "", "small")
@@ -87,7 +88,7 @@ def read_scheduler(scheduler: Mapping[str, Any], notes: list[str]) -> dict[str, 
 
 
 def read_solver(scheduler: Mapping[str, Any], kind: str, variance: str, notes: list[str]) -> Node:
-    """The solver of a scheduler, whose order and kind of process are options of theirs."""
+    """The solver of a scheduler, whose order and kind of process are options in diffusers."""
     solver, _ = SOLVERS.get(kind, ("dpmpp_2m", ""))
     if solver == "ddpm":
         return {"type": solver, "noise_var": variance}
@@ -96,21 +97,22 @@ def read_solver(scheduler: Mapping[str, Any], kind: str, variance: str, notes: l
     if kind == "DPMSolverMultistepScheduler":
         which = scheduler.get("algorithm_type", "dpmsolver++"), scheduler.get("solver_order", 2)
         if which not in DPM_SOLVERS:
-            notes.append(f"{which[0]} of order {which[1]} is not here: DPM-Solver++ 2M takes its place")
+            notes.append(f"{which[0]} of order {which[1]} is not supported: DPM-Solver++ 2M replaces it")
         return dict(DPM_SOLVERS.get(which, {"type": solver}))
     return {"type": solver}
 
 
 def known(name: str, value: Any, table: Mapping[str, str]) -> str:
-    """Our word for a value of theirs, or an error that lists what is understood."""
+    """Our name of a value, or an error that lists the supported ones."""
     if value not in table:
-        raise CheckpointError(f"no such {name} here", "scheduler_config.json", str(value), ", ".join(table))
+        raise CheckpointError(f"unsupported {name}", "scheduler_config.json", str(value), ", ".join(table))
     return table[value]
 
 
 def read_path(scheduler: Mapping[str, Any]) -> Node:
     """The path of a scheduler's betas."""
     steps, zero = scheduler.get("num_train_timesteps", 1000), bool(scheduler.get("rescale_betas_zero_snr"))
+    check_size("num_train_timesteps: too large", steps, LARGEST, "scheduler_config.json")
     stretched = {"zero_terminal_snr": True} if zero else {}
     if scheduler.get("trained_betas") is not None:
         return path_of_betas(torch.tensor(scheduler["trained_betas"], dtype=torch.float64)) | stretched
@@ -128,7 +130,7 @@ def betas_of(path: Table) -> list[float]:
 
 
 def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
-    """The spacing of a scheduler; their pipelines take 50 steps unless told otherwise."""
+    """The spacing of a scheduler; diffusers' pipelines take 50 steps by default."""
     kind = scheduler.get("_class_name", "DDIMScheduler")
     if scheduler.get("use_karras_sigmas") and kind in KARRAS:
         return {"type": "karras", "steps": 50}
@@ -145,28 +147,28 @@ def read_spacing(scheduler: Mapping[str, Any], default: str) -> Node:
 
 
 def written_as(solver: Node, spacing: Node, notes: list[str]) -> Node:
-    """The class that a solver and its spacing become and its options, with notes of what it does otherwise."""
+    """diffusers' class for a solver and its spacing, with notes of what it does differently."""
     name, eta = solver["type"], solver.get("eta", 0.0)
     if name == "dpmpp_2m" and eta == 1:
         name, eta = "dpmpp_2m_sde", 0.0
     written = dict(WRITTEN.get(name, WRITTEN["ddim"]))
     kind = written["_class_name"]
     if name not in WRITTEN:
-        notes.append(f"no scheduler of diffusers is solver {name}: DDIM takes its place")
+        notes.append(f"diffusers has no scheduler for solver {name}: DDIM replaces it")
     if name == "unipc":
         written["solver_order"] = solver.get("order", 2)
     if eta:
-        notes.append(f"diffusers' {kind} has no eta, which is {eta} here")
+        notes.append(f"diffusers' {kind} has no eta, which is {eta} in this file")
     if spacing["type"] not in (*SPACINGS, *(["karras"] if kind in KARRAS else [])):
-        notes.append(f"diffusers' {kind} has no spacing {spacing['type']}: leading takes its place")
+        notes.append(f"diffusers' {kind} has no spacing {spacing['type']}: leading replaces it")
     elif spacing["type"] in ("leading", "linspace") and spacing.get("spare", 0) != (kind in MULTISTEP):
         spare = int(kind in MULTISTEP)
-        notes.append(f"diffusers' {kind} steps at the times of spacing.spare={spare}, which are not this file's")
+        notes.append(f"diffusers' {kind} uses spacing.spare={spare}, unlike this file")
     return written
 
 
 def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
-    """The configuration of the scheduler that walks our path, as diffusers stores it."""
+    """The configuration of a scheduler with our path, prediction, spacing and solver, as diffusers stores it."""
     path, spacing, solver = config["path"], config["spacing"], config["solver"]
     prediction = config["prediction"]
     learned = prediction["type"] == "learned_range"
@@ -176,7 +178,7 @@ def write_scheduler(config: Mapping[str, Any], notes: list[str]) -> Node:
     if kind not in kinds or path["type"] not in paths:
         got = f"{path['type']} with {kind}"
         raise CheckpointError(
-            "no scheduler of diffusers for this", "path, prediction", got, ", ".join(paths), "our format"
+            "diffusers has no scheduler for this", "path, prediction", got, ", ".join(paths), "our format"
         )
     defaults = {"scaled_linear": (0.00085, 0.012)}.get(path["type"], (1e-4, 0.02))
     unlike = path["type"] == "cosine" and {"offset", "max_beta"} & path.keys()  # squaredcos_cap_v2 has no options

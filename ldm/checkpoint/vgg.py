@@ -1,4 +1,4 @@
-"""LPIPS with its published weights: VGG16 from a file at hand, a weight per channel from torchmetrics' package."""
+"""LPIPS with its published weights: VGG16 from a local file, a weight per channel from torchmetrics' package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.checkpoint.downloads import KNOWN, place
+from ldm.checkpoint.downloads import DOWNLOADS, cached
 from ldm.checkpoint.files import is_pickle, open_file, open_pickle
 from ldm.checkpoint.networks import load_weights
 from ldm.checkpoint.rename import rename
@@ -18,17 +18,17 @@ WITHOUT = "loss.perceptual=judge, or loss.perceptual_weight=0"
 
 
 def lpips(file: str | Path | None = None) -> LPIPS:
-    """LPIPS, frozen; VGG16 is read from torchvision's file, by default where `ldm fetch vgg16` puts it."""
+    """LPIPS, frozen; VGG16 is read from torchvision's file, by default the one of `ldm fetch vgg16`."""
     network = LPIPS()
-    load_weights(network, {**trunk(place(KNOWN["vgg16"]) if file is None else Path(file)), **heads()})
+    load_weights(network, {**trunk(cached(DOWNLOADS["vgg16"]) if file is None else Path(file)), **heads()})
     return network.eval().requires_grad_(False)
 
 
 def trunk(file: Path) -> dict[str, Tensor]:
-    """VGG16's convolutions in our names; the classifier stays in the file."""
+    """VGG16's convolutions in our names; the classifier is not read."""
     if not file.is_file():
         hint = f"`ldm fetch vgg16`, loss.vgg=FILE, or without it {WITHOUT}"
-        raise InputError("LPIPS needs the weights of VGG16", str(file), "no such file", KNOWN["vgg16"].file, hint)
+        raise InputError("LPIPS needs the weights of VGG16", str(file), "no such file", DOWNLOADS["vgg16"].file, hint)
     tensors = open_pickle(file) if is_pickle(file) else open_file(file)
     names = [name for name in tensors if name.startswith("features.")]
     return {name.replace("features.", "trunk.", 1): tensors[name] for name in names}

@@ -18,30 +18,31 @@ if TYPE_CHECKING:
     from ldm.checkpoint import Checkpoint
     from ldm.data.latents_writer import Cache
 
-NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # of the data's node: where and how it is read
+NOT_SAMPLES = ("root", "manifest", "batch_size", "workers", "bad")  # keys of data that do not change the samples
 DTYPES = ("fp32", "bf16", "fp16")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the cache; one begun is continued")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="what numbers are stored in (default bf16)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the cache; an unfinished one is resumed")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the stored numbers (default bf16)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--rank", type=int, help="which of several processes this is; torchrun says it too")
-    parser.add_argument("--ranks", type=int, help="how many processes share the work")
+    parser.add_argument("--rank", type=int, help="this process's rank (default: torchrun's, or 0)")
+    parser.add_argument("--ranks", type=int, help="number of processes that share the work (default: torchrun's, or 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that costs nothing, then encode what is not there yet."""
-    rank, ranks = share(arguments)
+    """Check everything that is cheap to check, then encode what is missing."""
+    rank, ranks = rank_of(arguments)
     if arguments.config is None:
         raise InputError("--config: missing", "command line", expected="stage two's configuration")
     own_parts(arguments)
-    from ldm import assemble  # torch is only paid for once all options are right
+    from ldm import assemble  # imports torch, so not before the options are checked
+    from ldm.training.recipes.diffusion import Schema
 
-    config, loaded = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, assemble.DiffusionSchema)
+    config, loaded = assemble.load(config_file(arguments.config, "ldm"), arguments.overrides, Schema)
     assemble.check_first_stage(config, loaded)
     check(config)
     if arguments.print_config:
@@ -54,13 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         cache = prepare(config, loaded, out, arguments)
         missing = latents_writer.write(cache, rank, ranks)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
-    there = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
-    print(f"{out}: {there}; {'the others are still to come' if missing else f'{len(cache.source)} samples, complete'}")
+    written = f"{len(cache.shards) - len(missing)} of {len(cache.shards)} shards, {size:.2f} GB"
+    print(f"{out}: {written}; {f'{len(missing)} missing' if missing else f'{len(cache.source)} samples, complete'}")
     return 0
 
 
-def share(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Which process this is of how many, and that its numbers make sense."""
+def rank_of(arguments: argparse.Namespace) -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
     rank = int(os.environ.get("RANK", 0)) if arguments.rank is None else arguments.rank
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if arguments.ranks is None else arguments.ranks
     if not 0 <= rank < ranks:
@@ -72,20 +73,20 @@ def share(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def check(config: Config) -> None:
     """Refuse what cannot be cached."""
-    data = config["data"]
+    data, error = config["data"], config.source.error
     if config["autoencoder"] is None:
-        raise config.source.error("autoencoder: pixels need no cache", "autoencoder", expected="a checkpoint's path")
+        raise error("autoencoder: pixels need no cache", "autoencoder", expected="a checkpoint's path")
     if data["type"] == "latents":
-        raise config.source.error("data.type: is a cache already", "data.type", got="latents", hint="images")
+        raise error("data.type: is a cache already", "data.type", got="latents", hint="images")
     if data.get("crop") == "random":
         what, hint = "data.crop: random crops are too many to cache", "center"
-        raise config.source.error(what, "data.crop", got="random", expected="center", hint=hint)
+        raise error(what, "data.crop", got="random", expected="center", hint=hint)
     if not 0 <= config["seed"] < 2**32:
-        raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to below 2**32")
+        raise error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to below 2**32")
 
 
 def prepare(config: Config, loaded: dict[str, Checkpoint], out: Path, arguments: argparse.Namespace) -> Cache:
-    """The source, the networks, and all that the cache depends on."""
+    """The source, the encoders, and everything that the cache depends on."""
     import torch
 
     from ldm import assemble
@@ -96,7 +97,7 @@ def prepare(config: Config, loaded: dict[str, Checkpoint], out: Path, arguments:
     flip = bool(config["data"].get("flip"))
     source = (config.amended(["data.flip=false"]) if flip else config).build("data")
     device, _ = placement(arguments.device, "fp32")
-    torch.manual_seed(stream(config["seed"], "init"))  # random weights are those of training
+    torch.manual_seed(stream(config["seed"], "init"))  # random weights are the same as in training
     autoencoder, conditioner = assemble.encoders(config, loaded)
     assert autoencoder is not None  # checked above
     assemble.check_encoders(config, conditioner)
@@ -104,8 +105,7 @@ def prepare(config: Config, loaded: dict[str, Checkpoint], out: Path, arguments:
         if module is not None:
             module.eval().requires_grad_(False).to(device)
     texts, keeps = latents.identities(conditioner, config["conditioner"])
-    check_sizes(config, source, autoencoder.factor)
-    check_reads(config, keeps)
+    check_encodable(config, source, autoencoder.factor, keeps)
     key: dict[str, Any] = {
         "autoencoder": autoencoder.fingerprint(),
         "texts": texts,
@@ -121,19 +121,14 @@ def prepare(config: Config, loaded: dict[str, Checkpoint], out: Path, arguments:
     return latents_writer.Cache(out, source, config["seed"], autoencoder, encoders, key, arguments.batch_size, device)
 
 
-def check_sizes(config: Config, source: Any, factor: int) -> None:
-    """Refuse pictures that the first stage cannot divide."""
+def check_encodable(config: Config, source: Any, factor: int, keeps: list[str]) -> None:
+    """Refuse pictures that the autoencoder cannot divide, and a conditioner that reads more than a cache keeps."""
+    from ldm.data.latents_writer import KEEPS
+
     for height, width in source.sizes:
         if height % factor or width % factor:
             got, expected = f"{height}x{width}", f"multiples of {factor}"
             raise config.source.error("data.resolution: not divisible", "data.resolution", got=got, expected=expected)
-
-
-def check_reads(config: Config, keeps: list[str]) -> None:
-    """Refuse a conditioner that reads more than a cache can keep."""
-    from ldm.data.latents_writer import KEEPS
-
-    if beyond := [name for name in keeps if name not in KEEPS]:
-        what = f"conditioner: reads {beyond[0]}, which is not cached"
-        expected = f"one that reads {' or '.join(KEEPS)}"
+    if others := [name for name in keeps if name not in KEEPS]:
+        what, expected = f"conditioner: reads {others[0]}, which is not cached", f"one that reads {' or '.join(KEEPS)}"
         raise config.source.error(what, "conditioner", expected=expected, hint="training on pictures")

@@ -1,4 +1,4 @@
-"""Small things to look at: `ldm demo` learns a swiss roll, `ldm demo scenes` shows the built-in scenes, and
+"""Small demonstrations: `ldm demo` learns a swiss roll, `ldm demo scenes` shows the built-in scenes, and
 `ldm demo gallery` makes the documentation's pictures and tables with the shipped model."""
 
 from __future__ import annotations
@@ -7,18 +7,18 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.sample import writable
+from ldm.cli.sample import png_file, writable
+from ldm.config import parts
 from ldm.config import schema as configuration
 from ldm.config.schema import Part
-from ldm.errors import InputError
 
 
 @dataclass(kw_only=True)
 class Schema:
-    """What a configuration of the swiss roll may say."""
+    """The configuration of the swiss roll."""
 
     seed: int = 0  # of points, noise and weights
     path: Part
@@ -34,7 +34,7 @@ class Schema:
 
 @dataclass(kw_only=True)
 class Sheet:
-    """What a configuration of the scenes may say."""
+    """The configuration of the sheet of scenes."""
 
     seed: int = 0  # of the scenes
     split: Literal["train", "validation", "held_out"] = "train"  # which of them
@@ -42,67 +42,70 @@ class Sheet:
 
 @dataclass(kw_only=True)
 class Gallery:
-    """What a configuration of the gallery may say."""
+    """The configuration of the gallery."""
 
-    seed: int = 0  # that of the first picture
+    seed: int = 0  # of the first picture
     prompts: list[str]  # a picture each
     cfg: list[float]  # a column each
     solvers: list[str]  # a row each
     steps: list[int]  # a column each
-    report: str | None = None  # an evaluation.json, whose tables and plots go along
-    demos: list[Literal["scenes", "swiss_roll"]] = ()  # type: ignore[assignment]  # whose pictures are made too
-    metrics: list[str] = ()  # type: ignore[assignment]  # metrics.csv of runs, whose validation losses are drawn
+    report: str | None = None  # an evaluation.json, whose tables and plots are added
+    demos: list[Literal["scenes", "swiss_roll"]] = ()  # type: ignore[assignment]  # whose pictures are added
+    metrics: list[str] = ()  # type: ignore[assignment]  # metrics.csv of runs, whose validation losses are plotted
 
 
-SCHEMAS = {"swiss_roll": Schema, "scenes": Sheet, "gallery": Gallery}
+class Demo(NamedTuple):
+    """A demo's configuration, and its function of (config, out), imported when all options have been checked."""
+
+    schema: type
+    write: str
+
+
+DEMOS = {
+    "swiss_roll": Demo(Schema, "ldm.cli.swiss_roll:write"),
+    "scenes": Demo(Sheet, "ldm.scenes.contact_sheet:write"),
+    "gallery": Demo(Gallery, "ldm.scenes.gallery:run"),
+}
 LEAST = {"seed": 0, "steps": 1, "batch_size": 1, "lr": 0}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser)
-    parser.add_argument(
-        "--out", help="where the picture goes (default: the demo's name, .png); for the gallery, a folder"
-    )
+    parser.add_argument("--out", help="the file of the picture (default: NAME.png); for the gallery, a folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then make the picture."""
     own_parts(arguments)
-    name = arguments.overrides.pop(0) if arguments.overrides[:1] in (["scenes"], ["gallery"]) else "swiss_roll"
-    config = configuration.load(config_file(arguments.config or name, "demo"), arguments.overrides, SCHEMAS[name])
+    name = arguments.overrides.pop(0) if arguments.overrides and arguments.overrides[0] in DEMOS else "swiss_roll"
+    config = load(name, arguments.config or name, arguments.overrides)
+    if arguments.print_config:
+        print(json.dumps(config.values, indent=2))
+        return 0
+    if name != "gallery":
+        write(name, config, png_file(f"{name}.png" if arguments.out is None else arguments.out))
+        return 0
+    out = writable(Path(arguments.out or name))
+    parts.load(DEMOS[name].write)(config, out)
+    for other in config["demos"]:
+        write(other, load(other, other), out / f"{other}.png")
+    return 0
+
+
+def load(name: str, file: str, overrides: list[str] | None = None) -> configuration.Config:
+    """The checked configuration of a demo."""
+    config = configuration.load(config_file(file, "demo"), overrides or [], DEMOS[name].schema)
     for key, least in LEAST.items():
         values = config.values.get(key, least)
         if smaller := [x for x in (values if isinstance(values, list) else [values]) if x < least]:
             raise config.source.error(f"{key}: must be at least {least}", key, got=str(smaller[0]))
     if config["seed"] >= 2**32:
         raise config.source.error("seed: must be below 2**32", "seed", got=str(config["seed"]))
-    if arguments.print_config:
-        print(json.dumps(config.values, indent=2))
-        return 0
-    if name == "gallery":
-        from ldm.scenes import gallery
-
-        out = writable(Path(arguments.out or name))
-        gallery.run(config, out)
-        for other in config["demos"]:
-            draw(other, configuration.load(config_file(other, "demo"), [], SCHEMAS[other]), out / f"{other}.png")
-        return 0
-    out = Path(f"{name}.png" if arguments.out is None else arguments.out)
-    if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
-        raise InputError("cannot write the picture", str(out), expected="a .png file in a folder that exists")
-    draw(name, config, out)
-    return 0
+    return config
 
 
-def draw(name: str, config: configuration.Config, out: Path) -> None:
-    """The picture of one demo; torch is only paid for here, where all options are right."""
-    if name == "scenes":
-        from ldm.scenes import contact_sheet
-
-        contact_sheet.sheet(config["seed"], config["split"]).save(out)
-    else:
-        from ldm.cli import swiss_roll
-
-        swiss_roll.draw_picture(swiss_roll.learn(config), config, out)
+def write(name: str, config: configuration.Config, out: Path) -> None:
+    """Make the picture of a demo."""
+    parts.load(DEMOS[name].write)(config, out)
     print(f"wrote {out}", flush=True)

@@ -1,4 +1,4 @@
-"""Measure a checkpoint: what its first stage keeps, how far samples are from true pictures, what prompts come to."""
+"""Evaluate a checkpoint: its autoencoder, its samples, and its pictures of prompts; write a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
 from ldm.cli.console import counting_cuts
-from ldm.cli.sample import solver_name, writable
+from ldm.cli.sample import writable
+from ldm.config import samplers
 from ldm.config import schema as configuration
 from ldm.config.parts import TABLES
 from ldm.config.schema import Config, Part
@@ -21,49 +22,50 @@ from ldm.errors import InputError
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Checkpoint
-    from ldm.metrics.evaluation import Source, Subject
+    from ldm.metrics.comparison import ReferenceSet
+    from ldm.metrics.evaluation import Subject
 
-CURVES = {"prompts": 1, "steps": 2}  # of the prompts, by what they are divided
+CURVES = {"prompts": 1, "steps": 2}  # part -> divisor of the number of prompts
 PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
 
 
 @dataclass(kw_only=True)
 class Schema:
-    """What a configuration says of an evaluation."""
+    """The configuration of an evaluation."""
 
-    seed: int = 1  # of the first picture
+    seed: int = 1  # of noise, and of data that are drawn
     data: Part
-    training: Part | None = None  # what the model learned from, for the nearest
-    training_seed: int = 0  # that of its run
+    training: Part | None = None  # the training data, for `nearest`
+    training_seed: int = 0  # seed of the training run
     features: Part
     clip: Part | None = None
-    samples: int  # pictures that are made and compared; as many are read
-    nearest: int = 0  # pictures that are shown beside the nearest of `training`
-    prompts: int = 0  # of each kind, where the data are scenes
-    cfg: list[float] = (1.0,)  # type: ignore[assignment]  # scales of guidance at which prompts are asked for
-    solvers: list[str] = ()  # type: ignore[assignment]  # that are compared with one another
-    steps: list[int] = ()  # type: ignore[assignment]  # that each of them takes, in turn
-    bound: int = 0  # pictures whose bits per dimension are bounded
+    samples: int  # pictures to sample, and to compare with
+    nearest: int = 0  # samples shown beside their nearest training pictures
+    prompts: int = 0  # of each kind, for data with a verifier, such as scenes
+    cfg: list[float] = (1.0,)  # type: ignore[assignment]  # guidance scales for `prompts`
+    solvers: list[str] = ()  # type: ignore[assignment]  # to compare
+    steps: list[int] = ()  # type: ignore[assignment]  # numbers of steps of each solver
+    bound: int = 0  # pictures for the bound on bits per dimension
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
-        "--ckpt", metavar="PATH", help="any checkpoint, a first stage alone too; without it the shipped"
+        "--ckpt", metavar="PATH", help="any checkpoint, also of an autoencoder alone; default: the shipped model"
     )
-    parser.add_argument("--vae", metavar="PATH", help="another first stage")
-    parser.add_argument("--cfg", type=float, help="guidance scale, where the curves have no other")
-    parser.add_argument("--steps", type=int, help="how many steps the sampler takes")
-    parser.add_argument("--sampler", metavar="NAME", help="a solver by any name that `ldm sample --help` lists")
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given several times")
-    parser.add_argument("--out", default="report", help="the folder for evaluation.json and index.html")
+    parser.add_argument("--vae", metavar="PATH", help="another autoencoder")
+    parser.add_argument("--cfg", type=float, help="guidance scale, except for `prompts`")
+    parser.add_argument("--steps", type=int, help="number of sampling steps, except for `steps`")
+    parser.add_argument("--sampler", metavar="NAME", help="a sampler that `ldm sample --help` lists")
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part only; may be repeated")
+    parser.add_argument("--out", default="report", help="folder for evaluation.json and index.html")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     config_options(parser, default="scenes")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that costs nothing, then measure, writing after each part what there is."""
+    """Check everything that is cheap to check, then measure."""
     own_parts(arguments)
     config = configuration.load(config_file(arguments.config, "evaluate"), arguments.overrides, Schema)
     check(config)
@@ -77,197 +79,178 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
-    """Part by part, each written as soon as it is known."""
+    """Measure part by part, and write the report after each."""
+    from ldm.distributed import torchrun_rank
     from ldm.metrics import report
-    from ldm.metrics.sharing import rank
 
     subject, record = prepare(config, arguments)
-    found: dict[str, Any] = {"about": record, "settings": config.values}
-    measured = 0
-    for name, part in parts(config, subject, arguments.only or PARTS):
-        found[name], measured = part, measured + 1
-        if rank() == 0:
-            report.write(found, out)
-            print(report.line(name, part), flush=True)
-    if not measured:
-        expected = ", ".join(PARTS)
-        raise InputError(
-            "nothing to measure", "--only", ", ".join(arguments.only or ()), f"one that this model has: {expected}"
-        )
-    if rank() == 0:
+    evaluation: dict[str, Any] = {"about": record, "settings": config.values}
+    first, wanted = torchrun_rank().number == 0, arguments.only or PARTS
+    for name, part in parts(config, subject, wanted):
+        evaluation[name] = part
+        if first:
+            report.write(evaluation, out)
+            print(report.summary(name, part), flush=True)
+    if len(evaluation) == 2:
+        expected = f"one that this model has: {', '.join(PARTS)}"
+        raise InputError("nothing to measure", "--only", ", ".join(wanted), expected)
+    if first:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
 
 
 def check(config: Config) -> None:
-    """Refuse numbers that measure nothing."""
+    """Refuse settings that measure nothing."""
+    error, prompts, data = config.source.error, config["prompts"], config["data"]["type"]
     for key, least in {"samples": 2, "nearest": 0, "prompts": 0, "bound": 0}.items():
         if config[key] < least:
-            raise config.source.error(f"{key}: out of range", key, got=str(config[key]), expected=f"at least {least}")
-    if config["prompts"] and config["data"]["type"] != "scenes":
-        what, hint = "prompts: only scenes can be told right from wrong", "prompts=0"
-        raise config.source.error(what, "prompts", got=f"data of type {config['data']['type']}", hint=hint)
-    if strange := [name for name in config["solvers"] if name not in TABLES["solver"]]:
-        raise config.source.error("solvers: unknown", "solvers", got=strange[0], expected=", ".join(TABLES["solver"]))
+            raise error(f"{key}: out of range", key, got=str(config[key]), expected=f"at least {least}")
+    if prompts and data not in TABLES["verifier"]:
+        what, expected = "prompts: these captions cannot be verified", f"data of type {', '.join(TABLES['verifier'])}"
+        raise error(what, "prompts", got=f"data of type {data}", expected=expected, hint="prompts=0")
+    if unknown := [name for name in config["solvers"] if name not in TABLES["solver"]]:
+        raise error("solvers: unknown", "solvers", got=unknown[0], expected=", ".join(TABLES["solver"]))
     for key in ("cfg", *(("steps",) if config["solvers"] else ())):
-        if config["prompts"] and not config[key]:
-            raise config.source.error(f"{key}: none given", key, expected="one or more")
+        if prompts and not config[key]:
+            raise error(f"{key}: none given", key, expected="one or more")
     if config["bound"] == 1:
-        raise config.source.error("bound: one picture says nothing", "bound", got="1", expected="0, or 2 and more")
+        raise error("bound: too few pictures", "bound", got="1", expected="0, or at least 2")
     if any(count < 1 for count in config["steps"]):
-        raise config.source.error("steps: out of range", "steps", expected="at least 1 each")
+        raise error("steps: out of range", "steps", expected="at least 1 each")
     if config["nearest"] and not config["training"]:
-        raise config.source.error("nearest: no `training` to look in", "nearest", hint="nearest=0")
+        raise error("nearest: needs `training`", "nearest", hint="nearest=0")
 
 
 def prepare(config: Config, arguments: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
-    """The model and what it is measured with, and a record of both."""
+    """The model with the networks that measure it, and a record of both."""
     from ldm import checkpoint, pipeline
-    from ldm.checkpoint.downloads import KNOWN, place
+    from ldm.checkpoint.downloads import DOWNLOADS, cached
     from ldm.checkpoint.networks import autoencoder_of
     from ldm.checkpoint.vgg import lpips
     from ldm.devices import placement
     from ldm.metrics.evaluation import Subject
 
-    settings = sampling(arguments)
-    path = arguments.ckpt or pipeline.SHIPPED
-    loaded, pipe = checkpoint.open(path, vae=arguments.vae), None
+    settings = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": arguments.sampler}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if arguments.sampler is not None:
+        samplers.parse(arguments.sampler)  # refuses an unknown name before anything is loaded
+    loaded, pipe = checkpoint.open(arguments.ckpt or pipeline.SHIPPED, vae=arguments.vae), None
     device, dtype = placement(arguments.device, arguments.precision)
     if loaded.config.get("backbone"):
-        pipe = pipeline.assembled(loaded, str(path), device, dtype)
-        pipe.recipe(**settings)  # settings that cannot be are found now
+        pipe = pipeline.load(loaded, device=arguments.device, precision=arguments.precision)
+        pipe.settings(**settings)  # refuses impossible settings
         autoencoder = pipe.autoencoder
     else:
         autoencoder = autoencoder_of(loaded.config["autoencoder"], loaded.state).float().to(device)
     features, clip = config.build("features"), config.build("clip") if config["clip"] else None
-    compare = lpips() if place(KNOWN["vgg16"]).is_file() else None
+    compare = lpips() if cached(DOWNLOADS["vgg16"]).is_file() else None
     for network in filter(None, (features.network, clip and clip.network, compare)):
         network.to(device)
     subject = Subject(autoencoder, pipe, features, clip, compare, device, settings)
     return subject, about(subject, loaded, str(dtype or "float32").removeprefix("torch."))
 
 
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line has in the place of the model's own settings."""
-    solver = None if arguments.sampler is None else solver_name(arguments.sampler)
-    wanted = {"cfg": arguments.cfg, "steps": arguments.steps, "solver": solver}
-    return {name: value for name, value in wanted.items() if value is not None}
-
-
 def about(subject: Subject, loaded: Checkpoint, precision: str) -> dict[str, Any]:
-    """Everything that the numbers depend on beside the configuration."""
+    """What the results depend on besides the configuration."""
     import torch
 
-    from ldm.checkpoint.downloads import KNOWN
-    from ldm.metrics.classes import PARTS as SCORED
-    from ldm.metrics.kernel import MOST, SUBSETS
-    from ldm.metrics.prdc import NEIGHBOURS
+    from ldm.checkpoint.downloads import DOWNLOADS
+    from ldm.metrics import feature_metrics as m
 
-    features, pipe = subject.features, subject.pipe
+    features, file = subject.features, " + ".join(x.name for x in loaded.files)
     found: dict[str, Any] = {
-        "checkpoint": {
-            "file": " + ".join(x.name for x in loaded.files),
-            "family": loaded.family,
-            "sha256": loaded.hash,
-        },
+        "checkpoint": {"file": file, "family": loaded.family, "sha256": loaded.hash},
         "features": {"name": features.name, "resize": features.resize, "identity": features.identity},
         "clip": subject.clip and subject.clip.identity,
-        "lpips": subject.lpips and KNOWN["vgg16"].sha256,
-        "constants": {"neighbours": NEIGHBOURS, "subsets": SUBSETS, "of": MOST, "parts": SCORED},
+        "lpips": subject.lpips and DOWNLOADS["vgg16"].sha256,
+        "constants": {"neighbours": m.NEIGHBOURS, "subsets": m.SUBSETS, "of": m.MOST, "parts": m.PARTS},
         "precision": {"sampling": precision, "first_stage": "float32"},
         "device": str(subject.device),
         "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    if pipe is not None:
-        settled = pipe.settled(**subject.settings)
-        found["sampling"] = {name: settled[name] for name in ("guidance", "spacing", "solver")}
+    if subject.pipe is not None:
+        settings = subject.sampling().config
+        found["sampling"] = {name: settings[name] for name in ("guidance", "spacing", "solver")}
     return found
 
 
 def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Every part that this model and this configuration have."""
+    """The results of each part that this model and this configuration have."""
     from ldm.metrics import evaluation
 
-    source, other, training = sources(config)
+    reference, other, training = references(config)
     if subject.pipe is not None and {*wanted} - {"first_stage"}:
-        check_settings(config, subject, wanted)
-        check_data(config, subject, source)
+        check_model(config, subject, reference, wanted)
     if subject.autoencoder is not None and "first_stage" in wanted:
-        yield "first_stage", evaluation.first_stage(subject, source)
+        yield "first_stage", evaluation.first_stage(subject, reference)
     if subject.pipe is None:
         return
     if "samples" in wanted:
-        yield "yardsticks", evaluation.yardsticks(subject, source, other)
-        yield "samples", (made := evaluation.samples(subject, source))
-        if training is not None and config["nearest"]:
-            yield "nearest", evaluation.closest(subject, made["features"][: config["nearest"]], training)
-    for name in (name for name in CURVES if name in wanted and subject.promptable):
-        if (points := curve(config, name)) and (count := -(-config["prompts"] // CURVES[name])):
-            kinds = evaluation.kinds(count, source)
-            yield name, [evaluation.asked(subject, kinds, **settings) for settings in points]
+        yield "yardsticks", evaluation.yardsticks(subject, reference, other)
+        yield "samples", (samples := evaluation.samples(subject, reference))
+        if training is not None:
+            rows = samples["features"][: config["nearest"]]
+            yield "nearest", evaluation.nearest_pictures(subject, rows, training)
+    for name, points in curves(config, subject, wanted).items():
+        if reference.verifier and (count := -(-config["prompts"] // CURVES[name])):
+            sets = {kind: evaluation.prompt_set(kind, count, reference) for kind in reference.verifier.kinds}
+            yield name, [evaluation.prompts(subject, sets, **point) for point in points]
     if config["bound"] and "bound" in wanted:
-        few = evaluation.spread_source(source.data, source.about, config["bound"], source.seed)
+        few = evaluation.spread(reference.data, reference.about, config["bound"], reference.seed)
         yield "bound", evaluation.bound(subject, few)
 
 
-def sources(config: Config) -> tuple[Source, Source | None, Source | None]:
-    """What is compared with, as many others of it if there are any, and what was learned from."""
-    from ldm.metrics.evaluation import spread_source
+def references(config: Config) -> tuple[ReferenceSet, ReferenceSet | None, ReferenceSet | None]:
+    """Pictures to compare with, as many other ones if the data have them, and the training pictures."""
+    from ldm.metrics.evaluation import spread
+
+    def about(node: dict[str, Any]) -> dict[str, Any]:  # the settings on which the samples depend
+        return {name: value for name, value in node.items() if name not in ("batch_size", "workers")}
 
     data, seed, count = config.build("data"), config["seed"], config["samples"]
     if len(data) < count:
-        what, hint = "samples: more than the data have", f"samples={len(data)}"
-        raise config.source.error(what, "samples", got=str(count), expected=f"at most {len(data)}", hint=hint)
-    about = samples_of(config["data"])
-    other = spread_source(data, about, count, seed, disjoint=True) if len(data) >= 2 * count else None
-    training = None
-    if config["training"] and config["nearest"]:
+        what, expected, hint = "samples: more than the data have", f"at most {len(data)}", f"samples={len(data)}"
+        raise config.source.error(what, "samples", got=str(count), expected=expected, hint=hint)
+    reference, other, training = spread(data, about(config["data"]), count, seed), None, None
+    if len(data) >= 2 * count:
+        other = spread(data, reference.about, count, seed, between=True)
+    if config["nearest"]:
         learned = config.build("training")
-        training = spread_source(learned, samples_of(config["training"]), len(learned), config["training_seed"])
-    return spread_source(data, about, count, seed), other, training
+        training = spread(learned, about(config["training"]), len(learned), config["training_seed"])
+    return reference, other, training
 
 
-def samples_of(node: dict[str, Any]) -> dict[str, Any]:
-    """Of the data's node, what says which samples these are."""
-    return {name: value for name, value in node.items() if name not in ("batch_size", "workers")}
+def curves(config: Config, subject: Subject, wanted: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The settings of each point of the wanted curves."""
+    points: dict[str, list[dict[str, Any]]] = {
+        "prompts": [{"cfg": cfg} for cfg in config["cfg"]],
+        "steps": [{"solver": solver, "steps": steps} for solver in config["solvers"] for steps in config["steps"]],
+    }
+    return {name: points[name] for name in CURVES if name in wanted and subject.promptable and points[name]}
 
 
-def curve(config: Config, name: str) -> list[dict[str, Any]]:
-    """The settings of each point of a curve."""
-    if name == "prompts":
-        return [{"cfg": cfg} for cfg in config["cfg"]]
-    return [{"solver": solver, "steps": steps} for solver in config["solvers"] for steps in config["steps"]]
-
-
-def check_data(config: Config, subject: Subject, source: Source) -> None:
-    """Refuse true pictures that do not fit the model, before any work."""
-    from ldm.data.derived import MADE
+def check_model(config: Config, subject: Subject, reference: ReferenceSet, wanted: Sequence[str]) -> None:
+    """Refuse settings and data that do not fit the model."""
+    from ldm.data.derived import DERIVED
     from ldm.data.sampler import SampleId
-
-    pipe = subject.pipe
-    assert pipe is not None
-    first = source.data.batch([SampleId(source.indices[0], source.indices[0], 0)], source.seed)
-    if lacking := [name for name in subject.reads if name not in {*first, *MADE}]:
-        what, expected = "data: lack what this model reads", "data with it"
-        raise config.source.error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
-    if subject.clip is not None and not (subject.captioned and any(first["caption"])):
-        raise config.source.error("clip: scores pictures by their captions", "clip", got="none", hint="clip=null")
-    size, recipe = source.data.sizes[0], pipe.recipe()
-    if size != (recipe.height, recipe.width):
-        what, key = "data.resolution: not what the model makes", "data.resolution"
-        got, expected = f"{size[0]}x{size[1]}", f"{recipe.height}x{recipe.width}"
-        raise config.source.error(what, key, got=got, expected=expected, hint=f"{key}={recipe.height}")
-
-
-def check_settings(config: Config, subject: Subject, wanted: Sequence[str]) -> None:
-    """Refuse points of curves, and a bound, that the model cannot have."""
     from ldm.diffusion.path import Table
 
-    pipe = subject.pipe
+    pipe, error, index = subject.pipe, config.source.error, reference.indices[0]
     assert pipe is not None
-    for name in (name for name in CURVES if name in wanted and subject.promptable):
-        for settings in curve(config, name):
-            subject.recipe(**settings)
+    for points in curves(config, subject, wanted).values():
+        for point in points:
+            subject.sampling(**point)
     if config["bound"] and (pipe.autoencoder is not None or not isinstance(pipe.denoiser.path, Table)):
         got = "latents" if pipe.autoencoder is not None else f"path {pipe.config['path']['type']}"
-        expected = "a model of pixels on a table of betas"
-        raise config.source.error("bound: this model has none", "bound", got=got, expected=expected, hint="bound=0")
+        expected = "a pixel-space model on a table of betas"
+        raise error("bound: this model has none", "bound", got=got, expected=expected, hint="bound=0")
+    batch = reference.data.batch([SampleId(index, index, 0)], reference.seed)
+    if lacking := [name for name in subject.reads if name not in {*batch, *DERIVED}]:
+        what, expected = "data: lack a condition of this model", "data with it"
+        raise error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
+    if subject.clip is not None and not (subject.captioned and any(batch["caption"])):
+        raise error("clip: needs captions", "clip", got="none", hint="clip=null")
+    (height, width), settings, key = reference.data.sizes[0], pipe.settings(), "data.resolution"
+    if (height, width) != (settings.height, settings.width):
+        expected = f"{settings.height}x{settings.width}"
+        hint = f"{key}={settings.height}"
+        raise error(f"{key}: differs from the model's", key, got=f"{height}x{width}", expected=expected, hint=hint)

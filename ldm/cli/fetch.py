@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.checkpoint.downloads import KNOWN, Weights, place
+from ldm.checkpoint.downloads import DOWNLOADS, Weights, cached
 from ldm.errors import DataError, InputError
 
 BLOCK = 2**20
@@ -26,28 +26,28 @@ def address(weights: Weights) -> str:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(KNOWN)}; none lists them")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(DOWNLOADS)}; none lists them")
     parser.add_argument("--file", metavar="PATH", help="take the weights from this file rather than from the network")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List what is known, or put it in its place."""
     for name in arguments.names:
-        if name not in KNOWN:
-            raise InputError("no such weights", "NAME", name, ", ".join(KNOWN))
+        if name not in DOWNLOADS:
+            raise InputError("no such weights", "NAME", name, ", ".join(DOWNLOADS))
     if arguments.file and len(arguments.names) != 1:
         raise InputError("a file is of one name", "--file", f"{len(arguments.names)} names", "one")
     for name in arguments.names:
-        print(f"{name}: {fetch(KNOWN[name], arguments.file)}")
-    for name, weights in {} if arguments.names else KNOWN.items():
-        state = "here" if place(weights).is_file() else "not here"
-        print(f"{name}: for {weights.purpose}; {state}: {place(weights)}; sha256 {weights.sha256}; {address(weights)}")
+        print(f"{name}: {fetch(DOWNLOADS[name], arguments.file)}")
+    for name, weights in {} if arguments.names else DOWNLOADS.items():
+        state = "here" if cached(weights).is_file() else "not here"
+        print(f"{name}: for {weights.purpose}; {state}: {cached(weights)}; sha256 {weights.sha256}; {address(weights)}")
     return 0
 
 
 def fetch(weights: Weights, file: str | None = None) -> Path:
     """Put a file in its place, unless it is there; one with another sha256 never gets there."""
-    target = place(weights)
+    target = cached(weights)
     if target.is_file():
         check(weights, sha256(target), target)
         return target

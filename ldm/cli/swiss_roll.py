@@ -17,7 +17,9 @@ from ldm import assemble
 from ldm.config import parts
 from ldm.config.schema import Config
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.path import Level
+from ldm.diffusion.sampler import Sampler
 from ldm.draws import draw
 
 POINTS = 6000
@@ -90,9 +92,10 @@ def samples(denoiser: Denoiser, grid: Level, seed: int) -> list[Panel]:
         def noise(generator=generator):
             return torch.randn(POINTS, 2, generator=generator)
 
-        *_, last = parts.find("solver", name)(denoiser, denoiser.path.prior(noise()), grid, noise)
-        distance = energy_distance(last.x, truth)
-        panels.append(Panel(f"{name}, {len(grid.t) - 1} steps, off by {distance:.5f}", last.x))
+        sampler = Sampler(Guidance(), parts.find("solver", name), grid)
+        points = sampler(denoiser, denoiser.path.prior(noise()), noise)
+        distance = energy_distance(points, truth)
+        panels.append(Panel(f"{name}, {len(grid.t) - 1} steps, off by {distance:.5f}", points))
     return panels
 
 
@@ -100,6 +103,11 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     """2 E|a - b| - E|a - a'| - E|b - b'| (Szekely & Rizzo 2013): 0 for equal distributions."""
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
     return (2 * torch.cdist(a, b).mean() - sum(within)).item()
+
+
+def write(config: Config, file: Path) -> None:
+    """The whole demo."""
+    draw_picture(learn(config), config, file)
 
 
 def draw_picture(denoiser: Denoiser, config: Config, file: Path) -> list[Panel]:

@@ -9,8 +9,9 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
+from ldm.checkpoint import hub
 from ldm.checkpoint.files import raw
-from ldm.checkpoint.hub import brought, on_hub
+from ldm.checkpoint.hub import on_hub
 from ldm.checkpoint.text_keys import find_text, read_text
 from ldm.errors import CheckpointError
 from ldm.models.transformer import TextTransformer
@@ -62,7 +63,7 @@ def find(weights: str) -> Path:
 def download(identity: str, choose: Callable[[list[str]], list[str]]) -> Path:
     """The local folder of a model on the Hub, with the files that `choose` picks from the names of all."""
     try:
-        return brought(identity, choose)
+        return hub.download(identity, choose)
     except CheckpointError as error:
         raise ValueError(f"weights: {error}; try a folder that has the weights") from error
 

@@ -15,6 +15,9 @@ from ldm.config.yaml_text import COMMAND_LINE, NAME, parse
 from ldm.errors import InputError, nearest, shown
 
 FORMAT = 1
+MOVED = {  # keys of version 0.1 -> where they are now
+    name: f"recipe.{name}" for name in ("train", "sample_from", "two_forwards", "revive")
+}
 RENAMES: dict[int, dict[str, str]] = {}  # format n -> {dotted key in it: the same in format n + 1}
 
 
@@ -34,6 +37,11 @@ class Source:
     def rewrite(self, key: str, place: str) -> None:
         """Another place has written the key and all below it."""
         self.origin = {k: v for k, v in self.origin.items() if not f"{k}.".startswith(f"{key}.")} | {key: place}
+
+    def set(self, key: str, value: Any, place: str) -> None:
+        """Replace what stands at a top-level key."""
+        self.values[key] = value
+        self.rewrite(key, place)
 
     def error(self, what: str, key: str, **words: str) -> InputError:
         """The one-line error about a key."""
@@ -56,7 +64,7 @@ def amend(source: Source, overrides: Sequence[str]) -> Source:
     """Another source with its old keys renamed, the overrides in their places, and each ${KEY} by its value."""
     source = Source(copy.deepcopy(source.values), dict(source.origin))
     _upgrade(source, RENAMES)
-    for override in sorted(overrides, key=_rank):
+    for override in sorted(map(_moved, overrides), key=_rank):
         _override(source, override)
     source.values = _resolved(source)
     return source
@@ -73,6 +81,12 @@ def _text(file: Path) -> str:
         beside = {} if file.exists() else {path.stem: str(path) for path in file.parent.glob("*.yaml")}
         hint = beside.get(nearest(file.stem, beside), "")
         raise InputError(f"cannot read the configuration: {error.strerror}", str(file), hint=hint) from None
+
+
+def _moved(override: str) -> str:
+    """An override of a key of version 0.1 with its present name."""
+    key, equals, value = override.partition("=")
+    return f"{MOVED.get(key, key)}{equals}{value}"
 
 
 def _rank(override: str) -> tuple[int, bool]:
@@ -135,8 +149,8 @@ def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
     if type(written) is not int or not 1 <= written <= newest:
         hint = "a newer ldm" if type(written) is int and written > newest else ""
         raise source.error("format: unknown", "format", got=shown(written), expected=f"at most {newest}", hint=hint)
-    for number in range(written, newest):
-        for old, new in renames.get(number, {}).items():
+    for table in (MOVED, *(renames.get(number, {}) for number in range(written, newest))):
+        for old, new in table.items():
             place = source.where(old)
             try:
                 value = _take(source.values, *old.split("."))

@@ -80,6 +80,10 @@ TABLES: dict[str, dict[str, str] | str] = {
         "dpmpp_3m": "ldm.diffusion.solvers:dpmpp_3m",
         "unipc": "ldm.diffusion.solvers:unipc",
     },
+    "recipe": {
+        "autoencoder": "ldm.training.recipes.autoencoder:AutoencoderRecipe",
+        "diffusion": "ldm.training.recipes.diffusion:DiffusionRecipe",
+    },
     "loss": "ldm.losses.stage_one:Loss",
     "discriminator": "ldm.models.discriminator:PatchDiscriminator",
     "optimizer": {
@@ -92,7 +96,7 @@ TABLES: dict[str, dict[str, str] | str] = {
         "cosine": "ldm.training.optimizers:cosine",
     },
     "ema": "ldm.training.ema:EMA",
-    "trainer": "ldm.training.trainer:Plan",
+    "trainer": "ldm.training.trainer:TrainerSettings",
     "guidance": "ldm.diffusion.guidance:Guidance",
     "data": {
         "images": "ldm.data.images:Images",
@@ -100,17 +104,30 @@ TABLES: dict[str, dict[str, str] | str] = {
         "scenes": "ldm.scenes:Scenes",
     },
     "features": {
-        "judge": "ldm.metrics.features:JudgeFeatures",
+        "judge": "ldm.scenes.features:JudgeFeatures",
         "inception": "ldm.metrics.features:InceptionFeatures",
         "dinov2": "ldm.metrics.features:DINOv2Features",
     },
     "clip": "ldm.metrics.clip_score:CLIPScore",
+    "verifier": {"scenes": "ldm.scenes.verifier:Verifier"},  # by the type of the data
 }
 TABLES["discriminator_optimizer"] = TABLES["optimizer"]
 TABLES["validation"] = TABLES["training"] = TABLES["data"]  # other sources of the same kinds
 
 # networks that ship with the package, for losses and metrics; a configuration chooses none of them by target
 SHIPPED = {"judge": "ldm.scenes.pretrained:judge"}
+
+# families of published checkpoints; the last is asked first, so that a plugin's are asked before these
+FAMILIES: dict[str, str] = {
+    "first_stage": "ldm.checkpoint.families.first_stage:FIRST_STAGES",
+    "ldm_kl": "ldm.checkpoint.families.ldm:KL",
+    "ldm_vq": "ldm.checkpoint.families.ldm:VQ",
+    "ldm_class": "ldm.checkpoint.families.ldm:CLASS",
+    "ldm_text": "ldm.checkpoint.families.ldm:TEXT",
+    "sd2": "ldm.checkpoint.families.sd:SD2",
+    "sd1": "ldm.checkpoint.families.sd:SD1",
+    "dit": "ldm.checkpoint.families.dit:DIT",
+}
 
 # parameters that the assembly supplies -> who owns the fact; nobody writes them in YAML
 GIVEN: dict[str, dict[str, str]] = {
@@ -132,22 +149,6 @@ GIVEN: dict[str, dict[str, str]] = {
         "latent_channels": "the autoencoder",
         "latent_factor": "the autoencoder",
     },
-}
-
-
-# other programs' names of the solvers, in lower case with _ for blanks and hyphens
-SAMPLERS = {
-    "k_euler": "euler",
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "k_heun": "heun",
-    "dpm++_2s": "dpmpp_2s",
-    "dpm++_3s": "dpmpp_3s",
-    "dpm++_2m": "dpmpp_2m",
-    "k_dpmpp_2m": "dpmpp_2m",
-    "dpm++_2m_sde": "dpmpp_2m_sde",
-    "dpm++_3m": "dpmpp_3m",
-    "unipc_2": "unipc",
 }
 
 
@@ -173,13 +174,13 @@ def plug(module: str) -> None:
     except Exception as error:  # whatever a user's module does on import
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
-        known = TABLES.setdefault(axis, {})
+        known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})
         if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):
             raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
         known.update(table)
 
 
 def plug_installed() -> None:
-    """Add the tables of installed packages that declare an entry point in the group `ldm.config.parts`."""
-    for entry in entry_points(group="ldm.config.parts"):
+    """Add the tables of installed packages that declare an entry point in the group `ldm.parts`."""
+    for entry in entry_points(group="ldm.parts"):
         plug(entry.value)

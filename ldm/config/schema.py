@@ -26,8 +26,8 @@ class Part:
 class Config:
     """Values checked against a schema and complete with its defaults; `build` makes the objects."""
 
-    def __init__(self, source: files.Source, schema: type):
-        self.source, self.schema = source, schema
+    def __init__(self, source: files.Source, schema: type, pending: Collection[str] = ()):
+        self.source, self.schema, self.pending = source, schema, pending
         self.values = {"format": files.FORMAT, **self._fields(source.values, schema, "", "")}
 
     def __getitem__(self, key: str) -> Any:
@@ -84,6 +84,11 @@ class Config:
                 raise self.source.error(f"{full}: unknown key", full, **_one_of(settable, name))
         for name in settable:
             full, default = f"{key}.{name}".lstrip("."), schema[name].default
+            if schema[name].annotation is Part and isinstance(default, str):  # the name of a part
+                own = node.get(name, {})
+                node = {**node, name: {"type": default, **own} if isinstance(own, dict) else own}
+            if not key and name in self.pending and not (isinstance(own := node.get(name), dict) and "type" in own):
+                continue
             if name in node:
                 checked[name] = self._value(node[name], schema[name].annotation, full, table or name)
             elif default is inspect.Parameter.empty:
@@ -137,13 +142,17 @@ def load(
     file: str | Path,
     overrides: Sequence[str],
     schema: type,
-    read: Callable[[str, str], Any] = lambda key, path: path,
+    pending: Collection[str] = (),
+    complete: Callable[[files.Source], None] = lambda source: None,
 ) -> Config:
-    """Read a file and its overrides and check them against a command's schema; a node may be a path to `read`."""
+    """A file and its overrides, checked against a command's schema.
+
+    Nodes that are `pending` may be incomplete; `complete` fills them in, once every other key has been checked.
+    """
     source = files.read(file, overrides)
-    for key, value in source.values.items():
-        if isinstance(value, str):
-            source.values[key] = read(key, value)
+    if pending:
+        Config(source, schema, pending)
+        complete(source)
     return Config(source, schema)
 
 

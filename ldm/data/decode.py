@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels: upright, in three channels, cut to size, with as little decoded as that needs."""
+"""From encoded pictures to pixels: upright, RGB, resized and cropped; no more is decoded than that needs."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 LIMIT = 100_000_000  # pixels: 300 MB decoded
 LARGEST = 2**30  # bytes of one file
-SPARE = 1.5  # a JPEG is drafted at no less than this many times the size wanted: under 2/255 from the full path
-LONG = 4  # a picture is resized as a whole where that makes at most this many times the pixels that are kept
+SPARE = 1.5  # a JPEG is decoded at this many times the wanted size or more: within 2/255 of decoding it fully
+LONG = 4  # the whole picture is resized before the crop if that makes at most this many times the pixels
 ORIENTATION = 0x0112  # EXIF's tag
-UPRIGHT = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}  # axes to flip, from 5 on transposed
+UPRIGHT = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}  # axes to flip; 5 to 8 transpose too
+KINDS = "JPEG, PNG, WebP or GIF"
 
 
 class BadPicture(Exception):
     """Why a picture cannot be used."""
 
 
-class Verdict(NamedTuple):
+class Checked(NamedTuple):
     """A picture's size when upright, or what is wrong with it."""
 
-    height: int
-    width: int
+    height: int = 0
+    width: int = 0
     problem: str = ""
 
 
 class Picture(NamedTuple):
-    """Pixels uint8 (3, H, W), the size before resizing, and where the crop begins (top, left) in the resized one."""
+    """Pixels uint8 (3, H, W), the original size, and the crop's (top, left) corner in the resized picture."""
 
     pixels: Tensor
     original_size: tuple[int, int]
@@ -43,8 +44,8 @@ class Picture(NamedTuple):
 
 
 @contextmanager
-def blame() -> Iterator[None]:
-    """Whatever a damaged file makes a decoder raise, as what is wrong with the picture."""
+def damage_reported() -> Iterator[None]:
+    """Turn whatever a decoder raises on a damaged file into BadPicture."""
     try:
         yield
     except BadPicture:
@@ -54,74 +55,80 @@ def blame() -> Iterator[None]:
 
 
 def open_image(data: bytes, limit: int = LIMIT) -> ImageFile:
-    """A JPEG, PNG or WebP by its content, whatever its name; nothing is decoded yet, and no global limit is touched."""
+    """Open a picture by its content, whatever its name, without decoding it or touching PIL's global limit."""
     if not data:
         raise BadPicture("an empty file")
     if data.startswith(b"version https://git-lfs"):
         raise BadPicture("a Git LFS pointer, not the picture")
-    with blame():
-        image = reader(data)(io.BytesIO(data))
+    with damage_reported():
+        image = plugin(data)(io.BytesIO(data))
     if image.width * image.height > limit:
         raise BadPicture(f"too many pixels: {image.width}x{image.height}, the limit is {limit:,}")
     return image
 
 
-def reader(data: bytes) -> type[ImageFile]:
+def plugin(data: bytes) -> type[ImageFile]:
+    """PIL's reader for these bytes; an animation is read as its first frame."""
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImagePlugin.PngImageFile
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImagePlugin.WebPImageFile
-    raise BadPicture("not a JPEG, PNG or WebP")
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GifImagePlugin.GifImageFile
+    raise BadPicture(f"not a {KINDS}")
 
 
-def check(data: bytes, limit: int = LIMIT) -> Verdict:
-    """Read all of a picture as cheaply as finds what is wrong with it."""
+def check(data: bytes, limit: int = LIMIT) -> Checked:
+    """Decode a picture as cheaply as possible to find out what is wrong with it."""
     try:
         image = open_image(data, limit)
-        with blame():
+        with damage_reported():
             if image.format == "PNG":
                 PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()  # the checksums, which loading ignores
             width, height = image.size
             image.draft("L", (1, 1))
             image.load()
     except BadPicture as error:
-        return Verdict(0, 0, str(error))
-    return Verdict(width, height) if orientation(image) >= 5 else Verdict(height, width)
+        return Checked(problem=str(error))
+    return Checked(width, height) if orientation(image) >= 5 else Checked(height, width)
 
 
 def picture(
     data: bytes,
     size: tuple[int, int],
     *,
-    place: tuple[float, float] | None = None,
+    corner: tuple[float, float] | None = None,
     flip: bool = False,
     limit: int = LIMIT,
 ) -> Picture:
-    """Resized to cover (H, W) and cropped, at the centre or at a `place` in [0, 1)^2 of the room there is.
+    """Resize to cover (H, W) and crop, at the centre or at a `corner` (top, left) in [0, 1)^2 of its possible range.
 
-    As in SDXL, `crop` counts in the resized picture, the flipped one where it is flipped.
+    As in SDXL, the `crop` that is returned is in pixels of the resized and flipped picture.
     """
     image = open_image(data, limit)
-    with blame():
+    with damage_reported():
         if image.format != "JPEG":
-            image.load()  # a PNG may say behind its pixels how it is turned
+            image.load()  # a PNG may store its orientation behind its pixels
         turn = orientation(image)
         original = image.size if turn >= 5 else image.size[::-1]  # (height, width)
         resized = cover(original, size)
-        room = resized[0] - size[0], resized[1] - size[1]
-        top, left = (int(u * (n + 1)) for u, n in zip(place, room)) if place else (round(n / 2) for n in room)
-        box = top, room[1] - left if flip and place else left  # at the centre, a mirror image to the pixel
+        spare = resized[0] - size[0], resized[1] - size[1]
+        top, left = (int(u * (n + 1)) for u, n in zip(corner, spare)) if corner else (round(n / 2) for n in spare)
+        box = (
+            top,
+            spare[1] - left if flip and corner else left,
+        )  # at the centre, an exact mirror image
         scale = original[0] / resized[0], original[1] / resized[1]
         region = box[1] * scale[1], box[0] * scale[0], (box[1] + size[1]) * scale[1], (box[0] + size[0]) * scale[0]
-        cut = resample(image, lying(region, turn, image.size), size[::-1] if turn >= 5 else size)
+        cut = resample(image, as_stored(region, turn, image.size), size[::-1] if turn >= 5 else size)
         cut = (cut.transpose(1, 2) if turn >= 5 else cut).flip(UPRIGHT[turn])
     return Picture(cut.flip(2) if flip else cut, original, (top, left))
 
 
 def cover(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The size (H, W) of a picture when it is made as small as still covers `size`."""
+    """The smallest size (H, W) of the resized picture that covers `size`."""
     (height, width), (h, w) = original, size
     if h * width >= w * height:
         return h, max(w, width * h // height)
@@ -129,18 +136,18 @@ def cover(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """How the picture is turned, 1 to 8 as in EXIF; 1 where that is damaged or nonsense."""
+    """EXIF orientation, 1 to 8; 1 if it is missing, damaged or out of range."""
     try:
         turn = image.getexif().get(ORIENTATION)
-    except Exception:  # a picture is good without its EXIF, whatever that makes the reader raise
+    except Exception:  # a picture with damaged EXIF is still good
         return 1
     return turn if turn in UPRIGHT else 1
 
 
-def lying(
+def as_stored(
     region: tuple[float, float, float, float], turn: int, size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """A region (left, top, right, bottom) of the upright picture, in the stored one, whose size is (width, height)."""
+    """A region (left, top, right, bottom) of the upright picture, in the stored picture of `size` (width, height)."""
     left, top, right, bottom = region
     if turn >= 5:
         left, top, right, bottom = top, left, bottom, right
@@ -152,19 +159,22 @@ def lying(
 
 
 def resample(image: Image.Image, region: tuple[float, float, float, float], size: tuple[int, int]) -> Tensor:
-    """A region of a picture in RGB (3, H, W); JPEGs are decoded at the smallest scale that is good enough."""
+    """A region of a picture, resized to RGB (3, H, W); JPEGs are decoded at the smallest sufficient scale."""
     width, height = image.size
     left, top, right, bottom = region
-    whole = round(height * size[0] / (bottom - top)), round(width * size[1] / (right - left))  # (H', W') of all of it
-    drafted = image.draft(None, (max(1, round(SPARE * whole[1])), max(1, round(SPARE * whole[0]))))
+    full = (
+        round(height * size[0] / (bottom - top)),
+        round(width * size[1] / (right - left)),
+    )  # (H', W') of all of it
+    drafted = image.draft(None, (max(1, round(SPARE * full[1])), max(1, round(SPARE * full[0]))))
     sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1.0, 1.0)
     image = image if image.mode in ("RGB", "L") and not image.has_transparency_data else rgb(image)
-    if whole[0] * whole[1] > LONG * size[0] * size[1]:
+    if full[0] * full[1] > LONG * size[0] * size[1]:
         box = max(0, left * sx), max(0, top * sy), min(image.width, right * sx), min(image.height, bottom * sy)
         return pixels(image.resize(size[::-1], Image.Resampling.BILINEAR, box, reducing_gap=2.0))
-    y, x = round(top * whole[0] / height), round(left * whole[1] / width)
-    # PIL's filter within 1/255, several times faster, and PIL's would be faster only for a small part
-    resized = interpolate(pixels(image)[None], whole, mode="bilinear", antialias=True)[0]  # (3, H', W')
+    y, x = round(top * full[0] / height), round(left * full[1] / width)
+    # within 1/255 of PIL's filter and several times faster, except for a small region
+    resized = interpolate(pixels(image)[None], full, mode="bilinear", antialias=True)[0]  # (3, H', W')
     return resized[:, y : y + size[0], x : x + size[1]]
 
 
@@ -174,7 +184,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any picture in 8-bit RGB: 16 bits scaled, what is transparent over white."""
+    """Any picture in 8-bit RGB: 16 bits scaled down, transparency over white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:

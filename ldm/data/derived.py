@@ -1,4 +1,4 @@
-"""What a batch of pictures lacks of what a conditioner reads: floats, masks, small noisy copies, all keyed."""
+"""Conditions that are derived from a batch's pictures: masks and noisy low-resolution copies, keyed by number."""
 
 from __future__ import annotations
 
@@ -13,39 +13,57 @@ from ldm.condition import to_device
 from ldm.draws import draw, stream
 from ldm.pictures import to_float
 
-MADE = ("image", "mask", "low_resolution", "noise_level", "low_resolution_noise")  # from a picture alone
-NOISIEST = 350  # of 1000 levels, under which a low-resolution picture is hidden: the SD upscaler's
-SMALLEST, LARGEST = 0.25, 0.75  # sides of a random mask, as parts of the picture's
+DERIVED = ("image", "mask", "low_resolution", "noise_level", "low_resolution_noise")  # made from a picture alone
+NOISIEST = 350  # of 1000: the highest noise level on a low-resolution picture, as in SD's upscaler
+SMALLEST, LARGEST = 0.25, 0.75  # sides of a random mask, as a share of the picture's
+
+
+def derived_draws(batch: Mapping[str, Any], reads: Sequence[str], shape: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """The random part of the derived conditions for latents of `shape` (h, w), keyed by number, on the CPU.
+
+    A loader's worker adds it to the batch.
+    """
+    if "image" not in batch or not {*DERIVED} & {*reads}:
+        return {}
+    low = "low_resolution" in reads
+    u, noise = draw(
+        stream(seed, "conditions"), batch["number"].tolist(), 5, (batch["image"].shape[1], *shape) if low else ()
+    )
+    draws = {"noise_level": (u[:, 4] * NOISIEST).long(), "low_resolution_noise": noise} if low else {}
+    return draws | ({"mask_uniforms": u[:, :4]} if "mask" in reads and "mask" not in batch else {})
 
 
 def with_derived(
-    batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: int, factor: int | None = None
+    batch: Mapping[str, Any], reads: Sequence[str], x0: Tensor, seed: int = 0, factor: int | None = None
 ) -> dict[str, Any]:
-    """The batch with what it lacks, beside latents x0; `factor` makes the low-resolution picture smaller."""
-    told = dict(batch)
-    if "image" not in batch or not {*MADE} & {*reads}:
-        return told
-    image = told["image"] = to_float(batch["image"]).to(x0.dtype)  # (B, 3, H, W)
-    shape = (image.shape[1], *x0.shape[2:]) if "low_resolution" in reads else ()
-    u, noise = draw(stream(seed, "conditions"), batch["number"].tolist(), 5, shape)
+    """The batch with the conditions that a picture gives, on its device; draws that it lacks are made with `seed`.
+
+    A low-resolution picture is `factor` times smaller than the picture; without a factor, it has the size of x0.
+    """
+    if "image" not in batch or not {*DERIVED} & {*reads}:
+        return dict(batch)
+    image = to_float(batch["image"]).to(x0.dtype)  # (B, 3, H, W)
+    made = {"image": image}
+    prepared = "mask_uniforms" in batch or "low_resolution_noise" in batch
+    draws = batch if prepared else derived_draws(batch, reads, x0.shape[2:], seed)
     if "mask" in reads and "mask" not in batch:
-        told["mask"] = rectangles(u[:, :4], image)
+        made["mask"] = rectangles(draws["mask_uniforms"], image)
     if "low_resolution" in reads:
         small = x0.shape[2:] if factor is None else [side // factor for side in image.shape[2:]]
-        told["low_resolution"] = F.interpolate(image, small, mode="area")  # (B, 3, H/f, W/f)
-        told["noise_level"] = to_device((u[:, 4] * NOISIEST).long(), image.device)  # (B,)
-        told["low_resolution_noise"] = to_device(noise, image.device).to(image.dtype)  # (B, 3, h, w)
-    return told
+        made["low_resolution"] = F.interpolate(image, small, mode="area")  # (B, 3, H/f, W/f)
+        made["noise_level"] = to_device(draws["noise_level"], image.device)  # (B,)
+        made["low_resolution_noise"] = to_device(draws["low_resolution_noise"], image.device).to(image.dtype)
+    return {**batch, **made}
 
 
 def rectangles(u: Tensor, like: Tensor) -> Tensor:
-    """One rectangle (B, 1, H, W) of ones in each picture, of a size and at a place that u (B, 4) says."""
+    """One rectangle of ones per picture (B, 1, H, W); u (B, 4) in [0, 1) gives its height, width, top and left."""
     u = to_device(u, like.device)
     sides = SMALLEST + (LARGEST - SMALLEST) * u[:, :2]  # (B, 2) height and width
-    begins = (1 - sides) * u[:, 2:]  # (B, 2)
+    corners = (1 - sides) * u[:, 2:]  # (B, 2) top and left
     inside = []
     for axis, length in enumerate(like.shape[2:]):
         at = (torch.arange(length, device=like.device) + 0.5) / length  # (H,)
-        begin, side = begins[:, axis, None], sides[:, axis, None]  # (B, 1)
-        inside.append((at >= begin) & (at < begin + side))  # (B, H), (B, W)
+        start, side = corners[:, axis, None], sides[:, axis, None]  # (B, 1)
+        inside.append((at >= start) & (at < start + side))  # (B, H), (B, W)
     return (inside[0][:, :, None] & inside[1][:, None]).to(like.dtype)[:, None]

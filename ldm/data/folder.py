@@ -1,4 +1,4 @@
-"""A folder of pictures, with captions in files beside them, in a table, or by the names of subfolders."""
+"""A folder of pictures; captions come from a table, from files beside them, or from the subfolders' names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ldm.data import source
-from ldm.data.source import LOCK, BadCaption, Entry, mark
+from ldm.data.source import LOCK, BadCaption, Entry
 from ldm.errors import DataError
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}  # others may hide behind these names, and are found out
-SUFFIXES |= {".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl"}  # pictures, which are named as skipped
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif"}  # a file's content decides what it is
+SUFFIXES |= {".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl"}  # not read: listed as skipped
 TABLES = ("metadata.jsonl", "metadata.csv")
 NOTES = (".txt", ".json")
 
 
-class Named(NamedTuple):
+class Row(NamedTuple):
     """What a table says of one picture."""
 
     captions: list[str]
@@ -31,7 +31,7 @@ class Named(NamedTuple):
 
 
 class Folder:
-    """All pictures below a folder, links followed, hidden ones not; a table goes before notes, notes before classes."""
+    """All pictures below a folder, without hidden ones; links are followed."""
 
     grouped = False
 
@@ -43,7 +43,7 @@ class Folder:
         return str(self.root.resolve())
 
     def read(self, entry: Entry) -> bytes:
-        """The file, if it is still the one that was scanned."""
+        """The file, if it has not changed since the scan."""
         with open(self.root / entry.key, "rb") as file:
             now = os.fstat(file.fileno())
             if entry.modified and (now.st_size, now.st_mtime_ns) != (entry.size, entry.modified):
@@ -51,22 +51,23 @@ class Folder:
             return file.read()
 
     def entries(self) -> Iterator[Entry]:
+        """All pictures; tables come before caption files, caption files before classes."""
         names = [os.path.join(folder, file.name) for folder, files in self.walk() for file in files]
         names.sort(key=os.fsencode)
         pictures = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
         tables = [name for name in names if os.path.basename(name) in TABLES]
         notes = {name for name in names if os.path.splitext(name)[1] in NOTES}
         if tables:
-            yield from self.tabled(pictures, tables)
+            yield from self.from_tables(pictures, tables)
         elif not notes.isdisjoint(os.path.splitext(name)[0] + suffix for name in pictures for suffix in NOTES):
-            yield from (self.noted(name, notes) for name in pictures)
+            yield from (self.from_note(name, notes) for name in pictures)
         else:
             self.classes = sorted({name.split(os.sep)[0] for name in pictures if os.sep in name}, key=os.fsencode)
             labels = {name: label for label, name in enumerate(self.classes)}
-            yield from (self.classed(name, labels) for name in pictures)
+            yield from (self.from_class(name, labels) for name in pictures)
 
     def walk(self) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-        """(folder, its files) below the root, each real folder once, whatever links to it."""
+        """(folder, its files) below the root; a folder that several links lead to comes once."""
         seen, waiting = set(), [""]
         while waiting:
             folder = waiting.pop()
@@ -82,9 +83,9 @@ class Folder:
                 yield folder, [one for one in listed if one.name not in below]
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
-        """Of each folder when it was changed and what its caption files looked like; and the skipped, if mended."""
+        """When each folder and its caption files changed, and the skipped pictures, which may be repaired."""
         folders = {f"{folder or '.'}{os.sep}": self.stamp(folder, files) for folder, files in self.walk()}
-        return folders | {name: mark(self.root / name) for name in skipped}
+        return folders | {name: source.stamp(self.root / name) for name in skipped}
 
     def stamp(self, folder: str, files: list[os.DirEntry[str]]) -> str:
         notes = (file.stat(follow_symlinks=False) for file in files if file.name.endswith(NOTES) or file.name in TABLES)
@@ -92,84 +93,84 @@ class Folder:
         return f"{os.stat(self.root / folder).st_mtime_ns}:{changed}"
 
     def entry(self, name: str, captions: list[str], label: int = -1, problem: str = "") -> Entry:
-        """The entry of a picture that is listed."""
+        """The entry of a picture that exists."""
         try:
-            status = plain(self.root / name)
+            status = stat_file(self.root / name)
         except OSError as error:
             return Entry(name, problem=f"cannot be read: {error.strerror}")
         return Entry(name, captions, label, size=status.st_size, modified=status.st_mtime_ns, problem=problem)
 
-    def classed(self, name: str, labels: dict[str, int]) -> Entry:
-        """A picture whose subfolder, if it is in one, is its class and its caption."""
+    def from_class(self, name: str, labels: dict[str, int]) -> Entry:
+        """A picture whose subfolder gives its class and its caption."""
         folder = name.split(os.sep)[0]
         try:
-            return self.entry(name, source.captions_of([folder] if folder in labels else []), labels.get(folder, -1))
+            return self.entry(name, source.as_captions([folder] if folder in labels else []), labels.get(folder, -1))
         except BadCaption as error:
             return self.entry(name, [], problem=str(error))
 
-    def noted(self, name: str, notes: set[str]) -> Entry:
-        """A picture with NAME.txt, which is one caption, or NAME.json beside it."""
+    def from_note(self, name: str, notes: set[str]) -> Entry:
+        """A picture with its caption in NAME.txt or NAME.json."""
         stem = os.path.splitext(name)[0]
         try:
             if stem + ".txt" in notes:
-                return self.entry(name, source.captions_of(source.text(read(self.root / f"{stem}.txt"))))
+                return self.entry(name, source.as_captions(source.decoded(read(self.root / f"{stem}.txt"))))
             if stem + ".json" in notes:
-                fields = source.parsed(read(self.root / f"{stem}.json"))
-                return self.entry(name, *source.described(fields, self.caption))
+                fields = source.parse_json(read(self.root / f"{stem}.json"))
+                return self.entry(name, *source.captions_and_label(fields, self.caption))
         except BadCaption as error:
             return self.entry(name, [], problem=str(error))
         except OSError as error:
             return self.entry(name, [], problem=f"a caption file that cannot be read: {error.strerror}")
         return self.entry(name, [])
 
-    def tabled(self, pictures: list[str], tables: list[str]) -> Iterator[Entry]:
-        """Pictures with what the tables say of them, and what the tables name but is not there."""
-        named: dict[str, Named] = {}
+    def from_tables(self, pictures: list[str], tables: list[str]) -> Iterator[Entry]:
+        """Pictures with their rows of the tables, then rows whose picture is missing."""
+        rows: dict[str, Row] = {}
         for table in tables:
-            for line, fields in self.rows(table):
+            for line, fields in self.lines(table):
                 name, row = self.row(table, line, fields)
-                if name in named and not row.problem:
-                    row = row._replace(captions=named[name].captions + row.captions)
-                named[name] = row
+                if name in rows and not row.problem:
+                    row = row._replace(captions=rows[name].captions + row.captions)
+                rows[name] = row
         for name in pictures:
-            row = named.pop(name, Named([], -1, ""))
+            row = rows.pop(name, Row([], -1, ""))
             yield self.entry(name, row.captions, row.label, row.problem)
-        for name, row in named.items():
-            yield Entry(name, problem=f"named in a table, but not there: {row.line}")
+        for name, row in rows.items():
+            yield Entry(name, problem=f"named in a table, but missing: {row.line}")
 
-    def row(self, table: str, line: int, fields: Any) -> tuple[str, Named]:
-        """The picture that a row is about, and what it says."""
-        where = f"{table}:{line}"
+    def row(self, table: str, number: int, fields: Any) -> tuple[str, Row]:
+        """The picture that a row names, and the row."""
+        line = f"{table}:{number}"
         file = fields.get("file_name") if isinstance(fields, dict) else None
-        if not isinstance(file, str) or not file or not nameable(file):
-            raise DataError("a row names no picture", str(self.root / where), expected="a column file_name")
+        if not isinstance(file, str) or not file or not is_valid_name(file):
+            raise DataError("a row names no picture", str(self.root / line), expected="a column file_name")
         name = os.path.normpath(os.path.join(os.path.dirname(table), file))
         try:
-            return name, Named(*source.described(fields, self.caption), where)
+            return name, Row(*source.captions_and_label(fields, self.caption), line)
         except BadCaption as error:
-            return name, Named([], -1, where, str(error))
+            return name, Row([], -1, line, str(error))
 
-    def rows(self, table: str) -> Iterator[tuple[int, Any]]:
-        """(line, fields) of each row of a table."""
+    def lines(self, table: str) -> Iterator[tuple[int, Any]]:
+        """(line number, fields) of each row of a table."""
         try:
-            lines = source.text(read(self.root / table))
+            text = source.decoded(read(self.root / table))
         except OSError as error:
             unreadable(error)
         if table.endswith(".csv"):
             csv.field_size_limit(2**31 - 1)
-            rows = csv.DictReader(io.StringIO(lines, newline=""))
+            rows = csv.DictReader(io.StringIO(text, newline=""))
             yield from ((rows.line_num, fields) for fields in rows)
             return
-        for number, line in enumerate(lines.split("\n"), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    yield number, source.parsed(line.encode("utf-8", "surrogateescape"))
+                    yield number, source.parse_json(line.encode("utf-8", "surrogateescape"))
                 except BadCaption:
                     raise DataError("a row is not JSON", f"{self.root / table}:{number}") from None
 
 
-def nameable(name: str) -> bool:
-    """Whether a file may be called so."""
+def is_valid_name(name: str) -> bool:
+    """True if the file system can have a file of this name."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
@@ -187,8 +188,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def plain(path: Path) -> os.stat_result:
-    """What is known of a plain file; opening anything else, such as a FIFO, could wait for ever."""
+def stat_file(path: Path) -> os.stat_result:
+    """The status of a regular file; opening anything else, such as a FIFO, could wait for ever."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a plain file", str(path))
@@ -196,8 +197,8 @@ def plain(path: Path) -> os.stat_result:
 
 
 def read(path: Path) -> bytes:
-    """The content of a plain file."""
-    plain(path)
+    """The content of a regular file."""
+    stat_file(path)
     return path.read_bytes()
 
 

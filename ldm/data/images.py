@@ -1,9 +1,12 @@
-"""Captioned pictures from a folder, tar shards, parquet or a Hugging Face dataset, found out by looking."""
+"""Captioned pictures from a folder, tar shards, parquet tables or a Hugging Face dataset."""
 
 from __future__ import annotations
 
+import copy
 import glob
+import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,43 +17,46 @@ from numpy.typing import NDArray
 
 from ldm import draws
 from ldm.data import decode
-from ldm.data.datasets import Rows, saved
 from ldm.data.folder import SUFFIXES, Folder
-from ldm.data.manifest import SKIPS, USED, Manifest, cache_folder, manifest_of
-from ldm.data.parquet import Parquet
-from ldm.data.sampler import SampleId
+from ldm.data.manifest import SKIPS, Manifest, cache_folder, manifest_of
+from ldm.data.sampler import SampleId, hashed
 from ldm.data.shards import Shards
 from ldm.data.source import Entry, Source
+from ldm.data.tables import Parquet, Rows, saved_dataset
 from ldm.errors import DataError, InputError
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # packed ones cannot be read in place, which Shards says
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # compressed ones cannot be read in place: Shards refuses them
 TABLES = (".parquet",)
 UNIFORMS = 4  # per sample: which caption, flip, top, left
+FEW, ONE_IN = 5, 10  # unusable pictures that are tolerated whatever data.bad says: up to 5, at most one in ten
 
 
 class Images:
-    """The data axis for pictures; `root` is a folder, a file or a pattern of files, or in Python a datasets.Dataset.
+    """The data axis for pictures; `root` is a folder, a file or a glob pattern, or in Python a datasets.Dataset.
 
     With `aspect` above 1, pictures keep their shapes: each goes to the bucket nearest to its own aspect ratio.
     """
 
+    kind = "images"
+
     def __init__(
         self,
         *,
-        root: str,  # folder, tar files or tables, also by a pattern
+        root: str,  # folder, tar files or tables; glob patterns work too
         resolution: int,  # side of the square that pictures are scaled and cropped to
-        batch_size: int,  # of a step, on all processes together
-        workers: int = 4,  # processes that read, for each that trains
-        crop: Literal["center", "random"] = "center",  # where the longer side is cut
-        flip: bool = False,  # half of the samples are mirrored
-        aspect: float = 1.0,  # above 1, buckets of shapes: the longest side over the shortest
-        multiple: int = 64,  # of which a bucket's sides are multiples
-        min_side: int = 0,  # pictures with a shorter one are left out
-        captions: Literal["required", "optional"] = "required",  # whether each picture must have one
-        caption: str | None = None,  # column or key of the captions; null finds it
-        image: str | None = None,  # column or key of the pictures; null finds it
-        bad: float = 0.01,  # share of unusable pictures that is put up with
-        manifest: str | None = None,  # folder of what a first reading found; null is a cache folder of yours
+        batch_size: int,  # per step, over all processes
+        workers: int = 4,  # loader processes for each training process
+        crop: Literal["center", "random"] = "center",  # position of the crop along the longer side
+        flip: bool = False,  # mirror half of the samples
+        aspect: float = 1.0,  # above 1: buckets of shapes up to this ratio of the longer to the shorter side
+        multiple: int = 64,  # sides of buckets are multiples of this
+        min_side: int = 0,  # pictures with a shorter side are filtered out
+        captions: Literal["required", "optional"] = "required",  # required: pictures without one are unusable
+        caption: str | None = None,  # column or key of the captions; null: the usual names
+        image: str | None = None,  # column or key of the pictures; null: the usual names
+        split: float | None = None,  # share of the pictures kept apart for validation; null: none
+        bad: float = 0.01,  # share of unusable pictures that is tolerated; up to 5 (one in ten) always are, unless 0
+        manifest: str | None = None,  # folder of the scan's result; null: a folder in your cache
     ):
         for name, value in {"resolution": resolution, "batch_size": batch_size, "multiple": multiple}.items():
             if value < 1:
@@ -60,75 +66,104 @@ class Images:
         if aspect < 1:
             raise ValueError(f"aspect: below 1; got {aspect}; expected the longest side over the shortest, such as 2")
         if not 0 <= bad <= 1:
-            raise ValueError(f"bad: no share of the pictures; got {bad}; expected 0 to 1")
+            raise ValueError(f"bad: not a share of the pictures; got {bad}; expected 0 to 1")
+        if split is not None and not 0 <= split < 1:
+            raise ValueError(f"split: not a share of the pictures; got {split}; expected 0 to below 1; try 0.05")
         self.batch_size, self.workers, self.crop, self.flip = batch_size, workers, crop, flip
         self.sizes = bucket_sizes(resolution, aspect, multiple)
         self.source = source_of(root, image, caption)
         options = {"image": image, "caption": caption, "captions": captions}
         folder = Path(manifest).expanduser() if manifest else cache_folder(self.source, options)
         self.manifest = manifest_of(self.source, folder, options)
-        where = str(root) if isinstance(root, str | Path) else "data.root"
-        refuse_bad(self.manifest, bad, where)
+        path = str(root) if isinstance(root, str | Path) else "data.root"
+        refuse_bad(self.manifest, bad, path)
         columns = self.manifest.columns
-        good = columns["verdict"] == USED
-        self.rows = np.flatnonzero(good & (np.minimum(columns["height"], columns["width"]) >= min_side))
-        seen, unfiltered, used = len(good), int(good.sum()), len(self.rows)
-        self.counts = {"seen": seen, "used": used, "skipped": seen - unfiltered, "filtered": unfiltered - used}
-        if len(self.rows) < batch_size:
-            counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
-            raise DataError("the set is smaller than one batch", where, counts, f"at least {batch_size} used")
-        self.buckets = nearest(columns["height"][self.rows], columns["width"][self.rows], self.sizes)
-        self.groups = columns["group"][self.rows] if self.source.grouped else None
-        self.classes: list[str] = self.manifest.about["classes"]
-        self.digest = self.manifest.digest
-        self.labels = np.unique(columns["label"][self.rows])  # those that there are, -1 for none
+        rows = np.flatnonzero(self.manifest.usable & (np.minimum(columns["height"], columns["width"]) >= min_side))
+        self.labels = np.unique(columns["label"][rows])  # the different labels, -1 for none
         self.labelled = bool((self.labels >= 0).all())
+        self.classes: list[str] = self.manifest.about["classes"]
+        apart = validation_part([self.manifest.key(row) for row in rows.tolist()], split) if split else np.zeros(0, int)
+        self.validation_rows = rows[apart]
+        self.select(np.delete(rows, apart), f" without {split} for validation" if split else "")
+        seen, usable = len(self.manifest), int(self.manifest.usable.sum())
+        self.counts = {"seen": seen, "used": len(self), "skipped": seen - usable, "filtered": usable - len(rows)}
+        self.counts |= {"validation": len(apart)} if split else {}
+        if len(self) < batch_size:
+            counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
+            raise DataError("the set is smaller than one batch", path, counts, f"at least {batch_size} used")
+
+    def select(self, rows: NDArray, part: str) -> None:
+        """Make these rows of the manifest the samples; `part` tells their digest from the whole set's."""
+        columns = self.manifest.columns
+        self.rows, digest = rows, self.manifest.digest
+        self.buckets = nearest(columns["height"][rows], columns["width"][rows], self.sizes)
+        self.groups = columns["group"][rows] if self.source.grouped else None
+        self.digest = hashlib.sha256(f"{digest}{part}".encode()).hexdigest() if part else digest
+
+    def validation(self) -> Images | None:
+        """The pictures that `split` keeps apart, cropped at the centre and not mirrored."""
+        if not len(self.validation_rows):
+            return None
+        data = copy.copy(self)
+        data.crop, data.flip, data.batch_size = "center", False, min(self.batch_size, len(self.validation_rows))
+        data.select(self.validation_rows, f" for validation, apart from {self.digest}")
+        return data
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def captions(self, index: int) -> list[str]:
-        """All that may be drawn as a sample's caption: what a cache keeps."""
+        """All captions of a sample, one of which is drawn each time: a cache keeps them all."""
         return self.manifest.captions(int(self.rows[index])) or [""]
 
     def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
-        """The pictures asked for, which share a bucket, with what belongs to each; random choices by sample number."""
+        """Pictures of one bucket with their captions, sizes and labels; random choices are keyed by sample number."""
         height, width = self.sizes[sample_ids[0].bucket]
         image = torch.empty(len(sample_ids), 3, height, width, dtype=torch.uint8)
         captions, sizes, crops, labels = [], [], [], []
-        for i, (sample_id, (which, mirror, top, left)) in enumerate(zip(sample_ids, drawn(sample_ids, seed))):
+        for i, (sample_id, (which, mirror, top, left)) in enumerate(zip(sample_ids, uniforms(sample_ids, seed))):
             entry = self.manifest.entry(int(self.rows[sample_id.index]))
-            place = (top, left) if self.crop == "random" else None
-            picture = self.picture(entry, (height, width), place, self.flip and mirror < 0.5)
+            corner = (top, left) if self.crop == "random" else None
+            picture = self.picture(entry, (height, width), corner, self.flip and mirror < 0.5)
             image[i] = picture.pixels
             captions.append(entry.captions[int(which * len(entry.captions))] if entry.captions else "")
             sizes.append(picture.original_size)
             crops.append(picture.crop)
             labels.append(entry.label)
         batch = {"image": image, "caption": captions, "original_size": torch.tensor(sizes), "crop": torch.tensor(crops)}
-        batch |= {
-            name: torch.tensor([getattr(sample_id, name) for sample_id in sample_ids]) for name in ("number", "index")
-        }
+        batch |= {name: torch.tensor([getattr(one, name) for one in sample_ids]) for name in ("number", "index")}
         return batch | ({"label": torch.tensor(labels)} if self.labelled else {})
 
     def picture(
-        self, entry: Entry, size: tuple[int, int], place: tuple[float, float] | None, flip: bool
+        self, entry: Entry, size: tuple[int, int], corner: tuple[float, float] | None, flip: bool
     ) -> decode.Picture:
-        """One picture, which decoded when it was scanned."""
+        """One picture; the scan could decode it, so an error means that it changed since."""
         try:
-            return decode.picture(self.source.read(entry), size, place=place, flip=flip)
+            return decode.picture(self.source.read(entry), size, corner=corner, flip=flip)
         except (decode.BadPicture, OSError) as error:
             raise DataError("the picture changed after the scan", entry.key, str(error)) from error
 
 
-def drawn(sample_ids: Sequence[SampleId], seed: int) -> list[list[float]]:
-    """All that is random about each sample: which caption, whether mirrored, and the top and left of its crop."""
+def uniforms(sample_ids: Sequence[SampleId], seed: int) -> list[list[float]]:
+    """All that is random about each sample: its caption, whether it is mirrored, top and left of its crop."""
     u, _ = draws.draw(draws.stream(seed, "data"), [sample_id.number for sample_id in sample_ids], UNIFORMS, (0,))
     return u.tolist()
 
 
+def validation_part(keys: Sequence[str], split: float) -> NDArray:
+    """The pictures kept apart: those whose hashed key is below `split`, or the one with the lowest hash.
+
+    A picture's side does not depend on the other pictures, so adding some moves none between training and validation.
+    """
+    if not keys:
+        return np.zeros(0, int)
+    values = hashed(0, 0, np.array([zlib.crc32(os.fsencode(key)) for key in keys]))
+    apart = np.flatnonzero(values < np.uint64(split * 2**64))
+    return apart if len(apart) else np.array([values.argmin()])
+
+
 def source_of(root: Any, image: str | None, caption: str | None) -> Source:
-    """What kind of source this is, by what lies there."""
+    """The kind of source that `root` holds."""
     if not isinstance(root, str | Path):
         return Rows(root, image, caption)
     path = Path(root).expanduser()
@@ -136,8 +171,8 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
     if not path.exists() and not pattern:
         raise InputError("no such folder or file", "data.root", str(root))
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return Rows(saved(path), image, caption)
-    found = glob.glob(str(path), recursive=True) if pattern else listed(path) if path.is_dir() else [str(path)]
+        return Rows(saved_dataset(path), image, caption)
+    found = glob.glob(str(path), recursive=True) if pattern else packed(path) if path.is_dir() else [str(path)]
     for kind, suffixes in ((Shards, TARS), (Parquet, TABLES)):
         if files := sorted(Path(file) for file in found if file.endswith(suffixes)):
             return kind(files, image, caption)
@@ -148,30 +183,36 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
     return Folder(path, caption)
 
 
-def listed(root: Path) -> list[str]:
-    """Shards and tables in a folder and in `data` below it, where Hugging Face keeps them; no pictures beside them."""
+def packed(root: Path) -> list[str]:
+    """Shards and tables in a folder and in `data` below it, as on the Hub; pictures beside them are refused."""
     found = []
     for folder in (root, root / "data"):
         names = os.listdir(folder) if folder.is_dir() else []
-        here = [name for name in names if name.endswith(TARS + TABLES) and not name.startswith(".")]
-        if here and any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
-            hint = f"data.root={folder / here[0]}, or moving it away"
-            raise InputError("cannot tell which is meant", str(root), f"pictures and {here[0]}", "one kind", hint)
-        found += [str(folder / name) for name in here]
+        archives = [name for name in names if name.endswith(TARS + TABLES) and not name.startswith(".")]
+        if archives and any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
+            hint = f"data.root={folder / archives[0]}, or moving it away"
+            got = f"pictures and {archives[0]}"
+            raise InputError("pictures and packed files together", str(root), got, "one kind", hint)
+        found += [str(folder / name) for name in archives]
     return found
 
 
-def refuse_bad(manifest: Manifest, allowed: float, root: str) -> None:
-    """Stop where there is nothing, or where too many pictures cannot be used."""
+def tolerated(count: int, share: float) -> int:
+    """How many of `count` pictures may be unusable: a share or a few, whichever is more; none if the share is 0."""
+    return max(int(share * count), min(FEW, count // ONE_IN)) if share else 0
+
+
+def refuse_bad(manifest: Manifest, share: float, root: str) -> None:
+    """Stop if there are no pictures, or if too many cannot be used."""
     if len(manifest) == 0:
-        raise DataError("no pictures", root, expected="JPEG, PNG or WebP files, .tar or .parquet files")
-    skipped = sum(manifest.reasons.values())
-    if skipped > allowed * len(manifest):
+        raise DataError("no pictures", root, expected="JPEG, PNG, WebP or GIF files, .tar or .parquet files")
+    skipped, most = sum(manifest.reasons.values()), tolerated(len(manifest), share)
+    if skipped > most:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.reasons.items())
+        got = f"{skipped} of {len(manifest)}: {reasons}, the first {manifest.skipped()[0]}"
         hint = "data.captions=optional, or " if "no caption" in manifest.reasons else ""
-        hint += f"reading {manifest.folder / SKIPS}, which names each"
-        got = f"{skipped} of {len(manifest)}: {reasons}"
-        raise DataError("too many pictures cannot be used", root, got, f"at most data.bad={allowed}", hint)
+        hint += f"reading {manifest.folder / SKIPS}, which lists them all"
+        raise DataError("too many pictures cannot be used", root, got, f"at most {most} (data.bad={share})", hint)
 
 
 def bucket_sizes(resolution: int, aspect: float, multiple: int) -> list[tuple[int, int]]:
@@ -185,7 +226,7 @@ def bucket_sizes(resolution: int, aspect: float, multiple: int) -> list[tuple[in
 
 
 def nearest(height: NDArray, width: NDArray, sizes: list[tuple[int, int]]) -> NDArray | None:
-    """Of each picture the bucket whose aspect ratio is nearest in its logarithm."""
+    """The bucket of each picture (N,), nearest in the logarithm of its aspect ratio; None if there is only one."""
     if len(sizes) == 1:
         return None
     ratios = np.log([w / h for h, w in sizes])  # falls from the widest to the tallest: sizes ascend by height

@@ -1,4 +1,4 @@
-"""What is in a source of pictures and what became of each: scanned once, hashed, then mapped into memory."""
+"""The manifest of a source: each picture with its size and captions, scanned once, then mapped into memory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from ldm.errors import CheckpointError, DataError
 
 FORMAT = 1
 USED, SKIPPED = 0, 1
-BLOCK = 1024  # pictures that are examined together
+BLOCK = 1024  # pictures that are checked together
 NAME, SKIPS = "manifest.safetensors", "skipped.jsonl"
-COLUMNS = {  # one number per picture; `key` and `captions` are where its part of a blob ends
+COLUMNS = {  # one number per picture; in `key` and `captions`, the end of its part of a blob
     "key": np.int64,
     "captions": np.int64,
     "label": np.int64,
@@ -41,67 +41,58 @@ COLUMNS = {  # one number per picture; `key` and `captions` are where its part o
     "modified": np.int64,
     "height": np.int32,
     "width": np.int32,
-    "verdict": np.uint8,
+    "verdict": np.uint8,  # USED or SKIPPED
 }
-BLOBS = {"key_text": np.uint8, "caption": np.int64, "caption_text": np.uint8}  # `caption`: where each one's text ends
+BLOBS = {"key_text": np.uint8, "caption": np.int64, "caption_text": np.uint8}  # `caption`: the end of each one's text
 
 
 class Manifest:
-    """The columns of a scanned source, in a folder; pickled, it is only the folder's name."""
+    """The columns of a scanned source, mapped from a folder; only the folder's name is pickled."""
 
     def __init__(self, folder: Path):
         tensors = files.open_file(folder / NAME)
         self.folder = folder
         self.about: dict[str, Any] = json.loads(tensors.metadata["manifest"])
+        self.digest: str = self.about["digest"]  # sha256 of all columns but the times
+        self.reasons: dict[str, int] = self.about["reasons"]  # why pictures are skipped, the most frequent first
         self.columns: dict[str, NDArray] = {name: tensors[name].numpy() for name in COLUMNS | BLOBS}
 
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
         return Manifest, (self.folder,)
 
     def __len__(self) -> int:
-        return len(self.columns["verdict"])
+        return len(self.columns["key"])
 
     @property
-    def digest(self) -> str:
-        """The sha256 of what training sees of a source: names, sizes, captions, labels, verdicts."""
-        return self.about["digest"]
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Why pictures are skipped, the most frequent first."""
-        return self.about["reasons"]
+    def usable(self) -> NDArray:
+        """True for each picture that can be used (N,)."""
+        return self.columns["verdict"] == USED
 
     def skipped(self) -> list[str]:
         """The names of the pictures that cannot be used."""
-        rows = np.flatnonzero(self.columns["verdict"] == SKIPPED)
-        return [self.key(int(row)) for row in rows]
+        return [self.key(row) for row in np.flatnonzero(~self.usable).tolist()]
 
     def entry(self, row: int) -> Entry:
-        """A picture as its source knows it."""
+        """A picture as its source listed it."""
         label, group, offset, size, modified = (int(self.columns[name][row]) for name in Entry._fields[2:7])
         return Entry(self.key(row), self.captions(row), label, group, offset, size, modified)
 
     def key(self, row: int) -> str:
-        return os.fsdecode(piece(self.columns["key_text"], self.columns["key"], row))
+        return os.fsdecode(self.columns["key_text"][part(self.columns["key"], row)].tobytes())
 
     def captions(self, row: int) -> list[str]:
-        begin, end = bounds(self.columns["captions"], row)
         text, ends = self.columns["caption_text"], self.columns["caption"]
-        return [piece(text, ends, i).decode() for i in range(begin, end)]
+        span = part(self.columns["captions"], row)
+        return [text[part(ends, i)].tobytes().decode() for i in range(span.start, span.stop)]
 
 
-def bounds(ends: NDArray, i: int) -> tuple[int, int]:
-    return int(ends[i - 1]) if i else 0, int(ends[i])
-
-
-def piece(blob: NDArray, ends: NDArray, i: int) -> bytes:
-    """The i-th of the texts that lie one behind the other."""
-    begin, end = bounds(ends, i)
-    return blob[begin:end].tobytes()
+def part(ends: NDArray, i: int) -> slice:
+    """The i-th of the parts that lie one after the other and end at `ends`."""
+    return slice(int(ends[i - 1]) if i else 0, int(ends[i]))
 
 
 class Scan:
-    """Columns and blobs as they grow, and what is skipped."""
+    """The columns and blobs of a manifest while it is made."""
 
     def __init__(self) -> None:
         self.numbers = {name: array(np.dtype(kind).char) for name, kind in COLUMNS.items()}
@@ -109,17 +100,17 @@ class Scan:
         self.reasons: Counter[str] = Counter()
         self.skipped: list[dict[str, str]] = []
 
-    def add(self, entry: Entry, verdict: decode.Verdict) -> None:
-        """One picture more."""
+    def add(self, entry: Entry, checked: decode.Checked) -> None:
+        """Append one picture."""
         self.key_text += os.fsencode(entry.key)
-        for caption in [] if verdict.problem else entry.captions:
+        for caption in [] if checked.problem else entry.captions:
             self.caption_text += caption.encode()
             self.caption.append(len(self.caption_text))
-        if verdict.problem:
-            self.skipped.append({"key": entry.key, "reason": verdict.problem})
-            self.reasons[verdict.problem.partition(":")[0]] += 1
+        if checked.problem:
+            self.skipped.append({"key": entry.key, "reason": checked.problem})
+            self.reasons[checked.problem.partition(":")[0]] += 1
         row = entry._asdict() | {"key": len(self.key_text), "captions": len(self.caption)}
-        row |= {"height": verdict.height, "width": verdict.width, "verdict": SKIPPED if verdict.problem else USED}
+        row |= {"height": checked.height, "width": checked.width, "verdict": SKIPPED if checked.problem else USED}
         for name, column in self.numbers.items():
             column.append(row[name])
 
@@ -130,103 +121,93 @@ class Scan:
 
 
 def manifest_of(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
-    """The manifest of a source in this folder; made where there is none, or none that is still true."""
-    manifest, _ = kept(source, folder, options)
+    """The manifest of a source in this folder; scanned if it is missing or out of date."""
+    manifest, _ = current(source, folder, options)
     if manifest is None:
-        with alone(folder):
-            manifest, why = kept(source, folder, options)  # another process may have made it meanwhile
+        with locked(folder):
+            manifest, why = current(source, folder, options)  # another process may have made it meanwhile
             if why:
                 note(f"{folder / NAME}: {why}; scanning again")
-            manifest = manifest or made(source, folder, options)
+            manifest = manifest or scan_and_write(source, folder, options)
     return manifest
 
 
-def kept(source: Source, folder: Path, options: dict[str, Any]) -> tuple[Manifest | None, str]:
-    """The manifest that is there, or why it cannot be used."""
+def current(source: Source, folder: Path, options: dict[str, Any]) -> tuple[Manifest | None, str]:
+    """The manifest in the folder, or why it cannot be used."""
     if not (folder / NAME).exists():
         return None, ""
     try:
         manifest = Manifest(folder)
     except (CheckpointError, KeyError, ValueError) as error:
         return None, f"cannot be used: {error}"
-    now = {"format": FORMAT, "options": options, "stamps": source.stamps(manifest.skipped())}
-    changed = difference(now, manifest.about)
-    return (None, changed) if changed else (manifest, "")
+    for name, value in {"format": FORMAT, "options": options}.items():
+        if manifest.about.get(name) != value:
+            return None, f"the {name} changed"
+    before, now = manifest.about["stamps"], source.stamps(manifest.skipped())
+    changed = [path for path in now | before if now.get(path) != before.get(path)]
+    return (None, f"{', '.join(changed[:3])}{', ...' * (len(changed) > 3)} changed") if changed else (manifest, "")
 
 
-def made(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
-    """Scan the source; what changes meanwhile makes the manifest out of date."""
+def scan_and_write(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
+    """Scan the source; if it changes meanwhile, the manifest will be out of date."""
     stamps = source.stamps()
     scan = scanned(source, required=options["captions"] == "required")
     stamps = source.stamps([line["key"] for line in scan.skipped]) | stamps
     write(folder, scan, {"format": FORMAT, "options": options, "stamps": stamps, "classes": source.classes})
-    seen, skipped = len(scan.numbers["verdict"]), len(scan.skipped)
-    note(f"scanned {seen} pictures" + f"; {skipped} are skipped, see {folder / SKIPS}" * (skipped > 0))
+    skipped = [line["key"] for line in scan.skipped]
+    words = f"; {len(skipped)} skipped, the first {skipped[0]}: see {folder / SKIPS}" if skipped else ""
+    note(f"scanned {len(scan.numbers['key'])} pictures{words}")
     return Manifest(folder)
 
 
-def difference(now: dict[str, Any], then: dict[str, Any]) -> str:
-    """What has changed about a source, or nothing."""
-    for name in ("format", "options"):
-        if now[name] != then.get(name):
-            return f"the {name} changed"
-    places = [p for p in now["stamps"] | then["stamps"] if now["stamps"].get(p) != then["stamps"].get(p)]
-    return f"{', '.join(places[:3])}{', ...' * (len(places) > 3)} changed" if places else ""
-
-
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process scans; others that want the same wait for what it finds."""
+def locked(folder: Path) -> Iterator[None]:
+    """One process scans; others that need the same manifest wait for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "w")  # noqa: SIM115
     except OSError as error:
         hint = "data.manifest=FOLDER for another place"
-        raise DataError("a manifest cannot be kept there", str(folder), error.strerror or "", hint=hint) from error
+        raise DataError("cannot write the manifest", str(folder), error.strerror or "", hint=hint) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            note(f"waiting for another process that has {folder}")
+            note(f"waiting for another process that scans into {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def scanned(source: Source, required: bool) -> Scan:
-    """Each picture decoded once, several at a time, as PIL decodes without Python's lock."""
+    """Decode each picture once, several at a time: PIL releases Python's lock."""
     scan, entries = Scan(), source.entries()
     progress = tqdm(desc="scanning", unit=" pictures", disable=None, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress:
         while block := list(islice(entries, BLOCK)):
-            for entry, verdict in pool.map(partial(examined, source, required), block):
-                scan.add(entry, verdict)
+            for entry, checked in pool.map(partial(examined, source, required), block):
+                scan.add(entry, checked)
             progress.update(len(block))
     return scan
 
 
-def examined(source: Source, required: bool, entry: Entry) -> tuple[Entry, decode.Verdict]:
-    """The entry with the captions that are worth something, and what is to become of it."""
-    if entry.problem:
-        return entry, bad(entry.problem)
-    if entry.size > decode.LARGEST:
-        return entry, bad(f"too large: {entry.size} bytes")
+def examined(source: Source, required: bool, entry: Entry) -> tuple[Entry, decode.Checked]:
+    """The entry with its non-empty captions, and its size or what is wrong with it."""
+    problem = entry.problem or (f"too large: {entry.size} bytes" if entry.size > decode.LARGEST else "")
     try:
-        data = source.read(entry)
+        data = b"" if problem else source.read(entry)
     except OSError as error:
-        return entry, bad(f"cannot be read: {error.strerror or error}")
-    verdict = decode.check(data)
+        problem = f"cannot be read: {error.strerror or error}"
+    if problem:
+        return entry, decode.Checked(problem=problem)
+    checked = decode.check(data)
     captions = [caption for caption in entry.captions if caption]
-    if required and not captions and not verdict.problem:
-        verdict = bad("an empty caption" if entry.captions else "no caption")
-    return entry._replace(size=len(data), captions=captions), verdict
-
-
-def bad(problem: str) -> decode.Verdict:
-    return decode.Verdict(0, 0, problem)
+    if required and not captions and not checked.problem:
+        checked = decode.Checked(problem="an empty caption" if entry.captions else "no caption")
+    return entry._replace(size=len(data), captions=captions), checked
 
 
 def write(folder: Path, scan: Scan, about: dict[str, Any]) -> None:
-    """The lines on what is skipped, then the columns, which are what makes a manifest exist."""
+    """Write the list of skipped pictures, then the columns, which make the manifest exist."""
     lines = "".join(json.dumps(line) + "\n" for line in scan.skipped).encode()
     arrays = scan.arrays()
     about |= {"digest": digest(arrays), "reasons": dict(scan.reasons.most_common())}
@@ -240,7 +221,7 @@ def write(folder: Path, scan: Scan, about: dict[str, Any]) -> None:
 
 
 def digest(arrays: dict[str, NDArray]) -> str:
-    """Of all columns but the times, which a copy of the same data does not share."""
+    """The sha256 of all columns but the times, which differ in a copy of the same data."""
     total = hashlib.sha256()
     for name in sorted(arrays.keys() - {"modified"}):
         total.update(f"{name} {len(arrays[name])}\n".encode())

@@ -1,4 +1,4 @@
-"""Which samples make which batch: a function of the seed and the position, whatever the ranks and the workers."""
+"""Which samples make which batch: a function of seed and position, whatever the ranks and the workers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from ldm.draws import mix32, stream
 from ldm.errors import InputError
 
-WINDOW = 8  # groups whose samples are mixed: enough to forget their order, few enough to read from
+WINDOW = 8  # groups whose samples are mixed: enough to hide their order, few enough to read from
 
 
 class SampleId(NamedTuple):
-    """One sample to make: its number in the endless stream, which sample of the source it is, and its bucket."""
+    """A sample to make: its number in the endless order, its index in the source, and its bucket."""
 
     number: int
-    index: int  # type: ignore[assignment]  # a tuple's method of this name is not for us
+    index: int  # type: ignore[assignment]  # hides tuple.index
     bucket: int
 
 
 def hashed(seed: int, epoch: int, values: NDArray) -> NDArray[np.uint64]:
-    """64 bits for each integer, no two alike, the same on every version and platform."""
+    """64 bits for each integer, different for different integers, the same on every version and platform."""
     x = values.astype(np.uint64)
     x += np.uint64(mix32(seed, epoch) << 32)
     x *= np.uint64(0x9E3779B97F4A7C15)
@@ -35,7 +35,7 @@ def hashed(seed: int, epoch: int, values: NDArray) -> NDArray[np.uint64]:
 
 
 def permutation(members: NDArray, seed: int, epoch: int, groups: NDArray | None = None) -> NDArray:
-    """These members in the order of this epoch; groups are shuffled, then members within windows of a few groups."""
+    """An epoch's order of these members; groups are shuffled, then members within windows of a few groups."""
     order = members[np.argsort(hashed(stream(seed, "samples"), epoch, members))]
     if groups is None:
         return order
@@ -46,7 +46,7 @@ def permutation(members: NDArray, seed: int, epoch: int, groups: NDArray | None 
 
 
 class Order:
-    """An endless stream of global batches, each from one bucket, any of which is found without walking to it.
+    """An endless order of global batches, each from one bucket; any of them is found without walking to it.
 
     S_b joins the permutations of bucket b's n_b members, epoch after epoch, and is cut into batches of B. Epoch e has
     those that end in its part of S_b, from floor(e n_b / B) to floor((e + 1) n_b / B): full ones, nothing dropped.
@@ -61,7 +61,7 @@ class Order:
         self.length, self.batch_size, self.seed, self.groups = length, batch_size, seed, groups
         self.members = members_of(buckets, length)
         self.sizes = np.array([len(members) for members in self.members])
-        self._permuted: dict[int, tuple[int, NDArray]] = {}  # of each bucket the epoch that is being read
+        self._permuted: dict[int, tuple[int, NDArray]] = {}  # each bucket's current epoch and its order
         self._batches: tuple[int, NDArray, NDArray] = (-1, self.sizes, self.sizes)
 
     def batch(self, position: int) -> list[SampleId]:
@@ -71,14 +71,14 @@ class Order:
         return [SampleId(position + i, index, bucket) for i, index in enumerate(indices.tolist())]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The bucket b of the batch at this position, and where in S_b it begins."""
+        """The bucket b of the batch at this position, and its start in S_b."""
         if len(self.members) == 1:
             return 0, position
-        k, beyond = divmod(position, self.batch_size)
-        if beyond:
-            where, whole = f"position {position}", f"a multiple of {self.batch_size} samples"
-            raise InputError("batches of one size of picture cannot begin here", where, expected=whole)
-        epoch = position // self.length  # has begun by then, as no epoch before it has more than length / B batches
+        k, rest = divmod(position, self.batch_size)
+        if rest:
+            multiple = f"a multiple of {self.batch_size} samples"
+            raise InputError("with buckets, a batch cannot begin here", f"position {position}", expected=multiple)
+        epoch = position // self.length  # has begun by then: earlier epochs have at most length / B batches each
         while self.batches_before(epoch + 1) <= k:
             epoch += 1
         buckets, nths = self.batches_of(epoch)
@@ -89,7 +89,7 @@ class Order:
         return int((epoch * self.sizes // self.batch_size).sum())
 
     def batches_of(self, epoch: int) -> tuple[NDArray, NDArray]:
-        """The batches of an epoch in order, as (bucket, place in S_b); each bucket's are spread evenly over it."""
+        """An epoch's batches in order, as (bucket, place in S_b); each bucket's are spread evenly over the epoch."""
         if self._batches[0] != epoch:
             first = epoch * self.sizes // self.batch_size
             counts = (epoch + 1) * self.sizes // self.batch_size - first
@@ -106,48 +106,48 @@ class Order:
         return np.concatenate([self.permuted(bucket, int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
     def permuted(self, bucket: int, epoch: int) -> NDArray:
-        held, order = self._permuted.get(bucket, (-1, self.sizes))
-        if held != epoch:
+        known, order = self._permuted.get(bucket, (-1, self.sizes))
+        if known != epoch:
             order = permutation(self.members[bucket], self.seed, epoch, self.groups)
             self._permuted[bucket] = epoch, order
         return order
 
 
+class MicroBatches:
+    """One rank's micro-batches of every global batch of an order, from `position` (samples seen) on."""
+
+    def __init__(self, order: Order, *, position: int = 0, rank: int = 0, ranks: int = 1, accumulate: int = 1):
+        self.size, rest = divmod(order.batch_size, ranks * accumulate)
+        if rest:
+            parts = f"{order.batch_size} samples for {ranks} ranks with {accumulate} micro-batches each"
+            multiple = f"a multiple of {ranks * accumulate}"
+            raise InputError("a batch cannot be split evenly", "data.batch_size", parts, multiple)
+        self.order, self.position = order, position
+        self.starts = [(rank * accumulate + m) * self.size for m in range(accumulate)]
+        order.locate(position)  # refuses a position inside a batch
+
+    def __iter__(self) -> Iterator[list[SampleId]]:
+        for position in count(self.position, self.order.batch_size):
+            sample_ids = self.order.batch(position)
+            yield from (sample_ids[start : start + self.size] for start in self.starts)
+
+
 def members_of(buckets: NDArray | None, length: int) -> list[NDArray]:
-    """Of each bucket its samples, in the order of the source."""
+    """Each bucket's samples, in the order of the source."""
     if buckets is None:
         return [np.arange(length)]
     return np.split(np.argsort(buckets, kind="stable"), np.cumsum(np.bincount(buckets))[:-1])
 
 
 def by_bucket(indices: Iterable[int], size: int, buckets: NDArray | None) -> Iterator[list[SampleId]]:
-    """Asks for these samples, numbered as in the source: bucket by bucket, at most `size` together."""
+    """Ids of these samples, numbered as in the source, in batches of one bucket and at most `size`."""
     sample_ids = [SampleId(index, index, 0 if buckets is None else int(buckets[index])) for index in indices]
-    for _, same in groupby(sorted(sample_ids, key=attrgetter("bucket")), attrgetter("bucket")):
-        together = list(same)
-        yield from (together[start : start + size] for start in range(0, len(together), size))
+    for _, group in groupby(sorted(sample_ids, key=attrgetter("bucket")), attrgetter("bucket")):
+        same = list(group)
+        yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """The places of so many samples at equal distances, or of all."""
+    """`count` indices at equal distances, or all."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
-
-
-class Stream:
-    """One rank's part of an order from `position` (samples seen) on: its micro-batches of every global batch."""
-
-    def __init__(self, order: Order, *, position: int = 0, rank: int = 0, ranks: int = 1, accumulate: int = 1):
-        self.share, beyond = divmod(order.batch_size, ranks * accumulate)
-        if beyond:
-            parts = f"{order.batch_size} samples for {ranks} ranks with {accumulate} micro-batches each"
-            whole = f"a multiple of {ranks * accumulate}"
-            raise InputError("a batch cannot be split evenly", "data.batch_size", parts, whole)
-        self.order, self.position = order, position
-        self.begins = [(rank * accumulate + m) * self.share for m in range(accumulate)]
-        order.locate(position)
-
-    def __iter__(self) -> Iterator[list[SampleId]]:
-        for position in count(self.position, self.order.batch_size):
-            sample_ids = self.order.batch(position)
-            yield from (sample_ids[begin : begin + self.share] for begin in self.begins)

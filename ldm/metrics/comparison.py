@@ -1,4 +1,4 @@
-"""How far made pictures are from true ones as a whole, by features of both; those of true ones are kept on disk."""
+"""Distances between sets of pictures by their features; features of reference pictures are cached on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +17,68 @@ from torch import Tensor
 from ldm.checkpoint.files import check_digest, open_file, write_file
 from ldm.data.loader import Data, Loader
 from ldm.data.sampler import SampleId, by_bucket
+from ldm.distributed import Rows, broadcast, map_batches, torchrun_rank
 from ldm.errors import DataError, LdmError
-from ldm.metrics.classes import PARTS, inception_score
+from ldm.metrics.feature_metrics import NEIGHBOURS, PARTS, inception_score, kernel_distance, prdc
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.frechet import Moments, frechet_distance
-from ldm.metrics.kernel import kernel_distance
-from ldm.metrics.prdc import NEIGHBOURS, prdc
-from ldm.metrics.sharing import Rows, rank, ranks, shared, told
+from ldm.metrics.verifier import Verifier
 from ldm.pictures import to_float
 
-ENOUGH = 5  # samples per dimension, below which a Frechet distance is little more than its bias
-FORMAT = 2  # raised whenever the same names come to stand for other numbers
+ENOUGH = 5  # samples per dimension; with fewer, a Frechet distance is mostly bias
+FORMAT = 2  # of the cache; raised when the same names stand for other numbers
 
 
-def read(features: Features, x: Tensor) -> Rows:
-    """The features of pictures (B, 3, H, W) in [-1, 1], as they would be saved, on the CPU."""
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Pictures to compare with: samples of some data, and the settings that identify them."""
+
+    data: Data
+    about: Mapping[str, Any]
+    indices: Sequence[int]
+    seed: int
+    verifier: Verifier | None = None  # of their captions
+
+    def batches(self) -> list[list[SampleId]]:
+        """The samples in batches; all have the same size."""
+        if len(self.data.sizes) > 1:
+            got = f"{len(self.data.sizes)} sizes"
+            raise DataError("pictures of several sizes cannot be compared", "data.aspect", got, "one", "data.aspect=1")
+        return list(by_bucket(self.indices, self.data.batch_size, self.data.buckets))
+
+    def map(self, work: Callable[[Rows, list[SampleId]], Rows], title: str) -> Rows:
+        """work(batch, sample ids) of all batches, which torchrun's processes share."""
+        rank, batches = torchrun_rank(), self.batches()
+        loaded = iter(Loader(self.data, self.seed, batches[rank.number :: rank.of]))
+        return map_batches(batches, lambda sample_ids: work(next(loaded), sample_ids), rank, title)
+
+
+def compute_features(features: Features, x: Tensor) -> Rows:
+    """The features of pictures (B, 3, H, W) in [-1, 1], rounded as a file would store them, on the CPU."""
     device = next(features.network.parameters()).device
     with torch.inference_mode():
-        seen = features(as_saved(x).to(device))
-    return {name: values.float().cpu() for name, values in seen._asdict().items() if values is not None}
+        found = features(as_saved(x).to(device))
+    return {name: values.float().cpu() for name, values in found._asdict().items() if values is not None}
 
 
-def batches(data: Data, indices: Sequence[int]) -> list[list[SampleId]]:
-    """Asks for these samples of a source, which are all of one size."""
-    if len(data.sizes) > 1:
-        got = f"{len(data.sizes)} sizes"
-        raise DataError("pictures of several sizes cannot be compared", "data.aspect", got, "one", "data.aspect=1")
-    return list(by_bucket(indices, data.batch_size, data.buckets))
-
-
-def each(
-    data: Data, indices: Sequence[int], seed: int, work: Callable[[Rows, list[SampleId]], Rows], what: str
-) -> Rows:
-    """work(batch, asks) of these samples, the batches made ahead where the data have workers."""
-    asked = batches(data, indices)
-    made = iter(Loader(data, seed, asked[rank() :: ranks()]))
-    return shared(asked, lambda sample_ids: work(next(made), sample_ids), what)
-
-
-def true_features(features: Features, data: Data, indices: Sequence[int], seed: int, about: dict[str, Any]) -> Rows:
-    """Of these samples of a source that `about` describes: from the cache, or read now and kept there."""
-    digest, which = getattr(data, "digest", ""), [int(index) for index in indices]
-    key = [FORMAT, features.identity, features.resize, about, digest, seed, which]
+def reference_features(features: Features, reference: ReferenceSet) -> Rows:
+    """The features of reference pictures, from the cache if they are in it."""
+    digest, indices = getattr(reference.data, "digest", ""), [int(index) for index in reference.indices]
+    key = [FORMAT, features.identity, features.resize, reference.about, digest, reference.seed, indices]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache() / f"{name}.safetensors"
-    kept: Rows | None = told(known(file) if rank() == 0 else None)  # or processes would wait for different things
-    if kept is not None:
-        return kept
-    found = each(data, indices, seed, lambda batch, _: read(features, to_float(batch["image"])), "true pictures")
-    if rank() == 0:
-        keep(file, found, {"features": features.identity, "data": json.dumps(about)})
-    return found
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "features"
+    file, rank = cache / f"{name}.safetensors", torchrun_rank()
+    cached = broadcast(read_cache(file) if rank.number == 0 else None, rank)  # all processes take the same branch
+    if cached is not None:
+        return cached
+    rows = reference.map(lambda batch, _: compute_features(features, to_float(batch["image"])), "reference pictures")
+    if rank.number == 0:
+        write_cache(file, rows, {"features": features.identity, "data": json.dumps(reference.about)})
+    return rows
 
 
-def cache() -> Path:
-    """Where features of true pictures are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "features"
-
-
-def known(file: Path) -> Rows | None:
-    """What was kept, unless it is damaged."""
+def read_cache(file: Path) -> Rows | None:
+    """Cached features, unless there are none or they are damaged."""
     try:
         check_digest(file)
         return {name: x.clone() for name, x in open_file(file).items()}
@@ -83,17 +86,17 @@ def known(file: Path) -> Rows | None:
         return None
 
 
-def keep(file: Path, found: Rows, about: dict[str, str]) -> None:
-    """For the next time; where nothing can be written, there is none."""
+def write_cache(file: Path, rows: Rows, about: dict[str, str]) -> None:
+    """Cache features, or warn if that is impossible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, found, about)
+        write_file(file, rows, about)
     except (LdmError, OSError) as error:
-        warnings.warn(f"features are not kept: {error}", stacklevel=2)
+        warnings.warn(f"features are not cached: {error}", stacklevel=2)
 
 
-def compared(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
-    """All distances that these features allow, by name, and which of them are indicative only."""
+def compare(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
+    """All distances that these features and sample counts allow, by name."""
     a, b = true["vectors"], made["vectors"]
     count, width = min(len(a), len(b)), a.shape[1]
     found: dict[str, Any] = {"true": len(a), "made": len(b), "frechet": frechet(a, b)}
@@ -105,10 +108,9 @@ def compared(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
         found["inception_score"] = inception_score(made["logits"])._asdict()
     if count > NEIGHBOURS:
         found |= prdc(a, b)._asdict()
-    found["indicative"] = count < ENOUGH * width
-    return found
+    return {**found, "indicative": count < ENOUGH * width}
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance between two sets (N, D), (M, D)."""
+    """The Frechet distance between two sets of features (N, D), (M, D)."""
     return frechet_distance(Moments.of(a), Moments.of(b))

@@ -1,9 +1,9 @@
-"""How good a model is: its first stage, its samples, what it makes of prompts, and how that hangs on its settings."""
+"""Evaluation of a model: its autoencoder, its samples, and its pictures of prompts that can be verified."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,47 +12,30 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
-from ldm.data.derived import MADE, with_derived
+from ldm.data.derived import DERIVED, with_derived
 from ldm.data.loader import Data
 from ldm.data.sampler import SampleId, evenly_spaced
 from ldm.diffusion.bound import bits_per_dim
+from ldm.diffusion.posterior import NoiseVar
 from ldm.diffusion.prediction import LearnedRange
+from ldm.distributed import Rows, concatenate
 from ldm.draws import mix32, stream
 from ldm.metrics.clip_score import CLIPScore
-from ldm.metrics.comparison import compared, each, frechet, read, true_features
+from ldm.metrics.comparison import ReferenceSet, compare, compute_features, frechet, reference_features
+from ldm.metrics.feature_metrics import nearest
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
-from ldm.metrics.prdc import nearest
-from ldm.metrics.sharing import Rows, joined
+from ldm.metrics.verifier import find_verifier
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
-from ldm.pipeline import Pipeline, Recipe, Request
-from ldm.scenes.alignment import Asked, verdicts
-from ldm.scenes.scoring import Verdict, tally
+from ldm.pipeline import Pipeline, Request, SamplingSettings
 
-SHOWN, PAIRS = 64, 8  # samples and reconstructions that a report shows
-KINDS: dict[str, tuple[int | None, str]] = {
-    "one object": (1, "validation"),
-    "two objects": (2, "validation"),
-    "three objects": (3, "validation"),
-    "combinations never seen": (None, "held_out"),
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Pictures to be compared with: what they are, which of them, and whether they are scenes that captions tell of."""
-
-    data: Data
-    about: dict[str, Any]
-    indices: Sequence[int]
-    scenes: bool
-    seed: int
+SHOWN, PAIRS = 64, 8  # samples and reconstructions in a report
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is measured with."""
+    """A model and the networks that measure it."""
 
     autoencoder: Autoencoder | None
     pipe: Pipeline | None
@@ -60,211 +43,175 @@ class Subject:
     clip: CLIPScore | None
     lpips: nn.Module | None
     device: torch.device
-    settings: Mapping[str, Any] = field(default_factory=dict)  # in place of the model's own: cfg, steps, solver
+    settings: Mapping[str, Any] = field(default_factory=dict)  # cfg, steps, solver, instead of the model's own
 
     @property
     def reads(self) -> Sequence[str]:
-        """What the model is told."""
+        """The fields of a batch that the model is conditioned on."""
         return () if self.pipe is None or self.pipe.conditioner is None else self.pipe.conditioner.reads
 
     @property
     def captioned(self) -> bool:
-        """Whether the model reads texts that describe the picture; an edit's text describes what is done to another."""
+        """True if captions describe the picture; an instruction describes the edit of another picture."""
         return "caption" in self.reads and "source" not in self.reads
 
     @property
     def promptable(self) -> bool:
-        """Whether a caption and what is made from a picture alone are all that the model reads."""
-        return self.captioned and {*self.reads} <= {"caption", *MADE}
+        """True if all conditions are a caption or derived from the picture."""
+        return self.captioned and {*self.reads} <= {"caption", *DERIVED}
 
-    def recipe(self, **settings: Any) -> Recipe:
-        """How pictures are made, with these settings before all others."""
+    def sampling(self, **settings: Any) -> SamplingSettings:
+        """How pictures are sampled: with these settings, then the command line's, then the model's own."""
         assert self.pipe is not None
-        return self.pipe.recipe(**{**self.settings, **settings})
+        return self.pipe.settings(**{**self.settings, **settings})
 
-    def true(self, source: Source) -> Rows:
-        """The features of the pictures themselves."""
-        return true_features(self.features, source.data, source.indices, source.seed, source.about)
-
-    def measures(self, x: Tensor, y: Tensor) -> Rows:
-        """How close pictures are to those they should be, on the CPU."""
-        with torch.inference_mode():
-            found = measures(x.to(self.device), y.to(self.device), self.lpips)
-        return {name: values.cpu() for name, values in found.items()}
-
-    def each(self, source: Source, work: Callable[[Rows, list[SampleId]], Rows], what: str) -> Rows:
-        """work(batch, asks) of the source's samples."""
-        return each(source.data, source.indices, source.seed, work, what)
+    def reference(self, reference: ReferenceSet) -> Tensor:
+        """The feature vectors of reference pictures."""
+        return reference_features(self.features, reference)["vectors"]
 
 
-def spread_source(data: Data, about: dict[str, Any], count: int, seed: int, disjoint: bool = False) -> Source:
-    """So many samples at equal distances; the disjoint ones lie halfway between."""
+def spread(data: Data, about: Mapping[str, Any], count: int, seed: int, between: bool = False) -> ReferenceSet:
+    """`count` samples at equal distances, or the ones halfway between those."""
     indices = evenly_spaced(len(data), count)
-    if disjoint:
+    if between:
         indices = [index + len(data) // (2 * count) for index in indices]
-    return Source(data, about, indices, about["type"] == "scenes", seed)
+    return ReferenceSet(data, about, indices, seed, find_verifier(about["type"]))
 
 
-def asked_source(count: int, kind: tuple[int | None, str], like: Source) -> Source:
-    """Scenes of one kind, from their first, as large and as many at a time as another source's."""
-    data = Asked(count, *kind, like.seed, like.data.sizes[0][0], like.data.batch_size, like.data.workers)
-    return Source(data, data.about, range(count), True, like.seed)
+def prompt_set(kind: str, count: int, like: ReferenceSet) -> ReferenceSet:
+    """`count` captioned pictures of one kind of prompt."""
+    assert like.verifier is not None
+    data = like.verifier.prompts(kind, count, like.data, like.seed)
+    about = {"type": like.about["type"], "prompts": kind, "count": count, "size": list(like.data.sizes[0])}
+    return ReferenceSet(data, about, range(count), like.seed, like.verifier)
 
 
-def kinds(count: int, source: Source) -> dict[str, Source]:
-    """So many scenes of each kind, beside a source's."""
-    return {name: asked_source(count, kind, source) for name, kind in KINDS.items()}
-
-
-# ------------------------------------------------------------------------------------------------ first stage
-
-
-def first_stage(subject: Subject, source: Source) -> dict[str, Any]:
-    """What the autoencoder keeps of pictures: each measure's mean and standard error, and the distance of the sets."""
-    autoencoder = subject.autoencoder
-    assert autoencoder is not None
-
-    def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
-        """Of one batch, there and back."""
-        x = pictures.to_float(batch["image"])  # (B, 3, H, W)
-        with torch.inference_mode():
-            y = as_saved(sliced(lambda part: autoencoder.decode(autoencoder.encode(part)), x.to(subject.device)).cpu())
-        pairs = [torch.cat(pair, 2) for pair in zip(x, y)] if sample_ids[0].index == source.indices[0] else []
-        shown = pictures.to_pil(torch.stack(pairs[:PAIRS])) if pairs else []
-        return subject.measures(x, y) | read(subject.features, y) | {"pictures": shown}
-
-    rows = subject.each(source, work, "reconstructions")
-    found = compared(subject.true(source), rows, source.seed)
-    rows["psnr"] = rows["psnr"][rows["psnr"] != torch.inf]  # of pictures that came back to the byte
-    means: dict[str, Any] = {name: estimate(rows[name]) for name in ("psnr", "ssim", "lpips") if name in rows}
-    return {**means, **found, "pictures": rows["pictures"]}
-
-
-def estimate(values: Tensor) -> dict[str, float]:
+def mean(values: Tensor) -> dict[str, float]:
     """The mean and its standard error."""
     values = values.double()
     return {"mean": values.mean().item(), "error": (values.std() / len(values) ** 0.5).item()}
 
 
-# ------------------------------------------------------------------------------------------------ samples
-
-
-def painted(subject: Subject, source: Source, recipe: Recipe, shown: int = 0) -> Rows:
-    """What the model makes of what a source says of its pictures: features, verdicts, and the first pictures."""
-    pipe = subject.pipe
-    assert pipe is not None
-    place = {index: number for number, index in enumerate(source.indices)}
+def first_stage(subject: Subject, reference: ReferenceSet) -> dict[str, Any]:
+    """PSNR, SSIM and LPIPS of reconstructions, and distances between the sets of pictures and reconstructions."""
+    autoencoder = subject.autoencoder
+    assert autoencoder is not None
 
     def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
-        """One batch."""
-        requests = requested(pipe, batch, [place[sample_id.index] for sample_id in sample_ids], source.seed)
-        made = pipe.images(requests, informed(pipe, recipe, batch, source.seed))
-        x = torch.cat([pictures.to_tensor(image) for image in made])  # (B, 3, H, W)
-        rows = read(subject.features, x) | {"pictures": made[: max(0, shown - place[sample_ids[0].index])]}
-        texts = [request.prompt for request in requests]
+        x = pictures.to_float(batch["image"]).to(subject.device)  # (B, 3, H, W)
+        with torch.inference_mode():
+            y = as_saved(sliced(lambda part: autoencoder.decode(autoencoder.encode(part)), x))
+            rows = {name: values.cpu() for name, values in measures(x, y, subject.lpips).items()}
+        pairs = torch.cat((x, y), 2)[:PAIRS] if sample_ids[0].index == reference.indices[0] else x[:0]
+        return rows | compute_features(subject.features, y.cpu()) | {"pictures": pictures.to_pil(pairs)}
+
+    rows = reference.map(work, "reconstructions")
+    found = compare(reference_features(subject.features, reference), rows, reference.seed)
+    rows["psnr"] = rows["psnr"][rows["psnr"] != torch.inf]  # infinite for perfect reconstructions
+    means: dict[str, Any] = {name: mean(rows[name]) for name in ("psnr", "ssim", "lpips") if name in rows}
+    return {**means, **found, "pictures": rows["pictures"]}
+
+
+def sample(subject: Subject, reference: ReferenceSet, settings: SamplingSettings, shown: int = 0) -> Rows:
+    """Features and scores of pictures sampled with the conditions of reference pictures, and the first pictures."""
+    pipe, verifier = subject.pipe, reference.verifier
+    assert pipe is not None
+    number = {index: number for number, index in enumerate(reference.indices)}
+
+    def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
+        numbers = [number[sample_id.index] for sample_id in sample_ids]
+        requests = make_requests(subject, batch, numbers, reference.seed)
+        made = pipe.images(requests, with_inputs(subject, settings, batch, reference.seed))
+        x, texts = torch.cat([pictures.to_tensor(image) for image in made]), [request.prompt for request in requests]
+        rows = compute_features(subject.features, x) | {"pictures": made[: max(0, shown - numbers[0])]}
         if subject.captioned:
             rows["prompts"] = texts
-        if subject.captioned and source.scenes:
-            rows["verdicts"] = verdicts(x, texts)
+        if subject.captioned and verifier is not None:
+            rows["scores"] = verifier.scores(x, texts)
         return rows if subject.clip is None else rows | {"clip": subject.clip(made, texts)}
 
-    return subject.each(source, work, "samples")
+    return reference.map(work, "samples")
 
 
-def requested(pipe: Pipeline, batch: Mapping[str, Any], numbers: Sequence[int], seed: int) -> list[Request]:
-    """A request for each sample, with all that this model reads of it; its noise is a function of the number."""
-    reads = () if pipe.conditioner is None else pipe.conditioner.reads
-    texts = batch["caption"] if "caption" in reads else [""] * len(numbers)
-    labels = batch["label"].tolist() if "label" in reads and "label" in batch else [None] * len(numbers)
+def make_requests(subject: Subject, batch: Rows, numbers: Sequence[int], seed: int) -> list[Request]:
+    """A request for each sample with its caption and label; its noise is a function of its number."""
+    texts = batch["caption"] if "caption" in subject.reads else [""] * len(numbers)
+    labels = batch["label"].tolist() if "label" in subject.reads and "label" in batch else [None] * len(numbers)
     seeds = [mix32(stream(seed, "evaluation"), number) for number in numbers]
     return [Request(text, "", label, seed) for text, label, seed in zip(texts, labels, seeds)]
 
 
-def informed(pipe: Pipeline, recipe: Recipe, batch: Mapping[str, Any], seed: int) -> Recipe:
-    """With what a model reads beside text and labels; what a mask leaves does not change."""
-    if pipe.conditioner is None:
-        return recipe
-    x0 = torch.empty(0, pipe.channels, recipe.height // pipe.factor, recipe.width // pipe.factor)
-    told = with_derived(batch, pipe.conditioner.reads, x0, seed)
-    asked = [name for name in pipe.conditioner.reads if name in told and name not in ("caption", "label")]
-    inputs = {name: told[name] for name in asked}
-    return replace(recipe, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
+def with_inputs(subject: Subject, settings: SamplingSettings, batch: Rows, seed: int) -> SamplingSettings:
+    """The settings with all other conditions of a batch; outside its mask, a picture does not change."""
+    pipe, reads = subject.pipe, subject.reads
+    if pipe is None or not reads:
+        return settings
+    x0 = torch.empty(0, pipe.channels, settings.height // pipe.factor, settings.width // pipe.factor)
+    factor = pipe.conditioner.low_resolution_factor if pipe.conditioner else None
+    derived = with_derived(batch, reads, x0, seed, factor)
+    inputs = {name: derived[name] for name in reads if name in derived and name not in ("caption", "label")}
+    return replace(settings, inputs=inputs, image=inputs.get("image"), mask=inputs.get("mask"))
 
 
-def samples(subject: Subject, source: Source) -> dict[str, Any]:
-    """Everything about pictures that are made with the model's own settings."""
+def samples(subject: Subject, reference: ReferenceSet) -> dict[str, Any]:
+    """Everything about pictures sampled with the model's own settings."""
     start = time.perf_counter()
-    rows = painted(subject, source, subject.recipe(), SHOWN)
+    rows = sample(subject, reference, subject.sampling(), SHOWN)
     seconds = time.perf_counter() - start
-    found = compared(subject.true(source), rows, source.seed) | {"seconds": seconds, "features": rows["vectors"]}
+    found = compare(reference_features(subject.features, reference), rows, reference.seed)
+    found |= {"seconds": seconds, "features": rows["vectors"]}
     if "clip" in rows:
-        found["clip_score"] = estimate(rows["clip"])
-    if "verdicts" in rows:
-        found["alignment"] = shares(rows["verdicts"])
+        found["clip_score"] = mean(rows["clip"])
+    if reference.verifier is not None and "scores" in rows:
+        found["alignment"] = reference.verifier.tally(rows["scores"])
     if "prompts" in rows:
         found["prompts"] = rows["prompts"][: len(rows["pictures"])]
     return {**found, "pictures": rows["pictures"]}
 
 
-def shares(found: Sequence[Verdict]) -> dict[str, tuple[int, int]]:
-    """(right, of how many) for every part that is claimed at all."""
-    return {name: counts for name, counts in tally(found).items() if counts[1]}
-
-
-def yardsticks(subject: Subject, source: Source, other: Source | None) -> dict[str, float]:
-    """Frechet distances to hold a model's against: between two sets of true pictures, and of scenes of one and two."""
+def yardsticks(subject: Subject, reference: ReferenceSet, other: ReferenceSet | None) -> dict[str, float]:
+    """Frechet distances for scale: between two sets of true pictures, and between kinds of prompts."""
     found = {}
     if other is not None:
-        found["two true sets"] = frechet(subject.true(source)["vectors"], subject.true(other)["vectors"])
-    if source.scenes:
-        names = ("one object", "two objects")
-        pair = [asked_source(len(source.indices), KINDS[name], source) for name in names]
-        found["one object and two"] = frechet(*(subject.true(each)["vectors"] for each in pair))
+        found["two true sets"] = frechet(subject.reference(reference), subject.reference(other))
+    for name, kinds in reference.verifier.yardsticks.items() if reference.verifier else ():
+        sets = (prompt_set(kind, len(reference.indices), reference) for kind in kinds)
+        found[name] = frechet(*(subject.reference(each) for each in sets))
     return found
 
 
-def closest(subject: Subject, made: Tensor, training: Source) -> list[tuple[float, Image.Image]]:
-    """Of each of made features (N, D) its distance to the nearest training picture, and that picture."""
-    apart, where = nearest(made, subject.true(training)["vectors"])
-    sample_ids = [SampleId(index, index, 0) for index in (training.indices[row] for row in where.tolist())]
+def nearest_pictures(subject: Subject, made: Tensor, training: ReferenceSet) -> list[tuple[float, Image.Image]]:
+    """For each row of features (N, D), the distance to the nearest training picture, and that picture."""
+    distances, rows = nearest(made, subject.reference(training))
+    sample_ids = [SampleId(index, index, 0) for index in (training.indices[row] for row in rows.tolist())]
     images = [training.data.batch([sample_id], training.seed)["image"] for sample_id in sample_ids]
-    return list(zip(apart.tolist(), pictures.to_pil(pictures.to_float(torch.cat(images)))))
+    return list(zip(distances.tolist(), pictures.to_pil(pictures.to_float(torch.cat(images)))))
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+def prompts(subject: Subject, sets: Mapping[str, ReferenceSet], **settings: Any) -> dict[str, Any]:
+    """What is correct in pictures of each kind of prompt, and their distance to true pictures of these prompts."""
+    rows = {kind: sample(subject, reference, subject.sampling(**settings)) for kind, reference in sets.items()}
+    alignment = {kind: each.verifier.tally(rows[kind]["scores"]) for kind, each in sets.items() if each.verifier}
+    true = {"vectors": concatenate([subject.reference(reference) for reference in sets.values()])}
+    made = {"vectors": concatenate([found["vectors"] for found in rows.values()])}
+    return {**settings, "alignment": alignment} | compare(true, made)
 
 
-def asked(subject: Subject, kinds: Mapping[str, Source], **settings: Any) -> dict[str, Any]:
-    """What is right of prompts of each kind with these settings, and how far all pictures are from the truth."""
-    rows = {name: painted(subject, source, subject.recipe(**settings)) for name, source in kinds.items()}
-    right = {name: shares(found["verdicts"]) for name, found in rows.items()}
-    return {**settings, "alignment": right} | against(subject, kinds, rows)
-
-
-def against(subject: Subject, kinds: Mapping[str, Source], rows: Mapping[str, Rows]) -> dict[str, Any]:
-    """The pictures of all kinds of prompts against true renders of the scenes that these prompts tell of."""
-    true = {"vectors": joined([subject.true(source)["vectors"] for source in kinds.values()])}
-    return compared(true, {"vectors": joined([found["vectors"] for found in rows.values()])})
-
-
-def bound(subject: Subject, source: Source) -> dict[str, float]:
-    """Bits per dimension of pictures under a model of pixels on a table of betas, by the variational bound."""
-    assert subject.pipe is not None
+def bound(subject: Subject, reference: ReferenceSet) -> dict[str, float]:
+    """Bits per dimension of pictures, by the variational bound of a pixel-space model on a table of betas."""
     pipe = subject.pipe
+    assert pipe is not None
+    variance: NoiseVar = "learned" if isinstance(pipe.denoiser.prediction, LearnedRange) else "large"
 
     def work(batch: Rows, sample_ids: list[SampleId]) -> Rows:
-        """Of one batch, by one network evaluation a step."""
-        generator = torch.Generator().manual_seed(mix32(stream(source.seed, "bound"), sample_ids[0].index))
+        generator = torch.Generator().manual_seed(mix32(stream(reference.seed, "bound"), sample_ids[0].index))
         x = pictures.to_float(batch["image"])
-        requests = requested(pipe, batch, range(len(sample_ids)), source.seed)
-        condition = pipe.condition(requests, informed(pipe, subject.recipe(), batch, source.seed))
-        learned = isinstance(pipe.denoiser.prediction, LearnedRange)
+        requests = make_requests(subject, batch, range(len(sample_ids)), reference.seed)
+        condition = pipe.condition(requests, with_inputs(subject, subject.sampling(), batch, reference.seed))
 
         def noise() -> Tensor:
-            """The next of this batch."""
             return pipe.to_device(torch.randn(x.shape, generator=generator))
 
-        found = bits_per_dim(pipe.denoiser, pipe.to_device(x), noise, condition, "learned" if learned else "large")
-        return {"bits": found.total.cpu()}
+        return {"bits": bits_per_dim(pipe.denoiser, pipe.to_device(x), noise, condition, variance).total.cpu()}
 
-    return estimate(subject.each(source, work, "bits per dimension")["bits"])
+    return mean(reference.map(work, "bits per dimension")["bits"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and scatter (D, D) of features, in float64 on the CPU; `+` joins batches, and ranks alike."""
+    """Count, mean (D,) and scatter (D, D) of features, in float64 on the CPU; `+` joins batches or ranks."""
 
     count: int
     mean: Tensor
@@ -21,17 +21,17 @@ class Moments:
     def of(cls, features: Tensor) -> Moments:
         """The moments of features (B, D)."""
         if features.ndim != 2 or not len(features):
-            raise ValueError(f"features: no set of vectors; got shape {tuple(features.shape)}; expected (B, D)")
+            raise ValueError(f"features: not a set of vectors; got shape {tuple(features.shape)}; expected (B, D)")
         x = features.detach().cpu().double()  # (B, D)
         mean = x.mean(0)  # (D,)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both sets together, without the cancellation of raw sums (Chan et al., 1979)."""
+        """The moments of the union, without the cancellation of raw sums (Chan et al., 1979)."""
         count = self.count + other.count
-        apart = other.mean - self.mean  # (D,)
-        between = torch.outer(apart, apart) * (self.count * other.count / count)  # (D, D)
-        return Moments(count, self.mean + apart * (other.count / count), self.scatter + other.scatter + between)
+        shift = other.mean - self.mean  # (D,)
+        between = torch.outer(shift, shift) * (self.count * other.count / count)  # (D, D)
+        return Moments(count, self.mean + shift * (other.count / count), self.scatter + other.scatter + between)
 
     @property
     def covariance(self) -> Tensor:
@@ -45,7 +45,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), the last trace by eigenvalues of the symmetric A^(1/2) B A^(1/2)."""
     cov_a, cov_b = a.covariance, b.covariance
     if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
-        return math.nan  # of which there are no eigenvalues
+        return math.nan  # eigh would raise
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # (D, D): A^(1/2)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()

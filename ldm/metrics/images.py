@@ -1,4 +1,4 @@
-"""How close pictures are to those they should be: PSNR, SSIM, LPIPS, one number per sample, on pictures in [-1, 1]."""
+"""Similarity of pairs of pictures in [-1, 1]: PSNR, SSIM and LPIPS, one number per sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RANGE = 2.0  # from -1 to 1
 
 
 def measures(x: Tensor, y: Tensor, lpips: nn.Module | None = None) -> dict[str, Tensor]:
-    """Every measure that can be had, of pictures as they would be saved, in float32 whatever autocast says."""
+    """Every available measure of pictures, clipped to [-1, 1], in float32 even under autocast."""
     x, y = (picture.float().clamp(-1, 1) for picture in (x, y))  # (B, C, H, W)
     with torch.autocast(x.device.type, enabled=False):
         found = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
@@ -23,7 +23,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, eq. 13), averaged over the windows that lie inside the picture."""
+    """Structural similarity (Wang et al. 2004, eq. 13), averaged over the windows inside the picture."""
     x, y = (picture / RANGE + 0.5 for picture in (x, y))  # (B, C, H, W) in [0, 1], where K1 = 0.01 and K2 = 0.03 hold
     window = gaussian(min(11, *x.shape[2:]), 1.5).to(x)
     moments = blur(torch.cat((x, y, x * x, y * y, x * y)), window)  # (5B, C, h, w)
@@ -35,19 +35,19 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def gaussian(size: int, sigma: float) -> Tensor:
-    """A bell of so many points with sum one; smaller pictures than SSIM's 11 pixels have a smaller one."""
+    """A Gaussian window of `size` points with sum one."""
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     bell = torch.exp(-offsets.square() / (2 * sigma**2))
     return bell / bell.sum()
 
 
 def blur(x: Tensor, window: Tensor) -> Tensor:
-    """Every channel blurred along both sides, without padding."""
+    """Every channel convolved with the window along both axes, without padding."""
     planes = x.flatten(0, 1)[:, None]  # (B*C, 1, H, W)
     planes = F.conv2d(F.conv2d(planes, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
     return planes.view(*x.shape[:2], *planes.shape[2:])  # (B, C, h, w)
 
 
 def gradient_energy(x: Tensor) -> Tensor:
-    """Mean squared step between neighbouring pixels: what blurring takes from a picture."""
+    """Mean squared difference of neighbouring pixels, which blurring reduces."""
     return x.diff(dim=2).square().mean((1, 2, 3)) + x.diff(dim=3).square().mean((1, 2, 3))  # (B,)

@@ -1,38 +1,29 @@
-"""Lines as SVG: small, sharp, and readable in a page or beside one."""
+"""Line plots as SVG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, DOWN = 460, 300, 56, 16, 34, 46
 COLOURS = ("#1b3a6b", "#c0392b", "#1e8449", "#b9770e", "#6c3483")
 Points = Sequence[tuple[float, float]]
 
 
-class Scale(NamedTuple):
-    """From values to pixels along one side."""
-
-    low: float
-    high: float
-    first: float
-    last: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return self.first + (value - low) / ((high - low) or 1) * (self.last - self.first)
+def scale(low: float, high: float, first: float, last: float, log: bool = False) -> Callable[[float], float]:
+    """A map from values in [low, high] to pixels in [first, last]."""
+    f: Callable[[float], float] = math.log if log else float
+    return lambda value: first + (f(value) - f(low)) / ((f(high) - f(low)) or 1) * (last - first)
 
 
 def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: bool = False, zero: bool = True) -> str:
-    """One picture of several lines; `log` is for the axis across, whose marks then are the points themselves."""
+    """A plot of several lines; with `log`, the horizontal axis is logarithmic and its ticks are the points."""
     xs, ys = (sorted({point[axis] for line in lines.values() for point in line}) for axis in (0, 1))
     xs = xs if log else ticks(xs[0], xs[-1])
     marks = ticks(min(ys[0], 0) if zero else ys[0], ys[-1])
-    x = Scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT, log)
-    y = Scale(marks[0], marks[-1], HEIGHT - DOWN, TOP)
+    x = scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT, log)
+    y = scale(marks[0], marks[-1], HEIGHT - DOWN, TOP)
     parts = [text(WIDTH / 2, 18, title, "middle", "bold")]
     for mark in marks:
         parts.append(f'<path d="M{LEFT} {y(mark):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
@@ -47,7 +38,7 @@ def plot(title: str, across: str, up: str, lines: Mapping[str, Points], log: boo
 
 
 def drawn(name: str, points: Points, number: int, count: int) -> list[str]:
-    """One line with its points, and its name where there is more than one."""
+    """One line with its points, and its name if there are several lines."""
     colour = COLOURS[number % len(COLOURS)]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
     found = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
@@ -58,13 +49,13 @@ def drawn(name: str, points: Points, number: int, count: int) -> list[str]:
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", weight: str = "normal", fill: str = "#222") -> str:
-    """Words at a place."""
-    where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}"'
-    return f"<text {where}>{escape(words)}</text>"
+    """A text at a point."""
+    attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}"'
+    return f"<text {attributes}>{escape(words)}</text>"
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers that enclose a range, five or so."""
+    """About five round numbers that enclose a range."""
     if not high > low:
         high = low + (abs(low) or 1)
     rough = (high - low) / 4

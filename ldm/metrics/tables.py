@@ -1,8 +1,9 @@
-"""What an evaluation found, as tables of texts and as plots: what a page and the documentation show alike."""
+"""Tables and plots of an evaluation, for the report's page and for the documentation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from ldm.metrics.plot import plot
@@ -12,8 +13,8 @@ NAMES = {
     "ssim": "SSIM",
     "lpips": "LPIPS",
     "frechet": "Frechet distance",
-    "sfrechet": "Frechet distance of maps (sFID)",
-    "kernel": "kernel distance (KID; around 0 where sets are alike)",
+    "sfrechet": "Frechet distance of spatial features (sFID)",
+    "kernel": "KID (kernel distance, not multiplied by 1000; near 0 when the sets are alike)",
     "inception_score": "Inception score",
     "precision": "precision",
     "recall": "recall",
@@ -21,127 +22,108 @@ NAMES = {
     "coverage": "coverage",
     "clip_score": "CLIP score",
 }
-RIGHT = "all attributes and relations right"
+CORRECT = "all attributes and relations correct"
+Row = Mapping[str, Any]  # of the parts `prompts` and `steps`: one setting
 
 
 class Table(NamedTuple):
-    """Texts in rows."""
+    """Rows of texts."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As documentation has it."""
-        lines = [list(self.head), ["---"] * len(self.head), *self.rows]
-        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        """The table in Markdown."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def html(self) -> str:
+        """The table in HTML."""
+        cells = [f"<th>{escape(cell)}</th>" for cell in self.head]
+        lines = [cells, *([f"<td>{escape(cell)}</td>" for cell in row] for row in self.rows)]
+        return f"<table>{''.join('<tr>' + ''.join(line) + '</tr>' for line in lines)}</table>"
 
 
-def tables(found: Mapping[str, Any], name: str) -> Iterator[Table]:
-    """Those of one part."""
-    part = found[name]
+def tables(evaluation: Mapping[str, Any], name: str) -> Iterator[Table]:
+    """The tables of one part of an evaluation."""
+    part = evaluation[name]
     if name in ("first_stage", "samples"):
-        yield distances(part)
-    if name == "samples" and found.get("yardsticks"):
-        yield yardsticks(found["yardsticks"], part["frechet"])
+        head = f"{part['made']} pictures against {part['true']}{few([part])}"
+        yield Table([head, ""], [(NAMES[key], number(part[key])) for key in NAMES if key in part])
+    if name == "samples" and evaluation.get("yardsticks"):
+        own, yardsticks = part["frechet"], evaluation["yardsticks"].items()
+        rows = [(key, number(other), ratio(own / other) if other else "") for key, other in yardsticks]
+        yield Table(["Frechet distance of", "", "of the samples, relative to it"], rows)
     if name == "prompts":
-        yield from kinds(part)
+        yield from by_guidance(part)
     if name == "steps":
-        yield steps(part)
+        steps = [(row["solver"], str(row["steps"]), share(total(row, "whole")), number(row["frechet"])) for row in part]
+        yield Table(["solver", "steps", CORRECT, NAMES["frechet"] + few(part)], steps)
 
 
-def plots(found: Mapping[str, Any], name: str) -> dict[str, str]:
-    """SVGs of one part, by what they show."""
-    if name == "prompts":
-        return dict(by_guidance(found[name]))
-    return dict(by_steps(found[name])) if name == "steps" else {}
+def by_guidance(rows: Sequence[Row]) -> Iterator[Table]:
+    """Shares of correct pictures by kind of prompt, and of correct parts over all kinds; a column for each cfg."""
+    kinds, head = rows[0]["alignment"], [f"cfg {row['cfg']:g}" for row in rows]
+    yield Table([CORRECT, *head], [[kind, *(share(row["alignment"][kind]["whole"]) for row in rows)] for kind in kinds])
+    parts = dict.fromkeys(part for row in rows for kind in kinds for part in row["alignment"][kind] if part != "whole")
+    yield Table(["parts of all prompts", *head], [[part, *(share(total(row, part)) for row in rows)] for part in parts])
 
 
-def distances(part: Mapping[str, Any]) -> Table:
-    """All that a part was measured by."""
-    rows = [(NAMES[name], number(part[name])) for name in NAMES if name in part]
-    return Table([f"{part['made']} pictures against {part['true']}{few([part])}", ""], rows)
+def plots(evaluation: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The SVG plots of one part of an evaluation, by the stems of their files."""
+    if name not in ("prompts", "steps"):
+        return {}
+    rows: Sequence[Row] = evaluation[name]
+    axis, x = ("guidance", "cfg") if name == "prompts" else ("steps", "steps")
+    across = f"{x}, {rows[0]['made']} pictures each{few(rows)}"
+
+    def draw(title: str, across: str, up: str, y: Callable[[Row], float]) -> str:
+        lines: dict[str, list[tuple[float, float]]] = {}  # one for each solver
+        for row in rows:
+            lines.setdefault(row.get("solver", ""), []).append((row[x], y(row)))
+        return plot(f"{title}, by {axis}", across, up, lines, log=name == "steps")
+
+    found = {f"{axis}_alignment": draw("Correct pictures", x, "%", lambda row: 100 * correct(row))}
+    found[f"{axis}_distance"] = draw("Frechet distance", across, "", lambda row: row["frechet"])
+    if name == "prompts" and all("recall" in row for row in rows):
+        lines = {key: [(row[x], row[key]) for row in rows] for key in ("precision", "recall", "coverage")}
+        found["guidance_diversity"] = plot("Precision, recall and coverage, by guidance", across, "", lines)
+    return found
 
 
-def yardsticks(found: Mapping[str, float], own: float) -> Table:
-    """The Frechet distances that a model's is to be held against."""
-    rows = [(name, number(value), ratio(own / value) if value else "") for name, value in found.items()]
-    return Table(["Frechet distance of", "", "the samples', of that"], rows)
+# ------------------------------------------------------------------------------------------------- numbers and texts
 
 
-def ratio(value: float) -> str:
-    """A share, or how many times as much."""
-    return f"{value:.1%}" if value < 2 else f"{value:.3g} times"
+def total(row: Row, part: str) -> tuple[int, int]:
+    """(correct, total) of a part over all kinds of prompts."""
+    counts = [kind.get(part, (0, 0)) for kind in row["alignment"].values()]
+    return sum(correct for correct, _ in counts), sum(of for _, of in counts)
 
 
-def kinds(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """The share of whole pictures by kind of prompt and guidance, and that of each part of a prompt."""
-    names, settings = list(rows[0]["alignment"]), [f"cfg {row['cfg']:g}" for row in rows]
-    body = [[kind, *(share(row["alignment"][kind]["whole"]) for row in rows)] for kind in names]
-    yield Table([RIGHT, *settings], body)
-    parts = dict.fromkeys(name for row in rows for kind in names for name in row["alignment"][kind])
-    detail = [[name, *(share(summed(row["alignment"], name)) for row in rows)] for name in parts if name != "whole"]
-    yield Table(["of all kinds, part by part", *settings], detail)
-
-
-def steps(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Right pictures and distance of every solver at every number of steps."""
-    body = [
-        (row["solver"], str(row["steps"]), share(summed(row["alignment"], "whole")), number(row["frechet"]))
-        for row in rows
-    ]
-    return Table(["solver", "steps", RIGHT, NAMES["frechet"] + few(rows)], body)
-
-
-def few(parts: Sequence[Mapping[str, Any]]) -> str:
-    """A warning behind distances of too few pictures."""
-    return " (too few for more than an indication)" if any(part["indicative"] for part in parts) else ""
-
-
-def summed(alignment: Mapping[str, Mapping[str, tuple[int, int]]], name: str) -> tuple[int, int]:
-    """(right, of how many) over all kinds of prompts."""
-    found = [kind.get(name, (0, 0)) for kind in alignment.values()]
-    return sum(right for right, _ in found), sum(of for _, of in found)
+def correct(row: Row) -> float:
+    """The share of pictures in which everything is correct."""
+    correct, of = total(row, "whole")
+    return correct / of
 
 
 def share(counts: Sequence[int]) -> str:
-    """A percentage and what it is of."""
+    """A percentage, and the number of which it is."""
     return f"{100 * counts[0] / counts[1]:.1f}% of {counts[1]}" if counts[1] else ""
 
 
-def whole(row: Mapping[str, Any]) -> float:
-    """The share of pictures that are right in everything."""
-    right, of = summed(row["alignment"], "whole")
-    return right / of
+def ratio(value: float) -> str:
+    """A ratio as a percentage, or as a multiple."""
+    return f"{value:.1%}" if value < 2 else f"{value:.3g} times"
 
 
 def number(value: Any) -> str:
-    """A number, a mean and what it may be off by, or one with the deviation of the parts that it was taken of."""
+    """A number; a mean with its standard error, or with the standard deviation over subsets."""
     if isinstance(value, Mapping):
-        off = f"± {value['error']:.2g}" if "error" in value else f"(of parts, deviating by {value['std']:.2g})"
-        return f"{value['mean']:.4g} {off}"
+        spread = f"± {value['error']:.2g}" if "error" in value else f"(std {value['std']:.2g} over subsets)"
+        return f"{value['mean']:.4g} {spread}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def by_guidance(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Alignment, distance, and what is gained and lost with guidance."""
-    right = {"": [(row["cfg"], 100 * whole(row)) for row in rows]}
-    yield "guidance_alignment", plot("Right in everything, by guidance", "cfg", "%", right)
-    apart = {"": [(row["cfg"], row["frechet"]) for row in rows]}
-    yield "guidance_distance", plot("Frechet distance, by guidance", of(rows, "cfg"), "", apart)
-    if all("recall" in row for row in rows):
-        lines = {name: [(row["cfg"], row[name]) for row in rows] for name in ("precision", "recall", "coverage")}
-        yield "guidance_diversity", plot("What guidance gains and loses", of(rows, "cfg"), "", lines)
-
-
-def by_steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Alignment and distance by the number of steps, a line for each solver."""
-    solvers = list(dict.fromkeys(row["solver"] for row in rows))
-    right = {name: [(row["steps"], 100 * whole(row)) for row in rows if row["solver"] == name] for name in solvers}
-    yield "steps_alignment", plot("Right in everything, %, by steps", "steps", "", right, log=True)
-    apart = {name: [(row["steps"], row["frechet"]) for row in rows if row["solver"] == name] for name in solvers}
-    yield "steps_distance", plot("Frechet distance, by steps", of(rows, "steps"), "", apart, log=True)
-
-
-def of(rows: Sequence[Mapping[str, Any]], what: str) -> str:
-    """What lies across, and of how many pictures each point is."""
-    return f"{what}, {rows[0]['made']} pictures each{few(rows)}"
+def few(parts: Sequence[Row]) -> str:
+    """A remark on distances between small sets."""
+    return " (too few pictures: only indicative)" if any(part["indicative"] for part in parts) else ""

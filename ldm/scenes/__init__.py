@@ -1,4 +1,4 @@
-"""An endless source of captioned pictures whose truth is known: small ray-traced scenes on a table."""
+"""The built-in world: an endless source of captioned, ray-traced pictures with known ground truth."""
 
 from ldm.scenes.captions import caption, captions
 from ldm.scenes.description import (

@@ -1,4 +1,4 @@
-"""What is said of a scene: true, each thing named so that no other is meant, attributes left out at random."""
+"""Captions of scenes: true, with unambiguous names of objects, and with attributes omitted at random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.scenes.description import COLOURS, MATERIALS, SHAPES, SIZES, Object, Sc
 from ldm.scenes.drawing import uniforms
 from ldm.scenes.relations import RELATIONS, related
 
-WORDS = {  # in the shares in which they are said; the rest go by their own names
+WORDS = {  # synonyms, repeated in proportion to their frequency; other words stand for themselves
     "sphere": ("sphere", "sphere", "ball"),
     "cube": ("cube", "cube", "box", "block"),
     "gray": ("gray", "gray", "grey"),
@@ -31,52 +31,52 @@ FLOORS = {
     "checkered": "a checkered floor",
     "striped": "a striped floor",
 }
-SIZE_SAID, MATERIAL_SAID, COLOUR_SAID, SHAPE_SAID = 0.5, 0.5, 0.85, 0.95
-FLOOR_SAID, LISTED, STACK_SAID = 0.15, 0.1, 0.8
+SHARES = {"size": 0.5, "material": 0.5, "colour": 0.85, "shape": 0.95}  # of objects that are named with it
+FLOOR_SHARE, LIST_SHARE, STACK_SHARE = 0.15, 0.1, 0.8  # of captions: the floor, a mere list, a stack if there is one
 ALONE = ("{}", "{}", "a picture of {}", "there is {}")
 PAIR = ("{} {} {}", "{} {} {}", "{} {} {}", "{} is {} {}", "there is {} {} {}", "a picture of {} {} {}")
-SLOTS = 48  # uniform numbers that a caption may use
+SLOTS = 48  # uniform numbers for a caption
 AND = ("an object, and which",)
-SAID = (SHAPES, COLOURS, MATERIALS, SIZES, RELATIONS, *WORDS.values(), FLOORS.values(), ALONE, PAIR, AND)
-VOCABULARY = {word for phrases in SAID for phrase in phrases for word in re.findall("[a-z]+", phrase)}
+PHRASES = (SHAPES, COLOURS, MATERIALS, SIZES, RELATIONS, *WORDS.values(), FLOORS.values(), ALONE, PAIR, AND)
+VOCABULARY = {word for phrases in PHRASES for phrase in phrases for word in re.findall("[a-z]+", phrase)}
 
 Draw = Iterator[float]
-Seen = list[tuple[int, str, int]]
+Relations = list[tuple[int, str, int]]
 
 
 def caption(scene: Scene, seed: int, index: int) -> str:
-    """The caption of this index; another index words it another way."""
+    """A caption of a scene; `index` chooses the wording."""
     return captions(Table.of([scene]), seed, [index])[0]
 
 
 def captions(table: Table, seed: int, indices: Sequence[int], complete: float = 0.0) -> list[str]:
-    """Those of many scenes at once; a share `complete` of them leaves no attribute out."""
+    """Captions of many scenes; a share `complete` of them names every attribute."""
     rows = np.asarray(indices, dtype=np.int64)
     numbers = uniforms(stream(seed, "captions"), rows, 0, SLOTS).tolist()
-    whole = (uniforms(stream(seed, "complete"), rows, 0, 1)[:, 0] < complete).tolist()
-    seen: list[Seen] = [[] for _ in indices]
+    full = (uniforms(stream(seed, "complete"), rows, 0, 1)[:, 0] < complete).tolist()
+    seen: list[Relations] = [[] for _ in indices]
     for row, relation, i, j in np.argwhere(related(table)).tolist():
         seen[row].append((i, RELATIONS[relation], j))
-    return [_caption(*row) for row in zip(table.scenes(), seen, map(iter, numbers), whole)]
+    return [_caption(*row) for row in zip(table.scenes(), seen, map(iter, numbers), full)]
 
 
-def _caption(scene: Scene, seen: Seen, draw: Draw, whole: bool) -> str:
+def _caption(scene: Scene, seen: Relations, draw: Draw, full: bool) -> str:
     objects = scene.objects
-    names = [named(each, objects, draw, whole) for each in objects]
+    names = [named(each, objects, draw, full) for each in objects]
     names = [("an " if name[0] in "aeiou" else "a ") + name for name in names]
     if len(objects) == 1:
         text = one(ALONE, draw).format(*names)
-    elif next(draw) < LISTED or not seen:
+    elif next(draw) < LIST_SHARE or not seen:
         text = f"{', '.join(names[:-1])} and {names[-1]}"
     else:
         text = _related(names, seen, draw)
-    return text + (f" on {FLOORS[scene.floor]}" if next(draw) < FLOOR_SAID else "")
+    return text + (f" on {FLOORS[scene.floor]}" if next(draw) < FLOOR_SHARE else "")
 
 
-def _related(names: list[str], seen: Seen, draw: Draw) -> str:
-    """One relation, and what may be said of a third object without making the first one doubtful."""
+def _related(names: list[str], seen: Relations, draw: Draw) -> str:
+    """One relation, and an unambiguous mention of a third object."""
     stacked = [row for row in seen if row[1] == "on top of"]
-    i, relation, j = one(stacked if stacked and next(draw) < STACK_SAID else seen, draw)
+    i, relation, j = one(stacked if stacked and next(draw) < STACK_SHARE else seen, draw)
     text = one(PAIR, draw).format(names[i], spoken(relation, draw), names[j])
     third = [k for k in range(len(names)) if k not in (i, j)]
     if not third:
@@ -88,19 +88,17 @@ def _related(names: list[str], seen: Seen, draw: Draw) -> str:
     return one(ways, draw)
 
 
-def named(thing: Object, among: Sequence[Object], draw: Draw, whole: bool = False) -> str:
-    """Some of its attributes, and all that tell it from the others, or the whole: "large shiny red sphere"."""
-    fields = ("size", "material", "colour", "shape")
-    shares = (SIZE_SAID, MATERIAL_SAID, COLOUR_SAID, SHAPE_SAID)
-    said = [field for field, share in zip(fields, shares) if next(draw) < share or whole]
-    if any(other is not thing and all(getattr(other, f) == getattr(thing, f) for f in said) for other in among):
-        said = list(fields)
-    words = [spoken(getattr(thing, field), draw) for field in said]
-    return " ".join(words if "shape" in said else [*words, "object"])
+def named(thing: Object, among: Sequence[Object], draw: Draw, full: bool = False) -> str:
+    """Some attributes of an object, or all if `full` or if fewer are ambiguous: "large shiny red sphere"."""
+    chosen = [field for field, share in SHARES.items() if next(draw) < share or full]
+    if any(other is not thing and all(getattr(other, f) == getattr(thing, f) for f in chosen) for other in among):
+        chosen = list(SHARES)
+    words = [spoken(getattr(thing, field), draw) for field in chosen]
+    return " ".join(words if "shape" in chosen else [*words, "object"])
 
 
 def unknown(text: str) -> list[str]:
-    """The words of a text that no caption has."""
+    """The words of a text that no caption contains."""
     return [word for word in re.findall(r"\w+", text.lower()) if word not in VOCABULARY]
 
 

@@ -1,15 +1,17 @@
-"""A sheet of scenes: with their captions at 256 pixels, what is known of one at 128, and many at 64."""
+"""A sheet of scenes: some with captions at 256 pixels, the ground truth of one at 128, and many at 64."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.config.schema import Config
 from ldm.scenes import Camera, Scene, captions, draw, edit, render
 
 PAPER, INK = (255, 255, 255), (40, 44, 52)
@@ -17,18 +19,23 @@ GAP, WIDTH = 4, 1024  # pixels
 TINTS = torch.tensor([(34, 38, 46), (236, 112, 99), (93, 173, 226), (244, 208, 63)], dtype=torch.uint8)
 
 
+def write(config: Config, file: Path) -> None:
+    """The sheet that a configuration describes."""
+    sheet(config["seed"], config["split"]).save(file)
+
+
 def sheet(seed: int, split: str) -> Image.Image:
-    """Scenes 0 to 7 of a split large, what is known of scene 0, and the next 32 small."""
+    """Scenes 0 to 7 of a split large, the ground truth of one, and the next 32 small."""
     table = draw(seed, range(40), split)
-    said = captions(table, seed, range(40))
-    rows = [row(render(table[i : i + 4], 256)["image"], said[i : i + 4]) for i in (0, 4)]
-    rows.append(row(*_known(next(s for s in table.scenes() if len(s.objects) > 1), seed)))
+    texts = captions(table, seed, range(40))
+    rows = [row(render(table[i : i + 4], 256)["image"], texts[i : i + 4]) for i in (0, 4)]
+    rows.append(row(*_ground_truth(next(s for s in table.scenes() if len(s.objects) > 1), seed)))
     rows += [row(render(table[i : i + 16], 64)["image"], []) for i in (8, 24)]
     return stacked(rows)
 
 
 def stacked(rows: Sequence[Image.Image]) -> Image.Image:
-    """One row below the other."""
+    """Rows below each other."""
     page = Image.new("RGB", (WIDTH, sum(each.height for each in rows)), PAPER)
     top = 0
     for each in rows:
@@ -37,33 +44,25 @@ def stacked(rows: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-def _known(scene: Scene, seed: int) -> tuple[Tensor, list[str]]:
-    """A scene (8, 3, 128, 128) in several lights, and what is known of its pixels."""
+def _ground_truth(scene: Scene, seed: int) -> tuple[Tensor, list[str]]:
+    """A scene, its edited twin, other light and view, and its maps, (8, 3, 128, 128), with titles."""
     twin, instruction = edit(scene, seed, 0)
     turned = replace(scene, camera=Camera(scene.camera.azimuth - 25, 42.0, 10.0))
     pictures = render([scene, twin, replace(scene, time=1.0), turned], 128)["image"]
-    known = render([scene], 128, want=("mask", "depth", "normals", "edges"))
-    near = ((16 - known["depth"]) * 22).clamp(0, 255).to(torch.uint8)
+    truth = render([scene], 128, want=("mask", "depth", "normals", "edges"))
+    near = ((16 - truth["depth"]) * 22).clamp(0, 255).to(torch.uint8)
     maps = [
-        TINTS[known["mask"]].permute(0, 3, 1, 2),
+        TINTS[truth["mask"]].permute(0, 3, 1, 2),
         near[:, None].expand(-1, 3, -1, -1),
-        (known["normals"] * 127 + 128).to(torch.uint8),
-        (known["edges"][:, None] * 255).to(torch.uint8).expand(-1, 3, -1, -1),
+        (truth["normals"] * 127 + 128).to(torch.uint8),
+        (truth["edges"][:, None] * 255).to(torch.uint8).expand(-1, 3, -1, -1),
     ]
-    return torch.cat((pictures, *maps)), [
-        "a scene",
-        instruction,
-        "time = 1",
-        "another view",
-        "mask",
-        "depth",
-        "normals",
-        "edges",
-    ]
+    titles = ["a scene", instruction, "time = 1", "another view", "mask", "depth", "normals", "edges"]
+    return torch.cat((pictures, *maps)), titles
 
 
 def row(pictures: Tensor, texts: Sequence[str]) -> Image.Image:
-    """Pictures (N, 3, S, S) side by side with a text below each."""
+    """Pictures (N, 3, S, S) side by side, each with its text below."""
     count, side = len(pictures), WIDTH // len(pictures)
     size, font = pictures.shape[-1] - GAP, ImageFont.load_default(12)
     lines = [textwrap.wrap(text, side // 6) for text in texts]

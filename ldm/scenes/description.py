@@ -1,4 +1,4 @@
-"""What a scene is: named objects with known places, as one object each or as a table of many."""
+"""Descriptions of scenes: named objects at known places, as dataclasses or as a table of many scenes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OBJECTS = 3  # places in a table's row
 RADIUS = np.array([0.5, 0.85])  # by size
 HALF_WIDTH = np.array([0.9, 0.78, 0.72, 0.88])  # by shape, in radii
 HALF_HEIGHT = np.array([0.9, 0.78, 0.82, 1.0])
-REACH = HALF_WIDTH * [1, 2**0.5, 1, 1]  # of the corners, seen from above
+REACH = HALF_WIDTH * [1, 2**0.5, 1, 1]  # of the corners from the axis
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -26,7 +26,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """A thing on the table: its centre in the world (x to the right, y away, z up) and its turn in degrees."""
+    """An object: its attributes, its centre in the world (x right, y away, z up) and its turn in degrees."""
 
     shape: str
     colour: str
@@ -40,7 +40,7 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Light:
-    """Where the light comes from, in degrees: round the table from the right, and up from its surface."""
+    """Direction of the light in degrees: round the table from the right, and up from its surface."""
 
     azimuth: float = 225.0
     elevation: float = 45.0
@@ -48,7 +48,7 @@ class Light:
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """Degrees round the table from the front and up from its surface, and how far from its middle."""
+    """Degrees round the table from the front and up from its surface, and the distance from its middle."""
 
     azimuth: float = 0.0
     elevation: float = 30.0
@@ -57,7 +57,7 @@ class Camera:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One to three objects on a floor; with time, from 0 to 1, the light goes a quarter round."""
+    """One to three objects on a floor; as `time` goes from 0 to 1, the light turns by 90 degrees."""
 
     objects: tuple[Object, ...]
     floor: str = "gray"
@@ -79,7 +79,7 @@ def _check(name: str, value: float, least: float, most: float) -> None:
 
 @dataclass
 class Table:
-    """Many scenes as columns: names are positions in the tuples above; rows (B, 3) are filled up with -1."""
+    """Many scenes as columns (B, 3): names are indices into the tuples above, -1 for no object."""
 
     shape: Integers
     colour: Integers
@@ -102,16 +102,16 @@ class Table:
 
     @property
     def there(self) -> NDArray[np.bool_]:
-        """(B, 3) which places hold an object."""
+        """(B, 3) True for places that hold an object."""
         return self.shape >= 0
 
     @property
     def radius(self) -> Floats:
-        """(B, 3) by size; 0 for no object."""
+        """(B, 3) radius by size; 0 for no object."""
         return np.where(self.there, RADIUS[self.size], 0.0)
 
     def clear(self, row: int) -> None:
-        """Take everything off a floor."""
+        """Remove all objects of a scene."""
         for names in (self.shape, self.colour, self.material, self.size):
             names[row] = -1
         for numbers in (self.x, self.y, self.z, self.turn):
@@ -122,7 +122,7 @@ class Table:
         return self.radius * by_shape[self.shape]
 
     def scenes(self) -> list[Scene]:
-        """The same, each as an object."""
+        """The scenes as dataclasses."""
         columns = [getattr(self, field.name).tolist() for field in fields(self)]
         return [_scene(*row) for row in zip(*columns)]
 
@@ -141,7 +141,8 @@ class Table:
         )
 
 
-def _scene(shape, colour, material, size, x, y, z, turn, floor, light, camera, time) -> Scene:  # one row of each column
+# one row of every column
+def _scene(shape, colour, material, size, x, y, z, turn, floor, light, camera, time) -> Scene:
     objects = tuple(
         Object(SHAPES[shape[i]], COLOURS[colour[i]], MATERIALS[material[i]], SIZES[size[i]], x[i], y[i], z[i], turn[i])
         for i in range(OBJECTS)
@@ -151,7 +152,7 @@ def _scene(shape, colour, material, size, x, y, z, turn, floor, light, camera, t
 
 
 def _row(scene: Scene) -> list[list[float]]:
-    """(8, 3): the names as positions, then places and turn."""
+    """(8, 3): names as indices, then places and turn."""
     rows = [
         [
             *(SHAPES.index(each.shape), COLOURS.index(each.colour), MATERIALS.index(each.material)),

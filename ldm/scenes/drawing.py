@@ -1,4 +1,4 @@
-"""Scenes as a pure function of (seed, index): attributes first, then places until all is well seen."""
+"""Scenes as a pure function of (seed, index): attributes first, then places until everything is clearly visible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ldm.scenes.description import (
 from ldm.scenes.relations import FOCAL, RELATIONS, project, related, view
 
 SPLITS = ("train", "validation", "held_out")
-# seen in held_out alone: one colour of each shape, in the order of SHAPES, and these relations with their mirror images
+# only in held_out: one colour of each shape, in the order of SHAPES, and these relations with their mirror images
 HELD_OUT_COLOURS = ("cyan", "purple", "green", "red")
 HELD_OUT_RELATIONS = (("sphere", "left of", "cylinder"), ("cube", "behind", "sphere"), ("cone", "on top of", "cube"))
 
@@ -33,18 +33,18 @@ RARE = np.array([COLOURS.index(colour) for colour in HELD_OUT_COLOURS])  # by sh
 USUAL = np.array([[c for c in range(len(COLOURS)) if c != rare] for rare in RARE])  # (shapes, 7)
 TRIPLES = [(SHAPES.index(a), RELATIONS.index(r), SHAPES.index(b)) for a, r, b in HELD_OUT_RELATIONS]
 ON = RELATIONS.index("on top of")
-FLAT = [SHAPES.index("cube"), SHAPES.index("cylinder")]  # what something can stand on
-COUNTS = np.array([0.25, 0.7])  # of one object, of at most two
-STACKED = 0.9  # of the pairs that could stand on each other
-SPREAD = 1.9  # centres lie within a square of twice this
+FLAT = [SHAPES.index("cube"), SHAPES.index("cylinder")]  # shapes that can carry an object
+COUNTS = np.array([0.25, 0.7])  # share of scenes with one object, with at most two
+STACKED = 0.9  # share of the pairs that can be stacked
+SPREAD = 1.9  # half of the side of the square of all centres
 GAP = 0.12  # between objects, in world units
-OVERLAP = 0.82  # centres are so far apart in the picture, in sums of radii
-EDGE = 0.92  # of the picture's half, that all objects stay within
-TRIES, SLOTS = 6, 20  # places drawn at a time, uniform numbers of a scene before them
+OVERLAP = 0.82  # least distance of centres in the picture, in sums of radii
+EDGE = 0.92  # objects stay within this share of the picture's half
+TRIES, SLOTS = 6, 20  # placements drawn at a time, uniform numbers of a scene before them
 
 
 def uniforms(seed: int, numbers: Integers, first: int, count: int) -> Floats:
-    """(B, count) numbers in [0, 1): those from `first` on in the sequence of each number, by hashing twice."""
+    """(B, count) numbers in [0, 1) of the sequence of each number, from `first` on, by hashing twice."""
     row = _mixed(numbers.astype(np.uint64) + (np.uint64(seed) << np.uint64(32)))
     slot = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return (_mixed(row[:, None] + slot) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -57,31 +57,31 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-class Wanted(NamedTuple):
-    """Per scene: a held-out relation that must hold between the first two objects, or -1; and whether they stack."""
+class Constraints(NamedTuple):
+    """Constraints: the held-out relation between the first two objects, or -1, and whether they are stacked."""
 
     triple: Integers
     stack: NDArray[np.bool_]
 
-    def take(self, rows: NDArray) -> Wanted:
-        return Wanted(self.triple[rows], self.stack[rows])
+    def take(self, rows: NDArray) -> Constraints:
+        return Constraints(self.triple[rows], self.stack[rows])
 
 
 def draw(
     seed: int, indices: Sequence[int] | Integers, split: str = "train", most: int = OBJECTS, full: float = 0.0
 ) -> Table:
-    """The scenes of these indices, of at most `most` objects, a share `full` of so many; a split has its own stream."""
+    """The scenes of these indices, with at most `most` objects, and a share `full` with exactly as many."""
     if split not in SPLITS:
         raise ValueError(f"split: unknown name; got {split}; expected one of {', '.join(SPLITS)}")
     key, numbers = stream(seed, f"scenes {split}"), np.asarray(indices, dtype=np.int64)
-    table, wanted = _attributes(uniforms(key, numbers, 0, SLOTS), split == "held_out", most, full)
+    table, constraints = _attributes(uniforms(key, numbers, 0, SLOTS), split == "held_out", most, full)
     waiting, tried = np.arange(len(table)), 0
     while len(waiting):
         u = uniforms(key, numbers[waiting], SLOTS + tried * 2 * OBJECTS, TRIES * 2 * OBJECTS)
         rows = np.repeat(waiting, TRIES)
-        placed = _placed(table[rows], wanted.take(rows), u.reshape(len(rows), 2, OBJECTS))
+        placed = _placed(table[rows], constraints.take(rows), u.reshape(len(rows), 2, OBJECTS))
         seen = related(placed)
-        good = (clear(placed, seen) & _as_wanted(placed, seen, wanted.triple[rows])).reshape(-1, TRIES)
+        good = (clear(placed, seen) & _allowed(placed, seen, constraints.triple[rows])).reshape(-1, TRIES)
         found, first = good.any(1), good.argmax(1)
         chosen = placed[(np.arange(len(waiting)) * TRIES + first)[found]]
         for name in ("x", "y", "z"):
@@ -91,12 +91,12 @@ def draw(
 
 
 def scene(seed: int, index: int, split: str = "train") -> Scene:
-    """The one scene of this index."""
+    """The scene of this index."""
     return draw(seed, [index], split).scenes()[0]
 
 
-def _attributes(u: Floats, held_out: bool, most: int, full: float) -> tuple[Table, Wanted]:
-    """Everything but the places, from SLOTS uniform numbers of each scene."""
+def _attributes(u: Floats, held_out: bool, most: int, full: float) -> tuple[Table, Constraints]:
+    """Everything except the places, from SLOTS uniform numbers of each scene."""
     rows = len(u)
     count = np.minimum(1 + (u[:, 0, None] >= COUNTS).sum(1), most)
     count[u[:, 18] < full] = most
@@ -117,11 +117,11 @@ def _attributes(u: Floats, held_out: bool, most: int, full: float) -> tuple[Tabl
     side = 270 + np.where(u[:, 13] < 0.5, -72, 22) + 100 * (u[:, 13] % 0.5)  # from the left or the right
     light = np.stack([side, 38 + 14 * u[:, 14]], 1)
     camera = np.stack([30 * u[:, 15] - 15, 27 + 8 * u[:, 16], np.full(rows, 9.0)], 1)
-    turn = np.where(absent, 0.0, 90 * (u[:, 3:6] * 997 % 1))  # the digits that the choice of a shape leaves unused
+    turn = np.where(absent, 0.0, 90 * (u[:, 3:6] * 997 % 1))  # digits that the choice of a shape leaves unused
     floor = (u[:, 17] * len(FLOORS)).astype(np.int64)
     x, y, z = (np.zeros((rows, OBJECTS)) for _ in range(3))
     table = Table(shape, colour, material, size, x, y, z, turn, floor, light, camera, np.zeros(rows))
-    return table, Wanted(triple, stack)
+    return table, Constraints(triple, stack)
 
 
 def _relation(triple: Integers) -> Integers:
@@ -133,7 +133,7 @@ def _pairs(u: Floats, triple: Integers, held_out: bool) -> tuple[Integers, Integ
     colours = USUAL.shape[1]
     total = len(SHAPES) * colours
     pair = (u * (total - np.arange(OBJECTS))).astype(np.int64)
-    for i, ends in enumerate(zip(*((a, b) for a, _, b in TRIPLES))):  # the shapes that a wanted relation joins
+    for i, ends in enumerate(zip(*((a, b) for a, _, b in TRIPLES))):  # the shapes of a held-out relation
         pair[:, i] = np.where(triple >= 0, np.array(ends)[triple] * colours + pair[:, i] % colours, pair[:, i])
     free = triple < 0
     pair[:, 1] += free & (pair[:, 1] >= pair[:, 0])
@@ -147,9 +147,9 @@ def _pairs(u: Floats, triple: Integers, held_out: bool) -> tuple[Integers, Integ
     return shape, colour
 
 
-def _placed(table: Table, wanted: Wanted, u: Floats) -> Table:
-    """The same with places on the floor, or the first object on the second, near its middle."""
-    half, stack = table.extent(HALF_HEIGHT), wanted.stack
+def _placed(table: Table, constraints: Constraints, u: Floats) -> Table:
+    """The table with objects on the floor, or the first one on the second, near its middle."""
+    half, stack = table.extent(HALF_HEIGHT), constraints.stack
     x, y = ((2 * u[:, i] - 1) * SPREAD * table.there for i in range(2))
     z = half.copy()
     for place in (x, y):
@@ -159,7 +159,7 @@ def _placed(table: Table, wanted: Wanted, u: Floats) -> Table:
 
 
 def clear(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(B,) whether objects are apart, within the picture, not hidden, and each pair in a relation that may be seen."""
+    """(B,) True if objects are apart, inside the picture and not hidden, and every pair is visibly related."""
     pair = np.triu(table.there[:, :, None] & table.there[:, None], 1)
     stacked = seen[:, ON] | seen[:, ON].swapaxes(1, 2)
     across, up, depth = project(table, view(table))
@@ -173,20 +173,20 @@ def clear(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _spans(table: Table, depth: Floats) -> tuple[Floats, Floats]:
-    """(B, 3) at most half of the width and of the height of each object in the picture, from its middle."""
+    """(B, 3) upper bounds of half the width and half the height of each object in the picture."""
     reach, elevation = table.extent(REACH), np.radians(table.camera[:, 1, None])
     tall = table.extent(HALF_HEIGHT) * np.cos(elevation) + reach * np.sin(elevation)
     return FOCAL * reach / (depth - reach), FOCAL * tall / (depth - reach)
 
 
-def _as_wanted(table: Table, seen: NDArray[np.bool_], triple: Integers) -> NDArray[np.bool_]:
-    """(B,) whether the held-out relation that is wanted, or none, can be seen."""
+def _allowed(table: Table, seen: NDArray[np.bool_], triple: Integers) -> NDArray[np.bool_]:
+    """(B,) True if the required held-out relation is visible, or none if none is required."""
     rare = _held_out_relations(table, seen)
     return np.where(triple < 0, ~rare.any(1), rare[np.arange(len(table)), triple])
 
 
 def _held_out_relations(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(B, triples) which held-out relations can be seen."""
+    """(B, triples) True for held-out relations that are visible."""
     named = [
         seen[:, relation] & (table.shape[:, :, None] == a) & (table.shape[:, None] == b) for a, relation, b in TRIPLES
     ]
@@ -194,7 +194,7 @@ def _held_out_relations(table: Table, seen: NDArray[np.bool_]) -> NDArray[np.boo
 
 
 def _distance(x: Floats, y: Floats) -> Floats:
-    """(B, 3) to (B, 3, 3)."""
+    """Pairwise distances, (B, 3) to (B, 3, 3)."""
     return np.hypot(x[:, :, None] - x[:, None], y[:, :, None] - y[:, None])
 
 
@@ -203,6 +203,6 @@ def _sums(radius: Floats) -> Floats:
 
 
 def held_out(table: Table) -> NDArray[np.bool_]:
-    """(B,) whether a scene shows a combination that only the split of this name has."""
+    """(B,) True if a scene shows a combination that is held out of training."""
     rare = table.there & (table.colour == RARE[table.shape])
     return np.asarray(rare.any(1) | _held_out_relations(table, related(table)).any(1))

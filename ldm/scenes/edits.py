@@ -1,4 +1,4 @@
-"""Edited twins: a scene with one thing changed, and the instruction that says what."""
+"""Edited twins: a scene with one change, and the instruction for it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ldm.scenes.drawing import clear, held_out, uniforms
 from ldm.scenes.relations import related, stands_on
 
 VALUES = {"colour": COLOURS, "material": MATERIALS, "size": SIZES, "shape": SHAPES}
-SAID = {
+INSTRUCTIONS = {
     "colour": ("make the {} {}", "paint the {} {}", "turn the {} {}"),
     "material": ("make the {} {}",),
     "size": ("make the {} {}",),
     "shape": ("turn the {} into a {}", "replace the {} with a {}"),
     "removed": ("remove the {}", "take the {} away", "delete the {}"),
 }
-SLOTS = 20  # uniform numbers that an instruction may use
+SLOTS = 20  # uniform numbers for an instruction
 
 
 class Change(NamedTuple):
-    """What becomes of an object, and the scene after it."""
+    """A change of one object, and the scene after it."""
 
     kind: str
     thing: Object
@@ -45,24 +45,24 @@ class Change(NamedTuple):
 
 
 def edit(scene: Scene, seed: int, index: int) -> tuple[Scene, str]:
-    """A twin in which one object differs or is gone, and the instruction."""
+    """A twin in which one object is changed or removed, and the instruction."""
     draw = iter(uniforms(stream(seed, "edits"), np.array([index]), 0, SLOTS)[0].tolist())
     possible = changes(scene)
-    kind = one([kind for kind in SAID if any(change.kind == kind for change in possible)], draw)
+    kind = one([kind for kind in INSTRUCTIONS if any(change.kind == kind for change in possible)], draw)
     change = one([change for change in possible if change.kind == kind], draw)
     return change.twin, _instruction(change, scene, draw)
 
 
 def changes(scene: Scene) -> list[Change]:
-    """All that leave a scene that might have been drawn, and everything else where it is."""
+    """All changes that leave a valid scene with every other object in its place."""
     possible = list(_changes(scene))
     table = Table.of([change.twin for change in possible])
     good = clear(table, related(table)) & (~held_out(table) | held_out(Table.of([scene]))[0])
-    return [change for change, may in zip(possible, good) if may and _told_apart(change.twin)]
+    return [change for change, valid in zip(possible, good) if valid and _distinct(change.twin)]
 
 
 def _changes(scene: Scene) -> Iterator[Change]:
-    """One thing changed or gone; what carries another keeps its form, and what is carried its size."""
+    """All single changes; an object that carries another keeps its form, and one that is carried keeps its size."""
     stands = stands_on(Table.of([scene]))[0]
     for i, old in enumerate(scene.objects):
         kinds = ["colour", "material", *["shape"] * (not stands[:, i].any())]
@@ -81,16 +81,16 @@ def _with(scene: Scene, i: int, *new: Object) -> tuple[Object, ...]:
 
 
 def _standing(new: Object, old: Object) -> Object:
-    """The object in its new form, on what carried the old one."""
+    """The object in its new form, at the height of what carried the old one."""
     half = [RADIUS[SIZES.index(o.size)] * HALF_HEIGHT[SHAPES.index(o.shape)] for o in (new, old)]
     return replace(new, z=float(old.z - half[1] + half[0]))
 
 
-def _told_apart(scene: Scene) -> bool:
-    """Whether no two objects share both shape and colour."""
+def _distinct(scene: Scene) -> bool:
+    """True if no two objects share both shape and colour."""
     return len({(each.shape, each.colour) for each in scene.objects}) == len(scene.objects)
 
 
 def _instruction(change: Change, scene: Scene, draw: Draw) -> str:
     name = named(change.thing, scene.objects, draw)
-    return one(SAID[change.kind], draw).format(name, spoken(change.value, draw))
+    return one(INSTRUCTIONS[change.kind], draw).format(name, spoken(change.value, draw))

@@ -1,4 +1,4 @@
-"""Training of the judge on true renders, spoilt a little, and the measure of how well it reads."""
+"""Training of the judge on slightly corrupted renders."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ldm.scenes.render import render
 from ldm.scenes.scoring import places
 from ldm.scenes.statements import NAMES
 
-HELD_OUT = 0.25  # of the scenes: a judge that has not met a combination would judge against it
+HELD_OUT = 0.25  # share of scenes; a judge that never saw a combination would reject it
 BLOCK = 256  # scenes rendered at once
 BATCH, RATE, DECAY = 16, 2e-3, 0.999
 
 
 class Truth(NamedTuple):
-    """What a reading should say of a batch of scenes, three places each."""
+    """What should be detected in a batch of scenes, three places each."""
 
     there: Tensor  # (B, 3) bool
-    names: Tensor  # (B, 3, 4) shape, colour, material, size, as numbers
+    names: Tensor  # (B, 3, 4) shape, colour, material, size, as indices
     centre: Tensor  # (B, 3, 2)
     place: Tensor  # (B, 3, 3)
-    mask: Tensor  # (B, 3, 32, 32) how much of each cell is the object's
+    mask: Tensor  # (B, 3, 32, 32) the share of each cell that shows the object
 
 
 def truth(table: Table, instances: Tensor) -> Truth:
-    """From the description, and from the instance map (B, H, W) with objects counted from 1."""
+    """Targets from descriptions and instance maps (B, H, W), in which objects count from 1."""
     masks = torch.stack([instances == i for i in (1, 2, 3)], 1)  # (B, 3, H, W)
     mask = F.adaptive_avg_pool2d(masks.float(), CELLS)
     along = (torch.arange(CELLS) + 0.5) / CELLS
@@ -50,7 +50,7 @@ def truth(table: Table, instances: Tensor) -> Truth:
 
 
 class Pool(NamedTuple):
-    """Rendered scenes, kept in memory as bytes."""
+    """Rendered scenes in memory."""
 
     table: Table
     images: Tensor  # (N, 3, 64, 64) uint8
@@ -58,7 +58,7 @@ class Pool(NamedTuple):
 
     @classmethod
     def rendered(cls, seed: int, count: int, device: str, report: Callable[[str], None]) -> Pool:
-        """So many scenes, each split with its share."""
+        """Render `count` scenes of both splits."""
         rare = int(count * HELD_OUT)
         tables = [draw(seed, range(count - rare)), draw(seed, range(rare), "held_out")]
         table = Table(*(np.concatenate([getattr(t, field.name) for t in tables]) for field in fields(Table)))
@@ -76,8 +76,8 @@ class Pool(NamedTuple):
         return pool
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Truth]:
-        """Spoilt pictures of these scenes, and the truth."""
-        images = spoilt(to_float(self.images[rows]), generator)
+        """Corrupted pictures of these scenes, and the truth."""
+        images = corrupted(to_float(self.images[rows]), generator)
         return images, truth(self.table[rows.numpy()], self.instances[rows])
 
 
@@ -85,40 +85,40 @@ class Pool(NamedTuple):
 
 
 def loss(maps: Maps, truth: Truth) -> Tensor:
-    """What the maps are off by, per object."""
+    """The loss of all outputs, per object."""
     at = truth.centre * CELLS  # (B, 3, 2)
     corner = torch.stack(torch.meshgrid(*[torch.arange(CELLS, device=at.device)] * 2, indexing="xy"), -1)  # (32, 32, 2)
     apart = (corner + 0.5 - at[:, :, None, None]).square().sum(-1)  # (B, 3, 32, 32)
     near, owner = (torch.exp(-apart / 2) * truth.there[..., None, None]).max(1)  # (B, 32, 32) twice
-    weight = near * (near > 0.3)  # the centre's cell and those around it
+    weight = near * (near > 0.3)  # the centre's cell and its neighbours
     rows = torch.arange(len(owner), device=owner.device)[:, None, None]
-    wrong = (maps.place - truth.place[rows, owner]).abs().sum(-1)  # (B, 32, 32)
-    wrong = wrong + (corner + maps.offset - at[rows, owner]).abs().sum(-1)
+    error = (maps.place - truth.place[rows, owner]).abs().sum(-1)  # (B, 32, 32)
+    error = error + (corner + maps.offset - at[rows, owner]).abs().sum(-1)
     for i, logits in enumerate(maps[1:5]):
         names = truth.names[rows, owner, i].clamp(min=0)  # (B, 32, 32)
-        wrong = wrong + F.cross_entropy(logits.permute(0, 3, 1, 2), names, reduction="none")
-    return (wrong * weight).sum() / weight.sum() + objectness(maps.score, near, truth) + mask_loss(maps, truth)
+        error = error + F.cross_entropy(logits.permute(0, 3, 1, 2), names, reduction="none")
+    return (error * weight).sum() / weight.sum() + objectness(maps.score, near, truth) + mask_loss(maps, truth)
 
 
 def objectness(score: Tensor, near: Tensor, truth: Truth) -> Tensor:
-    """CenterNet's focal loss (eq. 1): cells near a centre are blamed less for taking themselves for it."""
+    """CenterNet's focal loss (eq. 1): false positives near a centre weigh less."""
     centre = torch.zeros_like(score).flatten(1)  # (B, 1024)
     centre = centre.scatter_reduce(1, cell(truth), truth.there.float(), "amax")
     score, near = score.flatten(1), near.flatten(1)
     found = score.sigmoid().neg().add(1).square() * F.logsigmoid(score) * centre
-    nothing = score.sigmoid().square() * F.logsigmoid(-score) * (1 - near) ** 4 * (1 - centre)
-    return -(found + nothing).sum() / truth.there.sum()
+    absent = score.sigmoid().square() * F.logsigmoid(-score) * (1 - near) ** 4 * (1 - centre)
+    return -(found + absent).sum() / truth.there.sum()
 
 
 def mask_loss(maps: Maps, truth: Truth) -> Tensor:
-    """How wrong the pixels of the true objects are."""
+    """Cross-entropy of the masks of the true objects."""
     logits = maps.mask(take(maps.query, cell(truth)))  # (B, 3, 32, 32)
-    wrong = F.binary_cross_entropy_with_logits(logits, truth.mask, reduction="none").sum((2, 3))  # (B, 3)
-    return (wrong * truth.there).sum() / truth.there.sum() / 50  # about the cells of one object
+    error = F.binary_cross_entropy_with_logits(logits, truth.mask, reduction="none").sum((2, 3))  # (B, 3)
+    return (error * truth.there).sum() / truth.there.sum() / 50  # about the cells of one object
 
 
 def cell(truth: Truth) -> Tensor:
-    """(B, 3) the cells that hold the centres, counted row by row."""
+    """(B, 3) the cells of the centres, counted row by row."""
     column, row = (truth.centre * CELLS).long().clamp(0, CELLS - 1).unbind(-1)
     return row * CELLS + column
 
@@ -126,8 +126,8 @@ def cell(truth: Truth) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- the training
 
 
-def spoilt(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures as decoders and cameras leave them: softer, paler or harder, blotched and noisy."""
+def corrupted(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures with the flaws of decoders and cameras: contrast, brightness, blotches, blur and noise."""
     u = torch.rand(6, len(x), 1, 1, 1, generator=generator)
     x = x * (0.85 + 0.25 * u[0]) + 0.16 * (u[1] - 0.5)  # contrast, brightness
     blotches = torch.randn(len(x), 3, 8, 8, generator=generator) * 0.08 * u[2]
@@ -138,7 +138,7 @@ def spoilt(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(*, steps: int, pictures: int, seed: int, device: str = "cpu", report: Callable[[str], None] = print) -> Judge:
-    """A judge, averaged over the last of its steps."""
+    """A trained judge; its weights are a moving average."""
     generator = torch.Generator().manual_seed(stream(seed, "judge"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "judge weights"))
@@ -158,7 +158,7 @@ def train(*, steps: int, pictures: int, seed: int, device: str = "cpu", report: 
         optimizer.step()
         schedule.step()
         for mean, now in zip(average.parameters(), judge.parameters()):
-            mean.lerp_(now, max(1 - DECAY, 9 / (10 + step)))  # the first weights are soon forgotten
+            mean.lerp_(now, max(1 - DECAY, 9 / (10 + step)))  # the first weights soon lose their influence
         if step % 100 == 0:
             report(f"step {step} of {steps}: loss {value.item():.3f}")
     return average

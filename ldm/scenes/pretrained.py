@@ -1,4 +1,4 @@
-"""The small models that ship with the package."""
+"""The shipped judge, and reading and writing of judges."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FOLDER = Path(__file__).parent.parent / "pretrained"
 
 @cache
 def judge() -> Judge:
-    """The judge, frozen; one object for all who ask."""
+    """The shipped judge, frozen; every call returns the same object."""
     return open_judge(FOLDER / "judge.safetensors")
 
 
 def open_judge(path: Path) -> Judge:
-    """A judge from its file, with each of its bytes compared with the digest."""
+    """A judge from its file, whose digest is checked."""
     check_digest(path)
     tensors = open_file(path)
     judge = Judge()
@@ -29,5 +29,5 @@ def open_judge(path: Path) -> Judge:
 
 
 def save_judge(path: Path, judge: Judge, **metadata: str) -> str:
-    """Write a judge in half precision, with what else its file should say; returns the digest."""
+    """Write a judge in half precision with this metadata; return the digest."""
     return write_file(path, judge.state_dict(), metadata, torch.float16)

@@ -1,4 +1,4 @@
-"""The camera's view of a table of scenes, and which relations between objects are seen to be true in it."""
+"""The camera's view of a table of scenes, and the relations between objects in that view."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ldm.scenes.description import HALF_HEIGHT, OBJECTS, REACH, Floats, Scene, T
 
 RELATIONS = ("left of", "right of", "in front of", "behind", "on top of")
 MARGIN = 0.6  # world units, about a ninth of the picture's width
-SLANT = 0.5  # a relation holds along its axis by at least so much of what the pair is apart across it
+SLANT = 0.5  # the distance along a relation's axis is at least this share of the distance across it
 LOOKS_AT = 0.5  # height above the middle of the table
-FOCAL = 3.4  # distance over half of the picture's width
+FOCAL = 3.4  # focal length over half of the picture's width
 
 
 class View(NamedTuple):
@@ -26,7 +26,7 @@ class View(NamedTuple):
 
 
 def view(table: Table) -> View:
-    """Where each camera stands and how it is turned."""
+    """Position and orientation of each camera."""
     azimuth, elevation = np.radians(table.camera[:, 0]), np.radians(table.camera[:, 1])
     zero = np.zeros_like(azimuth)
     right = np.stack([np.cos(azimuth), np.sin(azimuth), zero], 1)
@@ -38,14 +38,14 @@ def view(table: Table) -> View:
 
 
 def project(table: Table, at: View) -> tuple[Floats, Floats, Floats]:
-    """Right, up (both -1 to 1 inside the picture) and depth of the objects' centres, each (B, 3)."""
+    """Right, up (-1 to 1 inside the picture) and depth of the objects' centres, each (B, 3)."""
     centre = np.stack([table.x, table.y, table.z], 2)  # (B, objects, 3)
     seen = [np.einsum("bok,bk->bo", centre - at.eye[:, None], axis) for axis in (at.right, at.up, at.forward)]
     return FOCAL * seen[0] / seen[2], FOCAL * seen[1] / seen[2], seen[2]
 
 
 def stands_on(table: Table) -> NDArray[np.bool_]:
-    """(B, i, j) whether object i stands on object j."""
+    """(B, i, j) True if object i stands on object j."""
     half = table.extent(HALF_HEIGHT)
     touch = np.abs((table.z - half)[:, :, None] - (table.z + half)[:, None]) < 1e-6
     apart = np.hypot(table.x[:, :, None] - table.x[:, None], table.y[:, :, None] - table.y[:, None])
@@ -53,9 +53,9 @@ def stands_on(table: Table) -> NDArray[np.bool_]:
 
 
 def related(table: Table) -> NDArray[np.bool_]:
-    """(B, relation, i, j) whether object i is seen left of, right of, in front of, behind, on top of object j."""
+    """(B, relation, i, j) True if object i is seen left of, right of, in front of, behind or on top of object j."""
     at = view(table)
-    across = project(table, at)[0] * (table.camera[:, 2:] / FOCAL)  # in the picture, as world units at its middle
+    across = project(table, at)[0] * (table.camera[:, 2:] / FOCAL)  # in the picture, in world units at its middle
     azimuth = np.radians(table.camera[:, 0, None])
     away = table.y * np.cos(azimuth) - table.x * np.sin(azimuth)  # along the floor
     dx = across[:, None] - across[:, :, None]  # from i to j
@@ -68,5 +68,5 @@ def related(table: Table) -> NDArray[np.bool_]:
 
 
 def relations(scene: Scene) -> set[tuple[int, str, int]]:
-    """Every (i, relation, j) that is visibly true."""
+    """Every (i, relation, j) that visibly holds."""
     return {(int(i), RELATIONS[r], int(j)) for r, i, j in np.argwhere(related(Table.of([scene]))[0])}

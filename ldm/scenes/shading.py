@@ -1,6 +1,6 @@
-"""Light on the floor and on objects: one soft lamp, a bright sky all round, and what shiny things mirror.
+"""Light on the floor and on objects: one soft lamp, a bright sky, and the mirror images of shiny objects.
 
-Written, as shapes.py is, with operations that are rounded alike everywhere.
+Like shapes.py, it uses only operations that are rounded alike everywhere.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from torch import Tensor
 from ldm.scenes.shapes import box_outline, dot, round_outline, smooth
 
 LAMP, SKY = (0.84, 0.80, 0.74), (0.40, 0.42, 0.46)  # warm and cool
-FILL = 0.16  # a weak light from beside the lamp
-SOFT = 0.11  # half of the lamp's width over its distance: what makes a shadow's edge wider the further it falls
-BACKDROP = (0.50, 0.53, 0.58)  # what the floor fades into
+FILL = 0.16  # a weak second light beside the lamp
+SOFT = 0.11  # half of the lamp's width over its distance; shadows blur with the distance from the object
+BACKDROP = (0.50, 0.53, 0.58)  # the floor fades into this
 
 
 def occlusion(p: Tensor, centre: Tensor, light: Tensor, outline: Tensor, box: bool) -> Tensor:
-    """How much of the lamp an object hides from points p (3, ...), from 0 to 1."""
+    """The share of the lamp, from 0 to 1, that an object hides from points p (3, ...)."""
     to = p - centre
     beyond = box_outline(to, outline) if box else round_outline(to, outline)
-    towards = -dot(to, light)  # how far along the light the object is
+    towards = -dot(to, light)  # distance to the object along the light
     edge = SOFT * towards.clamp(min=0.08)
     return smooth(-beyond, -edge, edge) * (towards > 0)
 
 
 def closeness(p: Tensor, normal: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
-    """The part of the sky above p that a ball in the object's place hides: cos / distance^2 (its form factor)."""
+    """The share of the sky that a ball in the object's place hides from p: cos / distance^2, its form factor."""
     to = centre - p
     square = dot(to, to).clamp(min=1e-4)
     return (dot(normal, to).clamp(min=0) * radius * radius / (square * square.sqrt())).clamp(max=1)
@@ -36,7 +36,7 @@ def closeness(p: Tensor, normal: Tensor, centre: Tensor, radius: Tensor) -> Tens
 
 
 def wave(x: Tensor, width: Tensor) -> Tensor:
-    """The square wave of period 2 (+1, then -1), averaged over this width round x, so that it never flickers."""
+    """The square wave of period 2 (+1, then -1), averaged over `width` round x, so that it does not alias."""
     return (_rise(x + 0.5 * width) - _rise(x - 0.5 * width)) / width
 
 
@@ -46,14 +46,14 @@ def _rise(x: Tensor) -> Tensor:
 
 
 def seam(x: Tensor, width: Tensor, gap: float) -> Tensor:
-    """How much of this width round x lies within `gap` beyond a whole number."""
+    """The share of `width` round x that lies within `gap` beyond an integer."""
     low, high = x - 0.5 * width, x + 0.5 * width
     return (_filled(high, gap) - _filled(low, gap)) / width
 
 
 def _filled(x: Tensor, gap: float) -> Tensor:
-    whole = x.floor()
-    return whole * gap + (x - whole).clamp(max=gap)
+    floor = x.floor()
+    return floor * gap + (x - floor).clamp(max=gap)
 
 
 def gray(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def gray(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
 
 
 def wooden(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
-    """Planks along x, each of its own tone, with dark seams."""
+    """Planks along x of different tones, with dark seams."""
     plank, wide = 1.4 * y, (1.4 * wy).clamp(max=0.99)
     low, high = (plank - 0.5 * wide).floor(), (plank + 0.5 * wide).floor()
     share = ((plank + 0.5 * wide - high) / wide).clamp(0, 1) * (high > low)
@@ -83,7 +83,7 @@ def checkered(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
 
 
 def striped(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
-    """Broad stripes away from the camera, of a cool and a warm tone."""
+    """Broad stripes of a cool and a warm tone, pointing away from the camera."""
     side = wave(1.1 * x, 1.1 * wx)
     return torch.stack((0.50 + 0.03 * side, 0.48 + 0.05 * side, 0.45 + 0.09 * side))
 
@@ -107,7 +107,7 @@ def coloured(colour: tuple[float, float, float], like: Tensor) -> Tensor:
 
 
 def lit(albedo: Tensor, normal: Tensor, light: Tensor, shadow: Tensor, hidden: Tensor, height: Tensor) -> Tensor:
-    """A dull surface's colour: the lamp, the sky above, the floor's light from below, and a little from behind."""
+    """Colour of a matte surface lit by the lamp, the sky, the floor below, and weakly from behind."""
     lamp = coloured(LAMP, albedo) * (1.35 * _facing(dot(normal, light), 0.15) * (1 - shadow))
     across = (light[0] * light[0] + light[1] * light[1]).sqrt()
     behind = 0.5 - 0.5 * (normal[0] * light[1] - normal[1] * light[0]) / across
@@ -118,20 +118,20 @@ def lit(albedo: Tensor, normal: Tensor, light: Tensor, shadow: Tensor, hidden: T
 
 
 def _facing(cos: Tensor, soft: float) -> Tensor:
-    """cos where positive, without the crease: a wide lamp sets slowly."""
+    """max(cos, 0) with a smooth corner, as the lamp is wide."""
     dusk = cos + soft
     return torch.where(cos > soft, cos, dusk.clamp(min=0) * dusk / (4 * soft))
 
 
 def sky(ray: Tensor, light: Tensor) -> Tensor:
-    """What a mirrored ray (3, N) sees above: a dim ceiling, a bright horizon, a glow where the lamp is."""
+    """Brightness of the sky along rays (3, N): a dim ceiling, a bright horizon, a glow round the lamp."""
     up = ray[2]
     glow = smooth(dot(ray, light), 0.5, 1.0)
     return 0.22 + 0.60 * smooth(up, -0.02, 0.30) - 0.50 * smooth(up, 0.30, 0.85) + 1.1 * glow
 
 
 def polished(dull: Tensor, albedo: Tensor, mirror: Tensor, lamp: Tensor, cos: Tensor) -> Tensor:
-    """A coloured mirror over a dull ground, whiter at grazing angles (Schlick, 1994), and the lamp in it."""
+    """A coloured mirror over a matte ground, whiter at grazing angles (Schlick, 1994), plus the lamp's mirror image."""
     grazing = (1 - cos).clamp(0, 1)
     grazing = grazing * grazing * grazing * grazing * grazing
     tint = albedo * 1.05 + 0.025
@@ -144,10 +144,10 @@ def reflection(ray: Tensor, normal: Tensor) -> Tensor:
 
 
 def lamp_in(ray: Tensor, light: Tensor) -> Tensor:
-    """How brightly a mirrored ray meets the lamp."""
+    """Brightness of the lamp in the direction of a mirrored ray."""
     return 1.6 * smooth(dot(ray, light), 0.965, 0.99)
 
 
 def encoded(colour: Tensor) -> Tensor:
-    """Linear light to what a screen shows, from 0 to 1."""
+    """Linear light as display values from 0 to 1."""
     return colour.clamp(0, 1).sqrt()

@@ -1,6 +1,6 @@
-"""The four solids, each in a frame of its own: where a ray meets them, their normals, and the shadows they cast.
+"""The four solids, each in its own frame: intersections with rays, normals, and outlines for shadows.
 
-Only + - * / sqrt, comparisons and choices, each of which is rounded alike on every device, thread and place in a batch.
+Only + - * / sqrt, comparisons and choices, which are rounded alike on every device, thread and batch position.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BEVEL = 0.1  # of a half width: what the edges of cubes and cylinders are rounded by, to catch the light
+BEVEL = 0.1  # of a half width; the edges of cubes and cylinders are rounded by this to catch the light
 NOWHERE = 1e9  # the depth of a ray that meets nothing
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """(3, N), (3, N) -> (N,), added in this order."""
+    """(3, N), (3, N) -> (N,), summed in this order."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def unit(a: Tensor) -> Tensor:
-    """(3, N) of length one."""
+    """(3, N) scaled to length one."""
     return a / dot(a, a).sqrt().clamp(min=1e-6)
 
 
@@ -43,7 +43,7 @@ def cube(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, T
 
 
 def cylinder(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
-    """An upright cylinder: an endless one between two planes."""
+    """An upright cylinder: an infinite one between two planes."""
     a = d[0] * d[0] + d[1] * d[1]
     b = o[0] * d[0] + o[1] * d[1]
     c = o[0] * o[0] + o[1] * o[1] - width * width
@@ -51,7 +51,7 @@ def cylinder(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tenso
 
 
 def cone(o: Tensor, d: Tensor, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
-    """An upright cone, for rays that are less steep than its side."""
+    """An upright cone, for rays less steep than its side."""
     slope = width / (2 * height)
     k, above = slope * slope, height - o[2]
     a = d[0] * d[0] + d[1] * d[1] - k * d[2] * d[2]
@@ -82,17 +82,17 @@ def _between(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor
 
 
 def sphere_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
-    """From the middle."""
+    """The direction from the centre."""
     return p / width
 
 
 def cube_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
-    """That of a box with rounded edges."""
+    """The normal of a box with rounded edges."""
     return _rounded(p / width, bevel)
 
 
 def cylinder_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
-    """That of a cylinder with rounded rims."""
+    """The normal of a cylinder with rounded rims."""
     across = (p[0] * p[0] + p[1] * p[1]).sqrt().clamp(min=1e-6)
     side = (across / width - (1 - bevel)).clamp(min=0) / across
     top = (p[2].abs() / height - (1 - bevel)).clamp(min=0) * p[2].sign()
@@ -100,7 +100,7 @@ def cylinder_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> 
 
 
 def cone_normal(p: Tensor, width: Tensor, height: Tensor, bevel: Tensor) -> Tensor:
-    """Out from the axis and up; at the tip, straight up."""
+    """Away from the axis and up; straight up at the tip."""
     across = (p[0] * p[0] + p[1] * p[1]).sqrt().clamp(min=1e-6)
     out = 2 * height / across * smooth(across / width, 0, 0.5 * bevel)
     return unit(torch.stack((p[0] * out, p[1] * out, width.expand_as(across))))
@@ -114,7 +114,7 @@ def _rounded(p: Tensor, bevel: Tensor) -> Tensor:
 
 
 def box_outline(p: Tensor, outline: Tensor) -> Tensor:
-    """A cube is seen as a hexagon: three directions, and how far from the centre its sides are along each."""
+    """A cube is seen as a hexagon: three directions, and the distance of its sides from the centre along each."""
     first, second, third = (dot(p, outline[3 * i : 3 * i + 3]).abs() - outline[9 + i] for i in range(3))
     return torch.maximum(torch.maximum(first, second), third)
 

@@ -1,4 +1,4 @@
-"""What is known of every pixel: which object it shows, its class, depth and normal, and where outlines run."""
+"""Ground truth of every pixel: its object, class, depth and normal, and the edges."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ NORMAL = (
     shapes.cylinder_normal,
     shapes.cone_normal,
 )  # in the order of SHAPES
-SHARP = 1e-3  # a bevel that nobody sees
-CREASE = 0.8  # cosine between normals below which there is an edge
+SHARP = 1e-3  # an invisible bevel
+CREASE = 0.8  # there is an edge where the cosine between normals is smaller
 
 
-def maps(some: World, hits: Hits, size: int) -> dict[str, Tensor]:
-    """All of MAPS, object i of a scene being i + 1 in the mask, and its shape + 1 in the segmentation."""
-    mask = _mask(some, hits, size)  # (B, P) 0 for the floor
-    depth, normals = _surface(some, hits, mask, size)
+def maps(world: World, hits: Hits, size: int) -> dict[str, Tensor]:
+    """All of MAPS; object i of a scene is i + 1 in the mask, and shape + 1 in the segmentation."""
+    mask = _mask(world, hits, size)  # (B, P) 0 for the floor
+    depth, normals = _surface(world, hits, mask, size)
     rows = torch.arange(len(mask), device=mask.device)[:, None] * OBJECTS
-    classes = torch.where(mask > 0, pick(some.shape, rows + (mask - 1).clamp(min=0)) + 1, 0)
+    classes = torch.where(mask > 0, pick(world.shape, rows + (mask - 1).clamp(min=0)) + 1, 0)
     plane = (-1, size, size)
     return {
         "mask": mask.reshape(plane),
         "segmentation": classes.reshape(plane),
-        "boxes": _boxes(some, hits, size),
-        "box_labels": some.shape.reshape(-1, OBJECTS),
+        "boxes": _boxes(world, hits, size),
+        "box_labels": world.shape.reshape(-1, OBJECTS),
         "depth": depth.reshape(plane),
         "normals": normals.reshape(3, *plane).transpose(0, 1).contiguous(),
         "edges": _edges(mask.reshape(plane), normals.reshape(3, *plane)),
     }
 
 
-def _mask(some: World, hits: Hits, size: int) -> Tensor:
-    """(B, P) which of the floor and the objects covers most of each pixel."""
+def _mask(world: World, hits: Hits, size: int) -> Tensor:
+    """(B, P) the object, or the floor, that covers most of each pixel."""
     share, most = (~hits.hit).sum(1), torch.zeros_like(hits.scene)
-    for i in range(OBJECTS):  # argmax would choose among equals as the device likes
+    for i in range(OBJECTS):  # argmax would break ties differently on each device
         covered = (hits.hit & (hits.slot == i)).sum(1)
         most = torch.where(covered > share, i + 1, most)
         share = torch.maximum(covered, share)
-    mask = torch.zeros(some.eye.shape[1] * size**2, dtype=torch.int64, device=share.device)
+    mask = torch.zeros(world.eye.shape[1] * size**2, dtype=torch.int64, device=share.device)
     return mask.index_copy_(0, hits.scene * size**2 + hits.pixel, most).reshape(-1, size**2)
 
 
-def _surface(some: World, hits: Hits, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _surface(world: World, hits: Hits, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Depth (B, P) along the camera's axis and normals (3, B, P) as the camera sees them: right, up, towards it."""
-    ray = directions(some.axes, *centres(size, mask.device))
-    depth = some.eye[2, :, None] / (-ray[2]).clamp(min=0.02)
+    ray = directions(world.axes, *centres(size, mask.device))
+    depth = world.eye[2, :, None] / (-ray[2]).clamp(min=0.02)
     up = torch.tensor((0.0, 0.0, 1.0), device=mask.device)[:, None, None]
     normal = up.expand_as(ray).reshape(3, -1).clone()
     shown = mask.reshape(-1)[hits.scene * size**2 + hits.pixel]
@@ -62,17 +62,17 @@ def _surface(some: World, hits: Hits, mask: Tensor, size: int) -> tuple[Tensor, 
     scene = hits.scene[rows]
     number = scene * OBJECTS + shown[rows] - 1
     met = pick(hits.depth.reshape(-1), middle)
-    p = pick(some.eye, scene) + pick(hits.ray.reshape(3, -1), middle) * met
-    where = scene * size**2 + hits.pixel[rows]
-    normal.index_copy_(1, where, normals(some, some.solid(number), number, p, torch.full_like(met, SHARP)))
-    depth.view(-1).index_copy_(0, where, met)
+    p = pick(world.eye, scene) + pick(hits.ray.reshape(3, -1), middle) * met
+    pixel = scene * size**2 + hits.pixel[rows]
+    normal.index_copy_(1, pixel, normals(world, world.solid(number), number, p, torch.full_like(met, SHARP)))
+    depth.view(-1).index_copy_(0, pixel, met)
     normal = normal.reshape(3, *mask.shape)
-    seen = [shapes.dot(normal, axis[:, :, None]) for axis in (some.right, some.up, -some.forward)]
+    seen = [shapes.dot(normal, axis[:, :, None]) for axis in (world.right, world.up, -world.forward)]
     return depth, torch.stack(seen)
 
 
 def _middlemost(own: Tensor) -> Tensor:
-    """(M,) of the marked rays (M, S) the one nearest to the middle of its pixel."""
+    """(M,) the marked ray, of (M, S), that is nearest to the middle of its pixel."""
     place = torch.arange(RAYS, device=own.device) * 2 + 1 - RAYS
     off = (place[:, None] * place[:, None] + place * place).reshape(-1) * RAYS**2 + torch.arange(
         RAYS**2, device=own.device
@@ -80,10 +80,10 @@ def _middlemost(own: Tensor) -> Tensor:
     return torch.where(own, off, off.max() + 1).argmin(1)  # no two are equally far
 
 
-def normals(some: World, solid: Solid, number: Tensor, p: Tensor, bevel: Tensor) -> Tensor:
-    """(3, N) in the world, at points p of these objects."""
+def normals(world: World, solid: Solid, number: Tensor, p: Tensor, bevel: Tensor) -> Tensor:
+    """(3, N) normals in the world at points p of these objects."""
     own = solid.local(p - solid.centre)
-    normal, shape = torch.empty_like(own), pick(some.shape, number)
+    normal, shape = torch.empty_like(own), pick(world.shape, number)
     for i, of in enumerate(NORMAL):
         rows = (shape == i).nonzero()[:, 0]
         width, height, round_by = (pick(values, rows) for values in (solid.width, solid.height, bevel))
@@ -91,9 +91,9 @@ def normals(some: World, solid: Solid, number: Tensor, p: Tensor, bevel: Tensor)
     return solid.world(normal)
 
 
-def _boxes(some: World, hits: Hits, size: int) -> Tensor:
-    """(B, 3, 4) left, top, right, bottom, in [0, 1], of the pixels that show any of an object; zeros for none."""
-    cover = torch.zeros(some.shape.numel(), size, size, dtype=torch.bool, device=some.shape.device)
+def _boxes(world: World, hits: Hits, size: int) -> Tensor:
+    """(B, 3, 4) left, top, right, bottom in [0, 1] of the pixels that show an object; zeros if there are none."""
+    cover = torch.zeros(world.shape.numel(), size, size, dtype=torch.bool, device=world.shape.device)
     for i in range(OBJECTS):
         rows = (hits.hit & (hits.slot == i)).any(1).nonzero()[:, 0]
         cover[hits.scene[rows] * OBJECTS + i, hits.pixel[rows] // size, hits.pixel[rows] % size] = True
@@ -107,7 +107,7 @@ def _boxes(some: World, hits: Hits, size: int) -> Tensor:
 
 
 def _edges(mask: Tensor, normal: Tensor) -> Tensor:
-    """(B, H, W) where the next pixel to the right or below shows another thing, or another side of it."""
+    """(B, H, W) True where the next pixel to the right or below shows another object, or another side of it."""
     edges = torch.zeros_like(mask, dtype=torch.bool)
     edges[..., :-1] |= _differ(mask[..., :-1], mask[..., 1:], normal[..., :-1], normal[..., 1:])
     edges[:, :-1] |= _differ(mask[:, :-1], mask[:, 1:], normal[:, :, :-1], normal[:, :, 1:])

@@ -1,4 +1,4 @@
-"""What a denoiser begins with where `--init-from` names a checkpoint: its weights, if they fit what is trained here."""
+"""Weights to start from: `--init-from` gives a denoiser the weights of a checkpoint, if they fit."""
 
 from __future__ import annotations
 
@@ -13,42 +13,45 @@ from ldm.errors import CheckpointError, shown
 
 
 @dataclass(kw_only=True)
-class Learned:
-    """What of a configuration says what a denoiser's numbers mean."""
+class Meaning:
+    """The parts of a configuration that say what a denoiser's output means."""
 
     path: Part
     prediction: Part
 
 
-def begin(model: Model, loaded: Checkpoint, fingerprint: str | None, where: str, begun: bool) -> None:
-    """Give the denoiser, and a conditioner if there is one inside or left out, the weights of a checkpoint.
+def load_initial_weights(model: Model, loaded: Checkpoint, fingerprint: str | None, file: str, resumed: bool) -> None:
+    """Give the denoiser, and the conditioner if the file has one, the weights of a checkpoint.
 
-    If the run has `begun`, they are its own.
+    If the run is `resumed`, the file is its own.
     """
     if not loaded.config.get("backbone"):
-        raise CheckpointError("--init-from: no denoiser inside", where, loaded.family, "a second stage")
-    check_same_latents(loaded, fingerprint, where, begun)
+        raise CheckpointError("--init-from: no denoiser in this file", file, loaded.family, "a second stage")
+    check_same_latents(loaded, fingerprint, file, resumed)
     load_weights(model.denoiser.backbone, loaded.state, "backbone")
-    inside = any(name.startswith("conditioner.") for name in (*loaded.state, *loaded.config.get("left_out", ())))
-    if model.conditioner is not None and (inside or any(p.requires_grad for p in model.conditioner.parameters())):
-        assemble.fill_part(model.conditioner, loaded, "conditioner")
+    stored_names = (*loaded.state, *loaded.config.get("left_out", ()))
+    has_conditioner = any(name.startswith("conditioner.") for name in stored_names)
+    if model.conditioner is not None:
+        trained = any(p.requires_grad for p in model.conditioner.parameters())
+        if has_conditioner or trained:
+            assemble.fill_part(model.conditioner, loaded, "conditioner")
 
 
-def check_same_latents(loaded: Checkpoint, fingerprint: str | None, where: str, begun: bool) -> None:
-    """Refuse a denoiser of another first stage's latents, or of pictures; who says nothing of it is believed."""
+def check_same_latents(loaded: Checkpoint, fingerprint: str | None, file: str, resumed: bool) -> None:
+    """Refuse a denoiser of another autoencoder's latents; a file that does not say which is accepted."""
     own = loaded.config.get("autoencoder")
-    theirs = loaded.config.get("fingerprint", networks.fingerprint(own, loaded.state) if own else fingerprint)
-    if theirs != fingerprint:
-        got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, theirs))
-        hint = "another --run" if begun else f"autoencoder={where}" if own else ""
-        raise CheckpointError("autoencoder: not the one that the denoiser was trained with", where, got, expected, hint)
+    stored_print = loaded.config.get("fingerprint", networks.fingerprint(own, loaded.state) if own else fingerprint)
+    if stored_print != fingerprint:
+        got, expected = (f"fingerprint {x[:10]}" if x else "none" for x in (fingerprint, stored_print))
+        hint = "another --run" if resumed else f"autoencoder={file}" if own else ""
+        raise CheckpointError("autoencoder: not the one the denoiser was trained with", file, got, expected, hint)
 
 
-def differences(config: Config, loaded: Checkpoint, where: str) -> Iterator[str]:
-    """What the denoiser of a checkpoint has learned otherwise than it is trained here."""
-    keys = [field.name for field in fields(Learned)]
+def config_notes(config: Config, loaded: Checkpoint, file: str) -> Iterator[str]:
+    """Where path or prediction differ between the file and this configuration."""
+    keys = [field.name for field in fields(Meaning)]
     if all(loaded.config.get(key) for key in keys):
-        theirs = stored({key: loaded.config[key] for key in keys}, where, (), Learned)
+        other = stored({key: loaded.config[key] for key in keys}, file, (), Meaning)
         for key in keys:
-            if theirs[key] != config[key]:
-                yield f"--init-from: {key} is {shown(theirs[key])} in the file and {shown(config[key])} here"
+            if other[key] != config[key]:
+                yield f"--init-from: {key} is {shown(other[key])} in the file and {shown(config[key])} here"

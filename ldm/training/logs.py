@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.csv, a progress line, TensorBoard and W&B where they are installed."""
+"""The logs of a run: metrics.csv, a progress bar, and TensorBoard and W&B if they are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm.checkpoint.files import replacing
-from ldm.training.loop import Stage
-from ldm.training.utilisation import Utilisation
+from ldm.training.cost import Utilisation
+from ldm.training.loop import Loop
 
 IDENTITY = "wandb_id"
 FIRST = ("step", "images_seen", "skipped", "images_per_second")
-SHOWN = {  # beside the progress, each with its name there
+SHOWN = {  # in the progress bar: column -> (name, format)
     "images_per_second": ("images/s", "{:.1f}"),
     "tflops_per_second": ("TFLOP/s", "{:.3g}"),
     "mfu": ("MFU", "{:.1%}"),
@@ -32,69 +32,76 @@ SHOWN = {  # beside the progress, each with its name there
 }
 
 
-def due(stage: Stage, ended: bool) -> bool:
-    """Whether a step has a row: at intervals, where there was a validation, and where it was skipped."""
-    validated = any(name.startswith("val/") for name in stage.report)
-    return ended or validated or not stage.advanced or stage.step % stage.plan.log_every == 0
+def row_is_due(loop: Loop, ended: bool) -> bool:
+    """True at intervals, after a validation, and when a step was skipped."""
+    validated = any(name.startswith("val/") for name in loop.report)
+    return ended or validated or not loop.advanced or loop.counters.step % loop.settings.log_every == 0
 
 
 class Logs:
-    """The rows of a run; only its first process has them."""
+    """The rows of a run: metrics.csv, the progress bar, and other loggers; only the first rank has them."""
 
     def __init__(self, run: Path):
         self.run, self.file = run, run / "metrics.csv"
         self.sinks: list[Any] = []
         self.bar: Any = None
+        self.shown: dict[str, str] = {}
 
-    def begin(self, stage: Stage, images_seen: int, utilisation: Utilisation) -> None:
-        """Take up the log where the checkpoint was written: later rows will be written again."""
-        self.utilisation = utilisation
-        self.table = Table(self.file, images_seen)
-        self.sinks = [sink(self.run, stage) for sink in (TensorBoard, WandB) if find_spec(sink.package)]
+    def start(self, loop: Loop, utilisation: Utilisation) -> None:
+        """Continue the log from the checkpoint: later rows will be written again."""
+        counters, self.utilisation = loop.counters, utilisation
+        self.table = Table(self.file, counters.images_seen)
+        self.sinks = [sink(self.run, loop) for sink in (TensorBoard, WandB) if find_spec(sink.package)]
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=stage.plan.steps, initial=stage.step, unit="step", mininterval=interval)
-        self.since = time.perf_counter(), images_seen
+        self.bar = tqdm(total=loop.settings.steps, initial=counters.step, unit="step", mininterval=interval)
+        self.since = time.perf_counter(), counters.images_seen
 
-    def progress(self, stage: Stage) -> None:
-        """Show where the training stands."""
-        self.bar.update(stage.step - self.bar.n)
+    def progress(self, loop: Loop) -> None:
+        """Update the progress bar with the current step's loss."""
+        self.shown |= shown(loop.report)
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(loop.counters.step - self.bar.n)
 
-    def step(self, stage: Stage) -> None:
-        """Log a row."""
-        now = time.perf_counter(), stage.images_seen
+    def add_row(self, loop: Loop) -> None:
+        counters = loop.counters
+        now = time.perf_counter(), counters.images_seen
         speed = (now[1] - self.since[1]) / max(now[0] - self.since[0], 1e-9)
         self.since = now
-        row = {**stage.report, "images_per_second": round(speed, 2), **self.utilisation.row(stage.step, speed)}
+        row = {**loop.report, "images_per_second": round(speed, 2), **self.utilisation.row(counters.step, speed)}
         self.table.add(row)
         for sink in self.sinks:
-            sink.add(row, stage.step)
-        self.bar.set_postfix({name: form.format(row[key]) for key, (name, form) in SHOWN.items() if key in row}, False)
-        if not stage.advanced:
-            self.say(f"step {stage.step} skipped: its gradient is not finite")
-        for line in stage.verdicts(row):
-            self.say(line)
+            sink.add(row, counters.step)
+        self.shown |= shown(row)
+        self.bar.set_postfix(self.shown, refresh=False)
+        if not loop.advanced:
+            self.print(f"step {counters.step} skipped: its gradient is not finite")
+        for line in loop.recipe.warnings(row):
+            self.print(line)
 
-    def say(self, line: str) -> None:
-        """A line above the progress."""
+    def print(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
     @contextmanager
-    def stopped_clock(self) -> Iterator[None]:
-        """What happens now is no training and has no part in images per second."""
-        began = time.perf_counter()
+    def paused_clock(self) -> Iterator[None]:
+        """The time that this takes does not count in images per second."""
+        start = time.perf_counter()
         yield
-        self.since = self.since[0] + time.perf_counter() - began, self.since[1]
+        self.since = self.since[0] + time.perf_counter() - start, self.since[1]
 
     def close(self) -> None:
-        """Close what is open."""
         if self.bar is not None:
             self.bar.close()
         for sink in self.sinks:
             sink.close()
 
 
+def shown(row: Mapping[str, float]) -> dict[str, str]:
+    """What of a row the progress bar shows."""
+    return {name: form.format(row[key]) for key, (name, form) in SHOWN.items() if key in row}
+
+
 class Table:
-    """A CSV file that gains columns when they first occur, and forgets rows after a given sample."""
+    """A CSV file that adds columns when they first occur, and drops rows after a given sample."""
 
     def __init__(self, file: Path, images_seen: int):
         self.file = file
@@ -105,7 +112,6 @@ class Table:
         self._write(rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """One more row, on the disk when this returns."""
         if new := [name for name in row if name not in self.columns]:
             with open(self.file, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
@@ -129,23 +135,21 @@ class TensorBoard:
 
     package = "tensorboard"
 
-    def __init__(self, run: Path, stage: Stage):
+    def __init__(self, run: Path, loop: Loop):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run), purge_step=stage.step + 1 if stage.step else None)
+        self.writer = SummaryWriter(str(run), purge_step=loop.counters.step + 1 if loop.counters.step else None)
 
     def add(self, row: dict[str, Any], step: int) -> None:
-        """One row."""
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
         self.writer.close()
 
 
 def identity(run: Path) -> str:
-    """What tells a run from all others, kept in its folder."""
+    """A random id of the run, stored in its folder."""
     file = run / IDENTITY
     if not file.exists():
         with replacing(file) as target:
@@ -158,23 +162,21 @@ class WandB:
 
     package = "wandb"
 
-    def __init__(self, run: Path, stage: Stage):
+    def __init__(self, run: Path, loop: Loop):
         import wandb
 
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ldm"),
             name=run.resolve().name,
-            id=identity(run),  # a name may be that of other runs, which `resume` would go on with
+            id=identity(run),  # two runs may have the same name, and `resume` would join them
             dir=str(run),
-            config=stage.config,
+            config=loop.recipe.config,
             resume="allow",
             mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
         )
 
     def add(self, row: dict[str, Any], step: int) -> None:
-        """One row."""
         self.run.log(row, step=step)
 
     def close(self) -> None:
-        """Write what is left."""
         self.run.finish()

@@ -1,19 +1,18 @@
-"""What building a stage of either kind from its configuration has in common: all that can be wrong is found here."""
+"""What every recipe is built from: data, optimisers, schedules, and the checks that they share."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ldm.config.schema import Config
-from ldm.data.sampler import Order, Stream
+from ldm.data.loader import Data
+from ldm.data.sampler import MicroBatches, Order
 from ldm.errors import InputError
-from ldm.training.trainer import Plan
-
-if TYPE_CHECKING:
-    from ldm.data.loader import Data
+from ldm.training.recipe import Setup
+from ldm.training.trainer import TrainerSettings
 
 LOCAL = {  # by node, the keys that name a place on one machine
     "data": ("root", "manifest"),
@@ -25,50 +24,39 @@ INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning 
 BY_HAND = {"MASTER_ADDR", "NODE_RANK"}  # what Lightning reads where a user starts each node's processes
 
 
-class Sources(NamedTuple):
-    """What is learned from, and what is measured, if that is another source."""
-
-    data: Data
-    validation: Data | None
-
-    def by_key(self) -> list[tuple[str, Data]]:
-        """Those that there are, with their nodes' names."""
-        return [(key, source) for key, source in zip(self._fields, self) if source is not None]
-
-
 def check_launcher(config: Config) -> None:
     """Refuse a launcher that starts other processes than the plan has, and many nodes where nothing starts them."""
-    plan: Plan = config.build("trainer")
+    settings: TrainerSettings = config.build("trainer")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        check_started(config, plan, "torchrun", "WORLD_SIZE")
+        check_started(config, settings, "torchrun", "WORLD_SIZE")
     elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE:
-        check_slurm(config, plan)
-    elif plan.nodes > 1 and not BY_HAND & os.environ.keys():
+        check_slurm(config, settings)
+    elif settings.nodes > 1 and not BY_HAND & os.environ.keys():
         key, expected = "trainer.nodes", "a launcher that starts this command on every node"
         what, hint = f"{key}: the other nodes would be waited for", "torchrun or srun, as docs/first_stage.md has it"
-        raise config.source.error(what, key, got=f"{plan.nodes} and no launcher", expected=expected, hint=hint)
+        raise config.source.error(what, key, got=f"{settings.nodes} and no launcher", expected=expected, hint=hint)
 
 
-def check_slurm(config: Config, plan: Plan) -> None:
+def check_slurm(config: Config, settings: TrainerSettings) -> None:
     """Refuse tasks that Lightning refuses, but in our words, and another number of them than it would wait for."""
     for name, key, planned in (
-        ("SLURM_NNODES", "trainer.nodes", plan.nodes),
-        ("SLURM_NTASKS_PER_NODE", "trainer.devices", plan.devices_per_node),
+        ("SLURM_NNODES", "trainer.nodes", settings.nodes),
+        ("SLURM_NTASKS_PER_NODE", "trainer.devices", settings.devices_per_node),
     ):
         if (there := int(os.environ.get(name, planned))) != planned:
             what, expected = f"{key}: not what SLURM starts", f"{there}, as {name} says"
             raise config.source.error(what, key, got=str(planned), expected=expected, hint=f"{key}={there}")
-    check_started(config, plan, "SLURM", "SLURM_NTASKS")
-    if plan.ranks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        got, hint = f"SLURM_NTASKS {plan.ranks} alone", f"--ntasks-per-node={plan.devices_per_node}"
+    check_started(config, settings, "SLURM", "SLURM_NTASKS")
+    if settings.ranks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        got, hint = f"SLURM_NTASKS {settings.ranks} alone", f"--ntasks-per-node={settings.devices_per_node}"
         raise InputError("SLURM: tasks are not counted by node", "environment", got, "SLURM_NTASKS_PER_NODE too", hint)
 
 
-def check_started(config: Config, plan: Plan, launcher: str, name: str) -> None:
+def check_started(config: Config, settings: TrainerSettings, launcher: str, name: str) -> None:
     """Refuse another number of processes than the plan has."""
-    if (started := int(os.environ[name])) != plan.ranks:
-        key, got = "trainer.devices", f"{plan.ranks} processes on {plan.nodes} nodes"
-        what, hint = f"{key}: not what {launcher} starts", f"trainer.devices={max(1, started // plan.nodes)}"
+    if (started := int(os.environ[name])) != settings.ranks:
+        key, got = "trainer.devices", f"{settings.ranks} processes on {settings.nodes} nodes"
+        what, hint = f"{key}: not what {launcher} starts", f"trainer.devices={max(1, started // settings.nodes)}"
         raise config.source.error(what, key, got=got, expected=str(started), hint=hint)
 
 
@@ -78,11 +66,17 @@ def check_seed(config: Config) -> None:
         raise config.source.error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to 2**32 - 1")
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """The makers of optimiser, schedule and average, each tried once, so that wrong numbers are found now."""
-    samples: dict[str, Any] = {"schedule": (0, 1), "ema": ([],)}
-    return {"optimizer": optimizer(config, "optimizer")} | {
-        name: tried(config, name, *sample) for name, sample in samples.items()
+def makers(config: Config) -> dict[str, Any]:
+    """The makers of optimisers, schedule and averages, each tried once, so that wrong values are found now.
+
+    A group's own optimiser is the axis GROUP_optimizer; "" is the optimiser of all other groups.
+    """
+    ending = "_optimizer"
+    own = {key.removesuffix(ending): key for key, node in config.values.items() if key.endswith(ending) and node}
+    return {
+        "optimizers": {group: optimizer(config, key) for group, key in {"": "optimizer", **own}.items()},
+        "schedule": tried(config, "schedule", 0, 1),
+        "ema": tried(config, "ema", []),
     }
 
 
@@ -90,23 +84,25 @@ def optimizer(config: Config, key: str) -> Any:
     """The maker of an optimiser, tried once."""
     if config[key]["type"] == "muon" and config["trainer"].get("strategy") == "fsdp2":
         what, hint = f"{key}: muon needs whole matrices", f"{key}.type=adamw"
-        raise config.source.error(what, key, got="parts of them (trainer.strategy fsdp2)", expected="ddp", hint=hint)
+        raise config.source.error(what, key, got="shards (trainer.strategy fsdp2)", expected="ddp", hint=hint)
     return tried(config, key, [torch.zeros(1, requires_grad=True)])
 
 
 def tried(config: Config, key: str, *sample: Any) -> Any:
-    """What a node makes, after it has been called with a sample of what it will be given."""
+    """The function that a node describes, after it was called with a sample of its arguments."""
     made = config.build(key)
     with config.blame(key):
         made(*sample)
     return made
 
 
-def sources(config: Config, plan: Plan) -> Sources:
-    """The data, if their batches can be split."""
+def prepare(config: Config, settings: TrainerSettings) -> Setup:
+    """The data, if their batches can be split among the ranks, and what else a recipe needs."""
     data = config.build("data")
-    Stream(Order(len(data), data.batch_size, 0), ranks=plan.ranks, accumulate=plan.accumulate)  # or an error
-    return Sources(data, config.build("validation") if config["validation"] else None)
+    MicroBatches(Order(len(data), data.batch_size, 0), ranks=settings.ranks, accumulate=settings.accumulate)  # or error
+    kept_apart = getattr(data, "validation", lambda: None)  # by data.split
+    validation = config.build("validation") if config["validation"] else kept_apart()
+    return Setup(config["seed"], settings, data, validation, portable(config.values))
 
 
 def check_divisible(config: Config, key: str, data: Data, factor: int, whose: str) -> None:

@@ -1,4 +1,4 @@
-"""How long, where and how precisely to train: the `trainer` of a configuration, and Lightning's made from it."""
+"""The `trainer` axis: how long, where and in which precision to train, and Lightning's Trainer made from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Plan:
+class TrainerSettings:
     """The same numbers on one process and on many: `steps` and every interval count optimiser steps."""
 
     steps: int  # of the optimiser, in all
@@ -40,7 +40,9 @@ class Plan:
         if self.devices != "auto":
             check_positive(devices=self.devices)
         if self.keep < 2:
-            raise ValueError(f"keep: the newest may be cut off in writing; got {self.keep}; expected >= 2; try 2")
+            raise ValueError(
+                f"keep: the newest one may be incomplete after a crash; got {self.keep}; expected >= 2; try 2"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip: a norm; got {self.clip}; expected > 0; try 1.0")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
@@ -55,26 +57,31 @@ class Plan:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether GPUs do the work."""
         return self.accelerator != "cpu" and torch.cuda.is_available()
 
     @property
     def devices_per_node(self) -> int:
-        """How many processes each node runs."""
         if self.devices == "auto":
             return torch.cuda.device_count() if self.on_gpu else 1
         return self.devices
 
     @property
     def ranks(self) -> int:
-        """How many processes there are in all."""
         return self.devices_per_node * self.nodes
 
+    @property
+    def hardware(self) -> str:
+        """Processes, devices and precision in words."""
+        processes = f"{self.ranks} {'GPU' if self.on_gpu else 'CPU'} process{'es' * (self.ranks > 1)}"
+        return f"{processes}, {self.precision}"
+
     def trainer(self, callbacks: list[Callback], unused: bool) -> Trainer:
-        """Lightning's Trainer, which runs until it is told to stop; `unused`: some steps leave some weights alone."""
+        """Lightning's Trainer, which runs until it is stopped; `unused`: some steps leave weights without gradients."""
         import lightning.pytorch as pl
 
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # advice and advertisements
+        from ldm.training import lightning_private
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hints and advertisements
         logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="lightning")
         trainer = pl.Trainer(
@@ -93,12 +100,11 @@ class Plan:
             limit_val_batches=0,
             num_sanity_val_steps=0,
         )
-        # it would ask the device once per batch whether a signal came; ours rides along with the gradient norm
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        lightning_private.skip_signal_broadcast(trainer)
         return trainer
 
     def _precision(self) -> dict[str, Any]:
-        """float64, for proofs, is the module's own: Lightning refuses it with FSDP2; so is the scale of float16."""
+        """Lightning's precision. float64, for proofs, is set by the loop, and so is the scale of float16 losses."""
         if self.precision != "16-mixed":
             return {"precision": "32-true" if self.precision == "64-true" else self.precision}
         from lightning.pytorch.plugins import MixedPrecision
@@ -114,7 +120,7 @@ class Plan:
             from lightning.pytorch.strategies import DDPStrategy
 
             options: dict[str, Any] = {"find_unused_parameters": unused, "gradient_as_bucket_view": True}
-            return DDPStrategy(**options, broadcast_buffers=False)  # which are constants, or each rank's own
+            return DDPStrategy(**options, broadcast_buffers=False)  # they are constants, or each rank's own
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         return ModelParallelStrategy(data_parallel_size=self.ranks, tensor_parallel_size=1)

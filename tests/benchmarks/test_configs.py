@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.configs import ONE, ROOT, cost_of, first_stage, operations, row
-from ldm.assemble import AutoencoderSchema
 from ldm.config import schema as configuration
-from ldm.training.needs import flops_of, size
-from ldm.training.recipes import autoencoder
+from ldm.training.cost import flops_of, size
+from ldm.training.recipe import Start
+from ldm.training.recipes.autoencoder import Schema
+from ldm.training.run import build
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/configs.md").read_text(encoding="utf-8")
 
@@ -19,24 +20,22 @@ PAGE = (Path(__file__).parent.parent.parent / "docs/configs.md").read_text(encod
 @pytest.fixture
 def scenes():
     """The small first stage without memory."""
-    return stage_of("scenes")
+    return loop_of("scenes")
 
 
-def stage_of(name):
-    """A first stage that takes no memory."""
-    stage = first_stage(ROOT / f"autoencoder/{name}.yaml")
-    stage.trainer = stage.plan.trainer([], stage.unused)
-    return stage
+def loop_of(name):
+    """The loop of a first stage that takes no memory."""
+    return first_stage(ROOT / f"autoencoder/{name}.yaml")
 
 
-def test_operations_are_those_of_a_real_stage(scenes):
+def test_operations_are_those_of_a_real_loop(scenes):
     """In each phase of the game."""
     given = [*ONE, "trainer.precision=32-true"]
-    real = autoencoder.build(configuration.load(ROOT / "autoencoder/scenes.yaml", given, AutoencoderSchema))
-    real.trainer = real.plan.trainer([], real.unused)
+    real = build(configuration.load(ROOT / "autoencoder/scenes.yaml", given, Schema), {}, Start())
+    real.trainer = real.settings.trainer([], real.recipe.sometimes_unused)
     counts = []
-    for first in scenes.phases().values():
-        real.step = scenes.step = first
+    for first in scenes.recipe.phases().values():
+        real.counters.step = scenes.counters.step = first
         counts.append(operations(scenes))
         assert counts[-1] == flops_of(real)
     assert counts == sorted(set(counts))
@@ -45,12 +44,12 @@ def test_operations_are_those_of_a_real_stage(scenes):
 @pytest.mark.parametrize(("name", "moments"), [("scenes", 1), ("kl_f4", 2)])
 def test_bytes_are_weights_gradients_moments_and_the_average(name, moments):
     """Muon has one moment, AdamW two."""
-    stage = stage_of(name)
-    cost = cost_of(stage)
-    numbers = {name: sum(p.numel() for _, p in group) for name, group in stage.groups().items()}
+    loop = loop_of(name)
+    recipe, cost = loop.recipe, cost_of(loop)
+    numbers = {name: sum(p.numel() for _, p in group) for name, group in recipe.groups().items()}
     assert cost.trained == sum(numbers.values())
-    learned = (1 + moments) * cost.trained + numbers[stage.main]
-    assert cost.memory == size([*stage.parameters(), *stage.buffers()]) + 4 * learned
+    learned = (1 + moments) * cost.trained + numbers[loop.main_group]
+    assert cost.memory == size([*recipe.parameters(), *recipe.buffers()]) + 4 * learned
 
 
 def test_the_page_has_every_configuration(scenes):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from benchmarks import stage_two
-from benchmarks.stage_two import ROWS, Shape, Side, check, needs_of, pair, within
+from benchmarks.stage_two import ROWS, Shape, Side, check, memory_of, pair, within
 
 TINY = Shape(channels=64, size=8, batch=1)
 
@@ -22,31 +22,31 @@ def another_schedule(example):
 
 
 def test_the_same_weights_pass_and_leave_nothing():
-    stage, example = pair(TINY, ROWS["float32"])
-    within(stage, lambda: check(stage, example, ROWS["float32"].tolerance))
-    assert stage.step == 0
-    assert all(p.grad is None for network in (stage, example.network) for p in network.parameters())
+    loop, example = pair(TINY, ROWS["float32"])
+    within(loop, lambda: check(loop, example, ROWS["float32"].tolerance))
+    assert loop.counters.step == 0
+    assert all(p.grad is None for network in (loop, example.network) for p in network.parameters())
 
 
 @pytest.mark.parametrize(
     ("alter", "said"), [(altered_gradient, "mid_block.resnets.1.norm1.bias"), (another_schedule, "loss")]
 )
 def test_what_differs_is_not_timed(alter, said):
-    stage, example = pair(TINY, ROWS["float32"])
+    loop, example = pair(TINY, ROWS["float32"])
     alter(example)
     with pytest.raises(SystemExit, match=f"{said}: .* nothing to time"):
-        within(stage, lambda: check(stage, example, ROWS["float32"].tolerance))
+        within(loop, lambda: check(loop, example, ROWS["float32"].tolerance))
 
 
 def test_both_sides_keep_what_their_weights_say():
-    stage, example = pair(TINY, ROWS["float32"])
+    loop, example = pair(TINY, ROWS["float32"])
     theirs = Side(example.step, example.network, example.optimizer, example.ema.shadow_params)
     found = []
-    within(stage, lambda: found.extend(needs_of(side) for side in (stage_two.ours(stage), theirs)))
-    weights = 4 * sum(p.numel() for p in stage.parameters())
-    for needs in found:
-        assert needs.weights == needs.gradients == needs.averages == weights
-        assert needs.optimizer == pytest.approx(2 * weights, rel=1e-3)
+    within(loop, lambda: found.extend(memory_of(side) for side in (stage_two.ours(loop), theirs)))
+    weights = 4 * sum(p.numel() for p in loop.parameters())
+    for memory in found:
+        assert memory.weights == memory.gradients == memory.averages == weights
+        assert memory.optimizer == pytest.approx(2 * weights, rel=1e-3)
     assert found[0].activations == pytest.approx(found[1].activations, rel=0.2)
-    assert stage.step == 1
-    assert torch.isfinite(torch.tensor(list(stage.report.values()))).all()
+    assert loop.counters.step == 1
+    assert torch.isfinite(torch.tensor(list(loop.report.values()))).all()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from ldm.checkpoint.backbone_keys import read_backbone, write_backbone
+from ldm.checkpoint.families.dit import dit_keys
+from ldm.checkpoint.unet_keys import unet_keys
 from ldm.errors import CheckpointError
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
@@ -28,23 +29,23 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 )
 def test_every_layout_returns_what_it_was_given(options, layout):
     unet = fill(UNet(**options))
-    theirs = write_backbone(unet.state_dict(), unet, layout)
-    assert same(read_backbone(theirs, unet, layout), unet.state_dict())
+    theirs = unet_keys(unet, layout).write(unet.state_dict())
+    assert same(unet_keys(unet, layout).read(theirs, unet), unet.state_dict())
     assert set(theirs) != set(unet.state_dict())
 
 
 @pytest.mark.parametrize("options", [SD1, SD2, LDM4])
 def test_compvis_names_are_those_that_diffusers_reads(options):
     unet = fill(UNet(**options))
-    file = {f"model.diffusion_model.{k}": v for k, v in write_backbone(unet.state_dict(), unet, "compvis").items()}
+    file = {f"model.diffusion_model.{k}": v for k, v in unet_keys(unet, "compvis").write(unet.state_dict()).items()}
     config = diffusers_unet(unet).config
-    assert same(convert_ldm_unet_checkpoint(file, config), write_backbone(unet.state_dict(), unet, "diffusers"))
+    assert same(convert_ldm_unet_checkpoint(file, config), unet_keys(unet, "diffusers").write(unet.state_dict()))
 
 
 def test_the_real_names_at_the_ends_of_stable_diffusion():
     with torch.device("meta"):
         unet = UNet(context=768, heads=8)
-    theirs = write_backbone(unet.state_dict(), unet, "compvis")
+    theirs = unet_keys(unet, "compvis").write(unet.state_dict())
     assert len(theirs) == 686
     expected = {
         "input_blocks.3.0.op.weight": (320, 320, 3, 3),
@@ -61,20 +62,20 @@ def test_the_real_names_at_the_ends_of_stable_diffusion():
 
 def test_dit_files_keep_q_k_v_in_one_matrix():
     dit = fill(DiT(**DIT))
-    theirs = write_backbone(dit.state_dict(), dit, "dit")
+    theirs = dit_keys(dit, "dit").write(dit.state_dict())
     q, k, v = theirs["blocks.1.attn.qkv.weight"].view(3, 48, 48)
     attention = dit.blocks[1].attention
     assert all(torch.equal(a, b.weight) for a, b in zip((q, k, v), (attention.q, attention.k, attention.v)))
     assert {name.split(".")[0] for name in theirs} == {
         *("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
     }
-    assert same(read_backbone(theirs, dit, "dit"), dit.state_dict())
+    assert same(dit_keys(dit, "dit").read(theirs, dit), dit.state_dict())
 
 
 @torch.no_grad()
 def test_adm_interleaves_its_heads():
     unet = fill(UNet(**ADM))
-    theirs = write_backbone(unet.state_dict(), unet, "compvis")
+    theirs = unet_keys(unet, "compvis").write(unet.state_dict())
     x = torch.randn(1, 64, 9)
     fused = torch.nn.functional.conv1d(x, theirs["middle_block.1.qkv.weight"], theirs["middle_block.1.qkv.bias"])
     heads = fused.reshape(4, 3 * 16, 9)  # ADM's first step: heads join the batch, then q, k, v are split
@@ -86,41 +87,43 @@ def test_adm_interleaves_its_heads():
 def test_dit_returns_and_refuses_copies_that_differ():
     dit = fill(DiT(**DIT))
     theirs = diffusers_dit(dit, 8).state_dict()
-    assert same(read_backbone(theirs, dit, "diffusers"), dit.state_dict())
+    assert same(dit_keys(dit, "diffusers").read(theirs, dit), dit.state_dict())
     key = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight"
     theirs[key] = theirs[key] + 1
     with pytest.raises(CheckpointError) as error:
-        read_backbone(theirs, dit, "diffusers")
+        dit_keys(dit, "diffusers").read(theirs, dit)
     assert str(error.value) == f"copies of time.time.0.weight differ; got other numbers in {key}; expected equal copies"
 
 
 def test_missing_and_unknown_tensors_are_counted_and_named():
     unet = fill(UNet(**{**TINY, "heads": 4, "context": 12}))
-    theirs = write_backbone(unet.state_dict(), unet, "compvis")
+    theirs = unet_keys(unet, "compvis").write(unet.state_dict())
     del theirs["out.2.bias"]
     with pytest.raises(CheckpointError, match=r"tensors are missing; got 1: out\.2\.bias;"):
-        read_backbone(theirs, unet, "compvis")
+        unet_keys(unet, "compvis").read(theirs, unet)
     theirs |= {"out.2.bias": torch.zeros(4), **{f"model_ema.{i}": torch.zeros(1) for i in range(7)}}
     with pytest.raises(CheckpointError, match=r"got 7: model_ema\.0, .*model_ema\.4, \.\.\.;"):
-        read_backbone(theirs, unet, "compvis")
+        unet_keys(unet, "compvis").read(theirs, unet)
 
 
 @pytest.mark.parametrize(
-    ("network", "layout", "message"),
+    ("keys", "network", "layout", "message"),
     [
         (
+            unet_keys,
             lambda: UNet(**CLASSIFIER),
             "diffusers",
             "no diffusers layout for a noisy classifier; got diffusers; expected compvis; try compvis",
         ),
         (
+            dit_keys,
             lambda: DiT(**DIT),
             "compvis",
             "no compvis layout for a DiT; got compvis; expected diffusers or dit; try diffusers",
         ),
     ],
 )
-def test_layouts_that_do_not_exist_are_refused(network, layout, message):
+def test_layouts_that_do_not_exist_are_refused(keys, network, layout, message):
     with pytest.raises(CheckpointError) as error:
-        write_backbone({}, network(), layout)
+        keys(network(), layout)
     assert str(error.value) == message

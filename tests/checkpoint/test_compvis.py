@@ -99,7 +99,7 @@ def test_what_else_files_carry_is_passed_over_and_said(name, tmp_path):
     }
     loaded = checkpoint.open(write(tmp_path, name, **others))
     assert same(loaded.state, make(name)[1])
-    assert {"left out: moving averages of the weights", "left out: tables of the noise"} <= set(loaded.notes)
+    assert {"left out: moving averages of the weights", "left out: noise schedule tables"} <= set(loaded.notes)
     assert loaded.config["path"] == {"type": "scaled_linear", "start": 0.002, "end": 0.01}
 
 
@@ -111,8 +111,8 @@ def test_what_merged_stable_diffusion_files_carry_is_passed_over_too(tmp_path):
     }
     loaded = checkpoint.open(write(tmp_path, "sd1", **others))
     assert same(loaded.state, make("sd1")[1])
-    assert "left out: what CLIP compares texts and pictures by" in loaded.notes
-    assert "left out: what textual inversion learned or left behind" in loaded.notes
+    assert "left out: CLIP's projections for comparing texts and pictures" in loaded.notes
+    assert "left out: textual inversion's embeddings" in loaded.notes
 
 
 def test_ldm_is_read_from_its_moving_average_and_stable_diffusion_is_not(tmp_path):
@@ -124,7 +124,7 @@ def test_ldm_is_read_from_its_moving_average_and_stable_diffusion_is_not(tmp_pat
         loaded = checkpoint.open(tmp_path / "averaged.safetensors")
         expected = make(name)[1]["backbone.out.weight"] + averaged
         assert torch.equal(loaded.state["backbone.out.weight"], expected)
-        note = "the moving average of the weights is read, as this family is published"
+        note = "read from the moving average of the weights, as this family is published"
         assert (note in loaded.notes) is averaged
 
 
@@ -173,7 +173,7 @@ def test_what_other_readers_take_for_eps_is_told(tmp_path):
     config, state = make("sd1")
     config = config | {"path": {"type": "flow"}, "prediction": {"type": "flow"}}
     notes = checkpoint.write_compvis(tmp_path / "x.safetensors", config, state)
-    assert notes == ["other readers cannot be told of path flow with prediction flow"]
+    assert notes == ["other programs cannot read path flow with prediction flow from the file"]
 
 
 @pytest.mark.parametrize("write", [checkpoint.write_compvis, checkpoint.write_diffusers])
@@ -271,8 +271,8 @@ def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
         checkpoint.open(tmp_path / "x.safetensors")
     assert str(error.value) == (
         f"another architecture's file ({tmp_path}/x.safetensors); got 2 tensors: blocks.0.weight, head; "
-        "expected our own format, DiT, a first stage, Stable Diffusion 1, Stable Diffusion 2, LDM text-to-image, "
-        "LDM class-conditional, LDM unconditional, VQ, LDM unconditional, KL"
+        "expected our own format, DiT, Stable Diffusion 1, Stable Diffusion 2, LDM text-to-image, "
+        "LDM class-conditional, LDM unconditional, VQ, LDM unconditional, KL, a first stage"
     )
     tensors = load_file(write(tmp_path, "sd1"))
     save_file(tensors | {"conditioner.embedders.0.weight": torch.ones(1)}, tmp_path / "x.safetensors")
@@ -295,18 +295,18 @@ def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
         (
             "sd1",
             {f"{MODEL}input_blocks.1.0.emb_layers.1.weight": None},
-            "not a U-Net that is known here (compvis); got no 'input_blocks.1.0.emb_layers.1.weight' to tell its "
-            "shape; try a file of one of the families in the docs",
+            "not a supported U-Net (compvis); got no 'input_blocks.1.0.emb_layers.1.weight' to infer its "
+            "shape from; try a file of one of the families in the docs",
         ),
         (
             "ldm_vq",
             {f"{MODEL}middle_block.1.qkv.bias": torch.ones(7)},
-            "tensors of another shape in the backbone (compvis); got unflatten: ",
+            "tensors of another shape; got middle_block.1.qkv.bias (7,); expected a multiple of 12 rows",
         ),
         (
             "sd1",
             {f"{MODEL}input_blocks.0.0.weight": torch.ones(64, 7, 3, 3)},
-            "nobody says what its input channels are ({}); got 7; expected 4, 8 (edit) or 9 (inpainting)",
+            "unknown input channels ({}); got 7; expected 4, 8 (edit) or 9 (inpainting)",
         ),
         (
             "sd1",

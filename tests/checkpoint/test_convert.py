@@ -40,7 +40,7 @@ def test_around_through_all_formats(tmp_path, capsys):
         out = capsys.readouterr().out
         first, *notes, last = out.splitlines()
         assert (first, last) == (f"{source}: {family}, {count}", f"wrote {target} ({layout})")
-        assert [note.split(" of ")[1] for note in notes] == ["spacing.spare=1, which are not this file's"] * (
+        assert [note.split(" uses ")[1] for note in notes] == ["spacing.spare=1, unlike this file"] * (
             layout == "diffusers"
         )
         assert same(checkpoint.open(target).state, state)

@@ -94,7 +94,7 @@ def test_the_tokenizer_arrives_on_both_sides(tmp_path):
     assert from_folder(loaded.tokenizer).encode(text) == TOKENIZER.encode(text)
     assert theirs.model_max_length == 12
     message = refusal(lambda: checkpoint.write_diffusers(tmp_path / "none", *make("sd1")))
-    assert message.startswith("a tokenizer of CLIP's kind must be written too (")
+    assert message.startswith("the folder needs a tokenizer of CLIP's kind (")
     assert not (tmp_path / "none").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"sd1"}
 
@@ -258,7 +258,7 @@ def test_schedulers(scheduler, expected, tmp_path):
     path.write_text(json.dumps(settings))
     loaded = checkpoint.open(folder)
     assert {name: loaded.config[name] for name in expected} == expected
-    note = "PNDMScheduler is not here: DPM-Solver++ 2M takes its place"
+    note = "PNDMScheduler is not supported: DPM-Solver++ 2M replaces it"
     assert (note in loaded.notes) is (settings["_class_name"] == "PNDMScheduler")
 
 
@@ -273,7 +273,7 @@ def test_pixels_have_no_factor(tmp_path):
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pixels")
     loaded = checkpoint.open(tmp_path / "pixels")
     assert loaded.config["size"] == 32
-    assert "the scheduler's clip_sample=True does nothing here" in loaded.notes
+    assert "the scheduler's clip_sample=True is ignored" in loaded.notes
 
 
 def test_shards_of_a_variant_and_several_variants(tmp_path):
@@ -299,17 +299,17 @@ def test_shards_of_a_variant_and_several_variants(tmp_path):
 def test_folders_that_are_refused(tmp_path):
     folder = write(tmp_path, "sd1", unet={"act_fn": "mish"})
     opening = partial(checkpoint.open, folder)
-    assert refusal(opening) == f"act_fn: not known here ({folder}/unet); got mish; expected silu or gelu-approximate"
+    assert refusal(opening) == f"act_fn: not supported ({folder}/unet); got mish; expected silu or gelu-approximate"
     for part, settings, message in (
         (
             "unet",
             {"norm_eps": 0.01},
-            "norm_eps: not known here ({}/unet); got 0.01; expected 1e-05",
+            "norm_eps: not supported ({}/unet); got 0.01; expected 1e-05",
         ),
         (
             "index",
             {"scheduler": [None, None]},
-            "a pipeline without its scheduler, which knows its noise ({}); got unet, vae, text_encoder, tokenizer",
+            "a pipeline without its scheduler, which defines its noise ({}); got tokenizer, unet, vae, text_encoder",
         ),
         (
             "text_encoder",
@@ -383,6 +383,6 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path):
 def test_a_first_stage_of_a_user_s_own_is_refused(name, tmp_path):
     config, state = make(name)
     config = {**config, "autoencoder": {"type": "mine"}}
-    with pytest.raises(CheckpointError, match="no other program knows this first stage; got mine; expected kl or vq"):
+    with pytest.raises(CheckpointError, match="other programs have no such first stage; got mine; expected kl or vq"):
         checkpoint.write_diffusers(tmp_path / "folder", config, state)
     assert not (tmp_path / "folder").exists()

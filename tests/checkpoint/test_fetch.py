@@ -13,8 +13,8 @@ from ldm.errors import DataError, InputError
 def cache(tmp_path, monkeypatch):
     """A cache of torch's that is empty, and weights of which we have the sha256."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    small = fetch.KNOWN["vgg16"]._replace(sha256=hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setitem(fetch.KNOWN, "vgg16", small)
+    small = fetch.DOWNLOADS["vgg16"]._replace(sha256=hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setitem(fetch.DOWNLOADS, "vgg16", small)
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
@@ -27,9 +27,9 @@ def run(*words) -> int:
 def test_the_places_are_torchs_own(cache):
     import torch
 
-    assert fetch.place(fetch.KNOWN["vgg16"]).parent == cache
+    assert fetch.cached(fetch.DOWNLOADS["vgg16"]).parent == cache
     assert torch.hub.get_dir() == str(cache.parent)
-    for weights in (fetch.KNOWN["inception"],):  # torch's convention: the name ends with the hash's beginning
+    for weights in (fetch.DOWNLOADS["inception"],):  # torch's convention: the name ends with the hash's beginning
         assert weights.file == f"weights-inception-2015-12-05-{weights.sha256[:8]}.pth"
 
 

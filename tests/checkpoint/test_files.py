@@ -178,8 +178,7 @@ def test_a_newer_format_is_not_guessed_at(tmp_path):
     files.write_file(path, {"a": torch.ones(1)}, {"ldm": "2", "config": "{}"})
     save_file({"a": torch.ones(1)}, tmp_path / "y.safetensors", {"ldm": "1"})
     assert (
-        refusal(tmp_path / "y.safetensors")
-        == f"the metadata are incomplete ({tmp_path}/y.safetensors); got no config; {AGAIN}"
+        refusal(tmp_path / "y.safetensors") == f"incomplete metadata ({tmp_path}/y.safetensors); got no config; {AGAIN}"
     )
     assert refusal(path) == f"written by a newer version ({path}); got format 2; expected 1; try a newer ldm"
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from ldm.checkpoint.autoencoder_keys import write_autoencoder
-from ldm.checkpoint.backbone_keys import write_backbone
-from ldm.checkpoint.hyperparameters import autoencoder_numbers, dit_numbers, text_numbers, unet_numbers
+from ldm.checkpoint.families.dit import dit_given, dit_keys, dit_numbers
+from ldm.checkpoint.hyperparameters import autoencoder_numbers, text_numbers, unet_given, unet_numbers
 from ldm.checkpoint.networks import build_autoencoder, build_backbone, build_text
 from ldm.checkpoint.text_keys import write_text
+from ldm.checkpoint.unet_keys import unet_keys
 from ldm.models.dit import SIZES
 
 SD = {"channels": 320, "multipliers": [1, 2, 4, 4], "blocks": 2, "attend": [1, 2, 4]}
@@ -53,8 +54,10 @@ def test_unets(name):
     assert count is None or size(unet) == count
     for layout in ("compvis", "diffusers"):
         with torch.device("meta"):
-            theirs = shapes(write_backbone(unet.state_dict(), unet, layout))
-        assert unet_numbers(theirs, layout) == node | {"given": expected}
+            theirs = shapes(unet_keys(unet, layout).write(unet.state_dict()))
+        assert unet_numbers(theirs, layout) == node
+        assert unet_given(theirs, layout) == expected
+    assert unet_given(shapes(unet.state_dict()), "ours") == expected
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -63,8 +66,10 @@ def test_dits(name):
     dit = build_backbone({"type": "dit", **node}, {"classes": 1001})
     given = {"in_channels": 4, "extra_channels": 0, "learned_sigma": True, "context": None, "classes": 1001}
     for layout in ("dit", "diffusers"):
-        theirs = shapes(write_backbone(dit.state_dict(), dit, layout))
-        assert dit_numbers(theirs, layout) == node | {"given": given | {"pooled": None}}
+        theirs = shapes(dit_keys(dit, layout).write(dit.state_dict()))
+        assert dit_numbers(theirs, layout) == node
+        assert dit_given(theirs, layout) == given | {"pooled": None}
+    assert dit_given(shapes(dit.state_dict()), "ours") == given | {"pooled": None}
 
 
 @pytest.mark.parametrize("name", STAGES)

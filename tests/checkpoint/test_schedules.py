@@ -55,19 +55,19 @@ def test_a_scheduler_says_what_it_was_written_from(changed):
         ({"spacing": {"type": "karras", "steps": 20}}, []),
         (
             {},
-            ["diffusers' DPMSolverMultistepScheduler steps at the times of spacing.spare=1, which are not this file's"],
+            ["diffusers' DPMSolverMultistepScheduler uses spacing.spare=1, unlike this file"],
         ),
         (
             {"spacing": {"type": "log_snr", "steps": 20}},
-            ["diffusers' DPMSolverMultistepScheduler has no spacing log_snr: leading takes its place"],
+            ["diffusers' DPMSolverMultistepScheduler has no spacing log_snr: leading replaces it"],
         ),
-        ({"solver": {"type": "dpmpp_2s"}}, ["no scheduler of diffusers is solver dpmpp_2s: DDIM takes its place"]),
+        ({"solver": {"type": "dpmpp_2s"}}, ["diffusers has no scheduler for solver dpmpp_2s: DDIM replaces it"]),
         ({"solver": {"type": "euler"}, "spacing": {"type": "karras", "steps": 20}}, []),
         (
             {"solver": {"type": "ddim", "eta": 0.5}, "spacing": {"type": "karras", "steps": 20}},
             [
-                "diffusers' DDIMScheduler has no eta, which is 0.5 here",
-                "diffusers' DDIMScheduler has no spacing karras: leading takes its place",
+                "diffusers' DDIMScheduler has no eta, which is 0.5 in this file",
+                "diffusers' DDIMScheduler has no spacing karras: leading replaces it",
             ],
         ),
     ],
@@ -99,10 +99,10 @@ def test_schedulers_of_other_kinds_and_options_that_do_nothing():
     notes: list[str] = []
     theirs = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=True)
     assert read_scheduler({**said(theirs), "use_karras_sigmas": True}, notes)["spacing"]["type"] == "leading"
-    assert notes == ["the scheduler's clip_sample=True does nothing here"]
+    assert notes == ["the scheduler's clip_sample=True is ignored"]
     theirs = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3)
     assert read_scheduler(said(theirs), notes)["solver"] == {"type": "dpmpp_2m"}
-    assert notes[1:] == ["sde-dpmsolver++ of order 3 is not here: DPM-Solver++ 2M takes its place"]
+    assert notes[1:] == ["sde-dpmsolver++ of order 3 is not supported: DPM-Solver++ 2M replaces it"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,6 +15,7 @@ from ldm.data.loader import loader
 from ldm.data.sampler import SampleId
 from ldm.draws import stream
 from ldm.pictures import to_float
+from ldm.training.recipes.diffusion import Schema
 from tests.checkpoint.made_up import CLIP, KL, make
 from tests.data.photographs import photograph
 from tests.data.tiny_source import TinySource
@@ -68,7 +69,7 @@ def test_a_configuration_of_stage_two_becomes_a_cache(command, tmp_path, stage, 
     assert said.endswith("20 samples, complete\n")
     data, batch = read(tmp_path / "cache", 0, 1, 2, 3)
     config, loaded = assemble.load(
-        tmp_path / "two.yaml", ["data.type=latents", "data.root=x", "data.batch_size=4"], assemble.DiffusionSchema
+        tmp_path / "two.yaml", ["data.type=latents", "data.root=x", "data.batch_size=4"], Schema
     )
     assert config["autoencoder"] == KL | {"per_channel": False, "stem": 1, "checkpointing": False}
     torch.manual_seed(stream(3, "init"))
@@ -112,7 +113,7 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
     trained = ["conditioner={type: joint_text, width: 16, layers: 1, vocabulary: 700}"] if text == "trained" else []
     assert command(*folder, *trained, "--dtype", "fp32") == 0
     ours = loader(Latents(root=str(tmp_path / "cache"), batch_size=4), 5)
-    config, loaded = assemble.load(tmp_path / "two.yaml", folder, assemble.DiffusionSchema)
+    config, loaded = assemble.load(tmp_path / "two.yaml", folder, Schema)
     theirs = loader(config.build("data"), 5)
     torch.manual_seed(stream(3, "init"))
     autoencoder, conditioner = assemble.encoders(config, loaded)
@@ -129,7 +130,7 @@ def test_a_run_on_the_cache_of_a_folder_is_the_run_on_its_pictures(text, command
 def test_a_run_on_the_cache_of_scenes_is_the_run_on_their_renders(command, tmp_path):
     scenes = ["data.type=scenes", "data.resolution=16", "data.batch_size=4", "data.size=12", "data.workers=0"]
     assert command(*scenes, "--dtype", "fp32") == 0
-    config, loaded = assemble.load(tmp_path / "two.yaml", scenes, assemble.DiffusionSchema)
+    config, loaded = assemble.load(tmp_path / "two.yaml", scenes, Schema)
     torch.manual_seed(stream(3, "init"))
     autoencoder, conditioner = assemble.encoders(config, loaded)
     ours, theirs = (
@@ -152,7 +153,7 @@ def test_mirrored_pictures_are_cached_and_crops_at_random_are_not(command, tmp_p
 def test_ranks_share_the_shards(command, tmp_path, capsys, monkeypatch):
     assert command("--rank", "1", "--ranks", "2") == 0
     assert "1 of 3 shards" in (said := capsys.readouterr().out)
-    assert said.endswith("the others are still to come\n")
+    assert said.endswith("; 2 missing\n")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command() == 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
-import time
 
 import pytest
 
 from ldm.cli import doctor, main
 from ldm.training import trial
+from tests import waiting
 from tests.training import toy
 from tests.training.killing import toy_data, wait
 
@@ -40,7 +41,7 @@ def test_it_prints_what_it_found(capsys):
     ]
     assert lines[0] == "plan        7 steps of 8 images on 1 CPU process, 32-true"
     assert "4 from 0 (no discriminator): " in "\n".join(lines)
-    assert "3 from 4 (against it): " in "\n".join(lines)
+    assert "3 from 4 (adversarial): " in "\n".join(lines)
 
 
 def test_the_same_as_json_with_an_error(capsys, monkeypatch):
@@ -48,9 +49,9 @@ def test_the_same_as_json_with_an_error(capsys, monkeypatch):
     assert main(["doctor", "--config", "toy.yaml", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert found["batch_size"] == 8
-    assert found["plan"]["steps"] == 10
+    assert found["settings"]["steps"] == 10
     assert found["survey"]["samples"] == 40
-    assert [verdict["kind"] for verdict in found["verdicts"]] == ["ok", "error"]
+    assert [finding["kind"] for finding in found["findings"]] == ["ok", "error"]
 
 
 def test_print_config_stops(capsys):
@@ -59,19 +60,21 @@ def test_print_config_stops(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "folder", "stage"),
+    ("name", "stage", "folder", "recipe"),
     [
-        ("scenes", None, "autoencoder", 1),
-        ("scenes", 1, "autoencoder", 1),
-        ("scenes", 2, "ldm", 2),
-        ("kl_f8", None, "autoencoder", 1),
-        ("sd15", None, "ldm", 2),
-        ("sd15", 2, "ldm", 2),
+        ("scenes", None, "autoencoder", "autoencoder"),
+        ("scenes", 1, "autoencoder", "autoencoder"),
+        ("scenes", 2, "ldm", "diffusion"),
+        ("kl_f8", None, "autoencoder", "autoencoder"),
+        ("sd15", None, "ldm", "diffusion"),
+        ("sd15", 2, "ldm", "diffusion"),
     ],
 )
-def test_a_name_means_the_first_stage_that_has_it(name, said, folder, stage):
-    file, found = doctor.which(name, said)
-    assert (file.parent.name, file.stem, found) == (folder, name, stage)
+def test_a_name_means_the_first_stage_that_has_it(name, stage, folder, recipe):
+    parser = argparse.ArgumentParser()
+    doctor.options(parser)
+    plan = doctor.read_plan(parser.parse_args([name, *(["--stage", str(stage)] if stage else [])]))
+    assert (plan.file.parent.name, plan.file.stem, plan.recipe) == (folder, name, recipe)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,10 @@ def test_a_name_means_the_first_stage_that_has_it(name, said, folder, stage):
             "error: no such configuration (nothing); expected a .yaml file, or one of celebahq_vq4",
         ),
         (["kl_f8", "--stage", "2"], "error: no such configuration (kl_f8); expected a .yaml file, or one of celebahq"),
-        (["toy.yaml", "--stage", "2"], "error: --stage: the configuration is of the other one (toy.yaml); got 2; exp"),
+        (
+            ["toy.yaml", "--stage", "2"],
+            "error: --stage: this configuration trains another (toy.yaml); got 2; expected autoencoder",
+        ),
         (["toy.yaml", "--minutes", "0"], "error: out of range (--minutes); got 0.0; expected more than 0"),
         (["toy.yaml", "data.resolution=15"], "error: data.resolution: not divisible by the autoencoder's factor"),
         (["toy.yaml", "trainer.devices=3"], "error: a batch cannot be split evenly"),
@@ -107,9 +113,6 @@ def test_a_signal_leaves_nothing_behind(number, tmp_path):
             os._exit(main(["doctor", "toy.yaml", "trainer.steps=100000", "--minutes", "5"]))
         finally:
             os._exit(1)
-    patience = time.monotonic() + 60
-    while not list(tmp_path.glob("scratch/*/checkpoints")):
-        assert time.monotonic() < patience
-        time.sleep(0.01)
+    waiting.until(lambda: list(tmp_path.glob("scratch/*/checkpoints")))
     os.kill(pid, number)
     assert wait([pid]) == [128 + number]

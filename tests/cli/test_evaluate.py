@@ -16,12 +16,11 @@ import ldm
 from ldm import checkpoint
 from ldm.cli import main
 from ldm.diffusion.bound import bits_per_dim
-from ldm.metrics.evaluation import KINDS
 from ldm.metrics.images import psnr
 from ldm.pictures import to_float, to_pil
 from ldm.pipeline import SHIPPED
 from ldm.scenes import captions, draw, render
-from ldm.scenes.alignment import Asked
+from ldm.scenes.verifier import KINDS, PromptSet
 from tests.cli.test_sample import LABEL, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +143,7 @@ def test_a_perfect_model_is_found_perfect(tmp_path, monkeypatch):
 
     true = {}
     for which in KINDS.values():
-        asked = Asked(10, *which, seed)
+        asked = PromptSet(10, *which, seed)
         true |= zip(asked.captions, render(asked.table, 64)["image"])
     table = draw(seed, range(size), split)
     true |= zip(captions(table, seed, range(size)), render(table, 64)["image"])
@@ -203,22 +202,28 @@ def test_what_a_model_is_told_beside_texts_is_made_from_the_pictures(name, tmp_p
         (["data={type: images, root: .}"], "error: data.resolution: missing"),
         (
             ["data={type: images, root: ., resolution: 64, batch_size: 2}"],
-            "error: prompts: only scenes can be told right from wrong (",
+            "error: prompts: these captions cannot be verified (",
         ),
         (["solvers=[fast]"], "error: solvers: unknown (command line); got fast; expected ddim, "),
         (["steps=[0]"], "error: steps: out of range (command line); expected at least 1 each"),
-        (["training=null"], "error: nearest: no `training` to look in"),
+        (["training=null"], "error: nearest: needs `training`"),
         (["samples=3000000"], "error: samples: more than the data have (command line); got 3000000; expected at most"),
-        (["data.resolution=32", "--only", "samples", "samples=2", "nearest=0"], "error: data.resolution: not what the"),
+        (
+            ["data.resolution=32", "--only", "samples", "samples=2", "nearest=0"],
+            "error: data.resolution: differs from",
+        ),
         (["features.type=inception"], "error: features.weights: no such file"),
         (["features={type: dinov2, weights: nowhere}"], "error: features.weights: no such model (nowhere)"),
         (["clip={model: ViT-B-32, weights: nowhere.pt}"], "error: clip.weights: no such file (nowhere.pt)"),
-        (["bound=2"], "error: bound: this model has none (command line); got latents; expected a model of pixels on a"),
+        (
+            ["bound=2"],
+            "error: bound: this model has none (command line); got latents; expected a pixel-space model",
+        ),
         (["cfg=[]"], "error: cfg: none given (command line); expected one or more"),
-        (["bound=1"], "error: bound: one picture says nothing (command line); got 1"),
+        (["bound=1"], "error: bound: too few pictures (command line); got 1"),
         (["--only", "bound"], "error: nothing to measure (--only); got bound; expected one that this model has: "),
         (["cfg=[.nan]"], "error: cfg.0: wrong value (command line); got NaN"),
-        (["--only", "prompts", "data.resolution=32", "samples=2"], "error: data.resolution: not what the"),
+        (["--only", "prompts", "data.resolution=32", "samples=2"], "error: data.resolution: differs from"),
         (
             ["--config", "images", "data.root=photos", "features.type=judge"],
             "error: no such folder or file (data.root)",
@@ -238,5 +243,5 @@ def test_pictures_without_what_a_model_reads_are_refused(tmp_path, capsys):
     words = ["--out", str(tmp_path / "report"), "--only", "samples", "samples=2", "nearest=0", "prompts=0"]
     assert main(["evaluate", "--ckpt", file, *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: data: lack what this model reads (")
+    assert said.startswith("error: data: lack a condition of this model (")
     assert said.endswith("; got no label; expected data with it")

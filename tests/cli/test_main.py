@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -38,7 +36,7 @@ def failing(monkeypatch):
             raise error
 
         command = types.SimpleNamespace(__doc__="Fail.", options=lambda parser: None, run=run)
-        monkeypatch.setitem(cli.COMMANDS, "fail", "fail")
+        monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("ldm.cli.fail", "fail"))
         monkeypatch.setitem(sys.modules, "ldm.cli.fail", command)
 
     return fail_with
@@ -107,9 +105,10 @@ def test_a_command_that_returns_nothing_has_succeeded(failing, monkeypatch):
     ("arguments", "start", "hint"),
     [
         ([], "the following arguments are required: COMMAND", "ldm --help"),
-        (["dmeo"], "argument COMMAND: invalid choice: 'dmeo'", "ldm --help"),
         (["--stpes"], "the following arguments are required: COMMAND", "ldm --help"),
         (["demo", "--stpes", "3"], "unrecognized arguments: --stpes", "ldm demo --help"),
+        (["sample", "--stpes", "3"], "unrecognized arguments: --stpes", "--steps"),
+        (["sample", "--hieght=64"], "unrecognized arguments: --hieght=64", "--height"),
         (["demo", "--config"], "argument --config: expected one argument", "ldm demo --help"),
     ],
 )
@@ -119,6 +118,29 @@ def test_a_wrong_command_line_is_answered_in_one_line(arguments, start, hint, ca
     assert out == ""
     assert err.startswith(f"error: {start}")
     assert err.endswith(f"(command line); try {hint}\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "hint"),
+    [
+        (["dmeo"], "no such command (command line); got dmeo; expected one of train-autoencoder, train-ldm, ", "demo"),
+        (["evalute"], "no such command (command line); got evalute; expected one of train-", "evaluate"),
+        (
+            ["sample", "--precision", "fp8"],
+            "--precision: unknown (command line); got fp8; expected one of auto, ",
+            "fp32",
+        ),
+        (["convert", "a", "b", "--to", "difusers"], "--to: unknown (command line); got difusers; exp", "diffusers"),
+        (["train-ldm", "--config", "scnes"], "no such configuration (scnes); expected a .yaml file, or one", "scenes"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(arguments, start, hint, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {start}")
+    assert err.endswith(f"; try {hint}\n")
     assert err.count("\n") == 1
 
 
@@ -142,7 +164,7 @@ def test_help_and_version_end_with_0(arguments, capsys):
 def test_help_lists_every_command_and_every_option():
     ended = python("-m", "ldm", "--help")
     assert ended.returncode == 0
-    assert all(f"  {name:17} {line}\n" in ended.stdout for name, line in cli.COMMANDS.items())
+    assert all(f"  {name:17} {each.help}\n" in ended.stdout for name, each in cli.COMMANDS.items())
     ended = python("-m", "ldm", "demo", "--help")
     assert ended.returncode == 0
     assert all(word in ended.stdout for word in ("--config", "--print-config", "--plugin", "--out", "key=value"))
@@ -157,7 +179,7 @@ def test_version_is_the_package_s():
 def test_every_command_is_a_module_with_options_and_run(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    module = sys.modules[f"ldm.cli.{name.replace('-', '_')}"]
+    module = sys.modules[cli.COMMANDS[name].module]
     assert capsys.readouterr().out.startswith(f"usage: ldm {name} ")
     assert callable(module.options)
     assert callable(module.run)
@@ -177,7 +199,7 @@ def test_ctrl_c_ends_a_running_command_with_130_and_leaves_nothing_behind(tmp_pa
         while b"learning" not in said:  # the progress bar: torch is here and the loop runs
             said += process.stderr.read(1) or pytest.fail(said.decode())
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate()
     assert process.returncode == 130
     assert rest.decode().endswith("error: interrupted\n")
     assert "Traceback" not in rest.decode()
@@ -206,13 +228,9 @@ def test_what_needs_no_network_imports_none_of_the_heavy_packages(statement, all
     assert HEAVY & set(names) <= allowed
 
 
-def test_importing_ldm_costs_at_most_a_tenth_of_a_second():
-    """Above a bare interpreter, in pairs that alternate, so that a busy machine slows both."""
-
-    def seconds(statement: str) -> float:
-        begun = time.perf_counter()
-        assert python("-c", statement).returncode == 0
-        return time.perf_counter() - begun
-
-    pairs = [(seconds("pass"), seconds("import ldm")) for _ in range(9)]
-    assert statistics.median(ours - bare for bare, ours in pairs) <= 0.1, pairs
+def test_importing_ldm_imports_little():
+    """How long it takes, `python -m benchmarks.start_up` measures."""
+    ended = python("-c", "import sys; before = {*sys.modules}; import ldm; print(*{*sys.modules} - before)")
+    names = ended.stdout.split()
+    assert {name for name in names if name.split(".")[0] not in {"ldm", *sys.stdlib_module_names}} == set()
+    assert [name for name in names if name.startswith("ldm")] == ["ldm"]

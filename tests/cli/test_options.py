@@ -14,8 +14,7 @@ from ldm.draws import mix32, stream
 from ldm.errors import DataError
 from ldm.pipeline import SHIPPED, Pipeline
 from ldm.scenes import judge_training
-from ldm.training import doctor
-from ldm.training.recipes import autoencoder
+from ldm.training import doctor, run
 from tests.training import toy
 from tests.training.killing import toy_data
 
@@ -65,7 +64,7 @@ def test_doctor(tmp_path, monkeypatch):
         seen.extend((build(config), str(run), minutes))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(autoencoder, "build", lambda config, init_from: init_from)
+    monkeypatch.setattr(run, "build", lambda config, loaded, start: start.init_from)
     monkeypatch.setattr(doctor, "examine", examine)
     assert main(["doctor", str(tmp_path / "toy.yaml"), "--run", "R", "--minutes", "2", "--init-from", "F"]) == 130
     assert seen == ["F", "R", 2.0]

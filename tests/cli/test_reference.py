@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli import COMMANDS, command, main, settings_page
+from ldm.cli import COMMANDS, command, main, reference
 from ldm.config import parts
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -52,7 +52,7 @@ def test_a_part_alone(capsys):
     assert said.startswith("### backbone.unet\n\nU-Net that predicts")
     assert "\n| `multipliers` | a list, each an integer | `[1, 2, 4, 4]` | channels of each level, " in said
     assert "| `context` |" not in said
-    assert "Given, and no setting: " in said
+    assert "Set by the program: " in said
     assert "`context` by the conditioner" in said
 
 
@@ -86,7 +86,7 @@ def test_a_name_is_an_axis_or_every_part_of_it(name, titles, capsys):
 
 def test_what_a_partial_has_fixed_is_said():
     """And is no setting."""
-    said, none = [*settings_page.part("solver", "dpmpp_2m_sde")][1:]
+    said, none = [*reference.part("solver", "dpmpp_2m_sde")][1:]
     assert said.endswith(" Here `order` is 2. Here `eta` is 1.0.")
     assert none == "No settings."
 
@@ -103,7 +103,7 @@ def test_an_unknown_name_is_told_the_nearest(name, meant, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["unet", "--commands"], "--commands: tells of all of them (NAME); got unet; try either"),
+        (["unet", "--commands"], "--commands: prints all of them (NAME); got unet; try either"),
         (["--out", "no/page.md"], "--out: cannot be written to (no/page.md); got No such file or directory"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_picture_that_was_changed_is_not_called_identical(run, replay):
         info.add_itxt("ldm", image.text["ldm"])
         image.putpixel((3, 3), tuple((value + 128) % 256 for value in image.getpixel((3, 3))))
         image.save("changed.png", pnginfo=info)
-    assert replay("changed.png") == (0, ["wrote replayed.png: off by at most 128 of 255"], "")
+    assert replay("changed.png") == (0, ["wrote replayed.png: differs by at most 128 of 255"], "")
     assert distance(pixels("replayed.png"), pixels(line)) == 0
 
 
@@ -116,7 +116,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_sampling(out, no_sampl
 
 
 def test_a_picture_that_remembers_nothing_is_refused(replay):
-    refused_here(replay(init_image()), 2, "this picture remembers nothing", "init.png", "ldm sample")
+    refused_here(replay(init_image()), 2, "this picture stores no record", "init.png", "ldm sample")
     refused_here(replay("none.png"), 2, "no such picture", "none.png")
     Path("text.png").write_text("no picture")
     refused_here(replay("text.png"), 2, "cannot read the picture", "text.png")
@@ -129,4 +129,4 @@ def test_a_picture_that_remembers_nothing_is_refused(replay):
         info = PngImagePlugin.PngInfo()
         info.add_itxt("ldm", record)
         Image.new("RGB", (4, 4)).save("odd.png", pnginfo=info)
-        refused_here(replay("odd.png"), 2, "this picture remembers nothing", "odd.png")
+        refused_here(replay("odd.png"), 2, "this picture stores no record", "odd.png")

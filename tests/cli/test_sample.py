@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,10 @@ from PIL import Image
 
 import ldm
 from ldm import assemble, checkpoint
-from ldm.cli import main, sample
+from ldm.cli import main
 from ldm.conditioning.tokenizer import BPE
-from ldm.config import parts
+from ldm.config import samplers
+from ldm.pictures import LINE
 from tests.models.first_stages import fill
 
 ROOT = Path(__file__).parent.parent.parent
@@ -188,8 +187,8 @@ def test_every_alias_is_of_a_sampler_and_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     said = capsys.readouterr().out
-    for alias, name in parts.SAMPLERS.items():
-        assert sample.solver_name(alias) == name
+    for alias, name in samplers.SOLVERS.items():
+        assert samplers.parse(alias) == (name, {})
         assert any(line.split()[0] == name and alias in line for line in said.splitlines() if line.strip())
 
 
@@ -300,23 +299,35 @@ def test_json_is_one_valid_line_a_picture_and_the_png_remembers_the_same(run, mo
 
 
 def test_a_grid_and_a_preview(run):
-    status, lines, _ = run("--prompt", BALL, "--n", 3, "--steps", 6, "--grid", "--preview")
-    assert status == 0
-    sheet = pixels("outputs/grid.png")
-    assert sheet.shape == (32, 32, 3)
-    for number, (row, column) in enumerate([(0, 0), (0, 16), (16, 0)]):
+    status, (*lines, grid), _ = run("--prompt", BALL, "--n", 3, "--steps", 6, "--grid", "--preview")
+    assert (status, grid) == (0, "outputs/grid.png")
+    sheet, height = pixels(grid), 16 + 3 * LINE
+    assert sheet.shape == (2 * height, 32, 3)
+    for number, (row, column) in enumerate([(0, 0), (0, 16), (height, 0)]):
         assert (sheet[row : row + 16, column : column + 16] == pixels(lines[number])).all()
+        caption = sheet[row + 16 : row + height, column : column + 16]
+        assert caption.min() < 128 < caption.max(), "the prompt in black on white"
+    before = Path(grid).read_bytes()
+    again = [run("--prompt", BALL, "--grid", *more)[1][-1] for more in ((), ("--json",))]
+    assert again == ["outputs/grid-2.png", '{"grid": "outputs/grid-3.png"}']
+    assert Path(grid).read_bytes() == before
     preview = pixels("outputs/preview.png")
     assert distance(preview, pixels(lines[0])) > 0, "it is from a step before the last"
     assert abs(preview - pixels(lines[0])).mean() < abs(preview - pixels(lines[1])).mean()
 
 
 def test_a_prompt_that_is_cut_off_is_named_in_one_line(run):
-    status, lines, err = run("--prompt", "red " * 15 + "umbrella")
+    status, lines, err = run("--prompt", "red " * 15 + "ball")
     assert (status, len(lines)) == (0, 1)
     assert err.count("\n") == 1
     assert err.startswith("warning: text truncated to")
-    assert "umbrella" in err
+    assert "red ball" in err
+
+
+def test_words_that_the_tokenizer_was_not_learned_from_are_named(run):
+    status, lines, err = run("--prompt", "a dragon, a car", "--negative", "dragon 7")
+    assert (status, len(lines), err) == (0, 1, "note: the model's text encoder has not seen: dragon, car\n")
+    assert run("--prompt", "a dragon", model="clip")[2] == "", "CLIP's tokenizer was learned from other texts"
 
 
 # --------------------------------------------------------------------------------------- processes, and their cost
@@ -340,7 +351,7 @@ def test_torchrun_with_two_processes_writes_what_one_writes(models, tmp_path):
     assert len(names[0]) == 6, "five and the grid"
     for name in names[0]:
         assert distance(pixels(tmp_path / "one" / name), pixels(tmp_path / "two" / name)) <= 1
-    assert sorted(Path(line).name for line in two.stdout.split()) == names[0][:5]
+    assert sorted(Path(line).name for line in two.stdout.split()) == names[0]
 
 
 def test_each_process_makes_its_share(run, monkeypatch):
@@ -352,16 +363,11 @@ def test_each_process_makes_its_share(run, monkeypatch):
     assert made == [[0, 2], [1]]
 
 
-def test_help_costs_at_most_three_tenths_of_a_second_and_no_torch():
-    def seconds(*arguments: str) -> float:
-        begun = time.perf_counter()
-        assert python(*arguments).returncode == 0
-        return time.perf_counter() - begun
-
-    script = str(ROOT / "sample.py")
-    pairs = [(seconds("-c", "pass"), seconds(script, "--help")) for _ in range(7)]
-    assert statistics.median(ours - bare for bare, ours in pairs) <= 0.3, pairs
-    loaded = python("-X", "importtime", script, "--help").stderr
+def test_help_loads_no_torch():
+    """How long it takes, `python -m benchmarks.start_up` measures."""
+    ended = python("-X", "importtime", str(ROOT / "sample.py"), "--help")
+    assert ended.returncode == 0
+    loaded = ended.stderr
     assert " ldm.conditioning.tokenizer\n" in loaded
     assert not [name for name in ("torch", "numpy", "PIL", "yaml", "omegaconf") if f" {name}\n" in loaded]
 

@@ -43,7 +43,7 @@ BEFORE_TORCH = [  # options, and what the answer says
     (("--tile", "0"), ("--tile", "got 0")),
     (("--height", "0"), ("--height", "got 0")),
     (("--width=-8",), ("--width", "got -8")),
-    (("--sampler", "eular"), ("--sampler", "got eular", "dpmpp_2m", "try euler")),
+    (("--sampler", "eular"), ("sampler: unknown", "got eular", "dpmpp_2m", "try euler")),
     (("--mask", "m.png"), ("--mask: no such file", "m.png")),
     (("--init-image", "i.png"), ("--init-image: no such file", "i.png")),
     (("--mask", "mask.png"), ("--mask", "--init-image FILE")),

@@ -47,8 +47,8 @@ def one_process(monkeypatch):
         ([SEGMENTS + "3}", "data.adds=[segmentation]"], 2, "segmentation: no such class; got 0 to 4; expected 0 to 2"),
         ([BOXES + "2, boxes: 8}", "data.adds=[boxes]"], 2, "box_labels: no such class"),
         ([BOXES + "4, boxes: 2}", "data.adds=[boxes]"], 2, "boxes: too many; got 3; expected at most 2"),
-        (["--init-from", "CKPT"], 4, "--init-from: no denoiser inside"),
-        (["--run", "CKPT"], 2, "--run: cannot be written to"),
+        (["--init-from", "CKPT"], 4, "--init-from: no denoiser in this file"),
+        (["--run", "CKPT"], 2, "--run: not writable"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(overrides, code, words, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_captions_that_are_cut_off_are_counted_before_training(tmp_path, monkeyp
     assert main([*command(tmp_path / "run", data)[:-1], "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "dropped: caption 30% of samples" in said
-    assert "captions: 38% are longer than the 30 tokens that are read of each" in said
+    assert "captions: 38% are truncated to the text encoder's 30 tokens" in said
     assert "size: " not in said
     assert not (tmp_path / "run").exists()
 
@@ -136,17 +136,17 @@ def test_two_encoders_share_a_tokenizer_that_both_would_learn(tmp_path):
 
 def test_another_size_than_the_data_s_is_said(tmp_path, capsys):
     assert main([*command(tmp_path / "run", "size=32")[:-1], "--dry-run"]) == 0
-    assert "size: sample.py will make 32x32 pixels; the data have 16x16; try size=16" in capsys.readouterr().out
+    assert "size: sample.py will make 32x32 pictures; the data have 16x16; try size=16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["path.type=ve", "prediction.type=edm"], "path.sigma_data: latents have a deviation of 1, not of 0.5"),
+        (["path.type=ve", "prediction.type=edm"], "path.sigma_data: latents have a standard deviation of 1, not 0.5"),
         (["path.type=ve", "prediction.type=edm", "path.sigma_data=1"], ""),
         (
             ["path={type: linear, zero_terminal_snr: true}", "prediction.type=v", "weight.type=min_snr"],
-            "weight: the loss at pure noise, where sampling begins, counts nothing",
+            "weight: the loss at pure noise, where sampling starts, has weight 0",
         ),
         (["path.type=linear", "prediction.type=v", "weight.type=min_snr"], ""),
     ],
@@ -168,7 +168,7 @@ def test_a_denoiser_of_pictures_is_none_of_latents(tmp_path, capsys):
         checkpoint.save(tmp_path / f"{name}.safetensors", config, loaded.state, loaded.tokenizer)
     begin = [*command(tmp_path / "again")[:-1], "--dry-run", "--init-from"]
     assert main([*begin, str(tmp_path / "ours.safetensors")]) == 4
-    assert "autoencoder: not the one that the denoiser was trained with" in capsys.readouterr().err
+    assert "autoencoder: not the one the denoiser was trained with" in capsys.readouterr().err
     assert main([*begin, str(tmp_path / "theirs.safetensors")]) == 0
 
 
@@ -178,7 +178,7 @@ def test_another_first_stage_than_the_run_s_or_the_cache_s_is_refused(tmp_path, 
     assert main(online) == 0
     first_stage(tmp_path / "first.safetensors", seed=1)
     assert main([*online, "trainer.steps=2"]) == 4
-    assert "autoencoder: not the one that the denoiser was trained with" in capsys.readouterr().err
+    assert "autoencoder: not the one the denoiser was trained with" in capsys.readouterr().err
     assert main(command(tmp_path / "other", *overrides)[:-1]) == 3
     assert "the cache is stale: autoencoder differs" in capsys.readouterr().err
     file = str(tmp_path / "run" / "model.safetensors")
@@ -195,7 +195,7 @@ def test_weights_alone_are_no_run_to_go_on_with(tmp_path, capsys):
     argv[argv.index("--run") + 1] = str(released)
     assert main(argv) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--run: weights alone are no run to go on with" in error
+    assert "--run: no checkpoint to resume from, only exported weights" in error
     assert f"try --init-from {released / 'model.safetensors'} and another --run" in error
 
 

@@ -324,8 +324,8 @@ def test_weights_that_are_not_there_are_refused(tmp_path, hub, monkeypatch):
     assert refusal(lambda: clip(**CLIP, weights=missing)) == expected
     assert refusal(lambda: clip(**CLIP, weights="./runs/clip")) == expected.replace(missing, "./runs/clip")
     said = refusal(lambda: clip(**CLIP, weights="nobody/clip"))
-    assert said.startswith("weights: neither here nor to be had from a hub (nobody/clip); got Cannot reach ")
-    assert said.endswith("; expected a file, a folder or a hub's id; try a folder that has the weights")
+    assert said.startswith("weights: not found locally or on the Hub (nobody/clip); got Cannot reach ")
+    assert said.endswith("; expected a file, a folder or an id of the Hub; try a folder that has the weights")
     expected = f"weights: none in the folder; got {tmp_path}; expected model.safetensors; try another folder"
     assert refusal(lambda: clip(**CLIP, weights=str(tmp_path))) == expected
     expected = f"weights: no such folder; got {missing}; expected a folder, a Hub id or random; try random"

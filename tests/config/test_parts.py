@@ -272,7 +272,7 @@ def test_a_plugin_that_does_not_fit_is_refused(module, source, message, capsys):
 def test_installed_packages_bring_their_parts(monkeypatch):
     Path("own_installed.py").write_text(OWN, encoding="utf-8")
     entry = types.SimpleNamespace(value="own_installed")
-    monkeypatch.setattr(parts, "entry_points", lambda group: [entry] if group == "ldm.config.parts" else [])
+    monkeypatch.setattr(parts, "entry_points", lambda group: [entry] if group == "ldm.parts" else [])
     for _ in range(2):  # a command and `ldm.load` in it both look
         parts.plug_installed()
         assert parts.TABLES["backbone"]["spiral"] == "own_installed:Spiral"

@@ -96,6 +96,8 @@ def claiming(width: int, height: int, form: str) -> bytes:
         frame = encoded(upright(), "WEBP")[12:]
         body += b"ANMF" + struct.pack("<I", 16 + len(frame)) + b"\0" * 6 + b"\x2f\0\0\x1f\0\0" + b"\0" * 4 + frame
         return b"RIFF" + struct.pack("<I", len(body)) + body
+    if form == "GIF":
+        return b"GIF89a" + struct.pack("<HH", width, height) + encoded(upright(), "GIF")[10:]
     data = bytearray(encoded(upright()))
     start = data.index(b"\xff\xc0") + 5
     data[start : start + 4] = struct.pack(">HH", height, width)
@@ -161,11 +163,11 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "only_magic.jpg": (lambda: b"\xff\xd8\xff", "damaged"),
     "magic_and_noise.jpg": (lambda: b"\xff\xd8\xff\xe0" + np.random.default_rng(1).bytes(999), "damaged"),
     "empty.jpg": (lambda: b"", "an empty file"),
-    "page.jpg": (lambda: b"<!DOCTYPE html><html><body>404</body></html>", "not a JPEG, PNG or WebP"),
+    "page.jpg": (lambda: b"<!DOCTYPE html><html><body>404</body></html>", "not a JPEG, PNG, WebP or GIF"),
     "pointer.jpg": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
     "no_height.jpg": (lambda: claiming(48, 0, "JPEG"), "damaged"),
     "bomb.jpg": (lambda: claiming(65500, 65500, "JPEG"), "too many pixels: 65500x65500"),
-    "zeros.jpg": (lambda: bytes(5000), "not a JPEG, PNG or WebP"),
+    "zeros.jpg": (lambda: bytes(5000), "not a JPEG, PNG, WebP or GIF"),
     "rgb.png": (lambda: encoded(upright(), "PNG"), None),
     "gray.png": (lambda: encoded(upright().convert("L"), "PNG"), GRAY),
     "one_bit.png": (lambda: encoded(Image.fromarray(np.eye(32, dtype=bool)), "PNG"), "any"),
@@ -198,13 +200,18 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "truncated.webp": (lambda: half(detailed("WEBP", lossless=True)), "damaged"),
     "bomb.webp": (lambda: claiming(16_000, 16_000, "WEBP"), "too many pixels: 16000x16000"),
     "only_magic.webp": (lambda: b"RIFF\0\0\0\0WEBP", "damaged"),
-    "really.gif": (lambda: encoded(upright(), "GIF"), "not a JPEG, PNG or WebP"),
-    "really_gif.jpg": (lambda: encoded(upright(), "GIF"), "not a JPEG, PNG or WebP"),
-    "scan.tiff": (lambda: encoded(upright(), "TIFF"), "not a JPEG, PNG or WebP"),
-    "old.bmp": (lambda: encoded(upright(), "BMP"), "not a JPEG, PNG or WebP"),
-    "really_bmp.webp": (lambda: encoded(upright(), "BMP"), "not a JPEG, PNG or WebP"),
-    "drawing.png": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a JPEG, PNG or WebP"),
-    "packed.jpg": (lambda: gzip.compress(encoded(upright())), "not a JPEG, PNG or WebP"),
+    "palette.gif": (lambda: encoded(upright(), "GIF"), None),
+    "animated.gif": (lambda: animation("GIF"), None),
+    "transparent.gif": (lambda: encoded(Image.open(io.BytesIO(palette(1))), "GIF", transparency=1), WHITE),
+    "really_gif.jpg": (lambda: encoded(upright(), "GIF"), None),
+    "truncated.gif": (lambda: half(detailed("GIF")), "damaged: image file is truncated"),
+    "only_magic.gif": (lambda: b"GIF89a", "damaged"),
+    "bomb.gif": (lambda: claiming(65_500, 65_500, "GIF"), "too many pixels: 65500x65500"),
+    "scan.tiff": (lambda: encoded(upright(), "TIFF"), "not a JPEG, PNG, WebP or GIF"),
+    "old.bmp": (lambda: encoded(upright(), "BMP"), "not a JPEG, PNG, WebP or GIF"),
+    "really_bmp.webp": (lambda: encoded(upright(), "BMP"), "not a JPEG, PNG, WebP or GIF"),
+    "drawing.png": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a JPEG, PNG, WebP or GIF"),
+    "packed.jpg": (lambda: gzip.compress(encoded(upright())), "not a JPEG, PNG, WebP or GIF"),
     **{f"orientation_{n}.jpg": (lambda n=n: turned(n), None) for n in range(1, 9)},
 }
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +54,8 @@ def pictures(tmp_path_factory):
     root.mkdir()
     for name, (make, _) in PICTURES.items():
         (root / name).write_bytes(make())
-    before, begin = everything(base), time.monotonic()
+    before = everything(base)
     scanned = Scanned(root, base / "cache", captions="optional")
-    assert time.monotonic() - begin < 60
     new = {os.path.relpath(path, base) for path in everything(base) - before}
     assert new == {"cache", "cache/manifest.safetensors", "cache/skipped.jsonl", "cache/manifest.lock"}
     return scanned
@@ -239,8 +237,8 @@ def test_a_shard_of_awkward_members(tmp_path):
         "00.tar/twice.jpg": "a duplicate key",
         "00.tar/twice.txt": "a duplicate key",
         "00.tar/blank.jpg": "an empty file",
-        "00.tar/lonely.txt": "a sample without jpg or jpeg or png or webp",
-        "00.tar/dotted.orig.jpg": "a sample without jpg or jpeg or png or webp",
+        "00.tar/lonely.txt": "a sample without jpg or jpeg or png or webp or gif",
+        "00.tar/dotted.orig.jpg": "a sample without jpg or jpeg or png or webp or gif",
     }
     assert scanned.captions("00.tar/twice.jpg") == ["the first"]
     assert scanned.captions("00.tar/class.jpg") == ["one", "two"]
@@ -276,7 +274,7 @@ def damage(path: Path) -> None:
 def test_an_unreadable_shard_stops(harm, said, tmp_path):
     path = tar(tmp_path / "00.tar", *sample("a"), *sample("b"))
     harm(path)
-    with pytest.raises(DataError, match=f"the shard cannot be read.*00.tar.*{said}") as caught:
+    with pytest.raises(DataError, match=f"cannot read the shard.*00.tar.*{said}") as caught:
         Scanned(tmp_path, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache" / "manifest.safetensors").exists()

@@ -64,7 +64,7 @@ def test_a_turned_picture_is_upright(orientation, form):
         height, width = decode.cover((300, 500), size)
         top, left = height - size[0], (width - size[1]) // 5
         expected = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
-        found = short_way(data, size, place=(0.999, 0.2))
+        found = short_way(data, size, corner=(0.999, 0.2))
         assert np.abs(found - expected[top : top + size[0], left : left + size[1]]).mean() < 2
     verdict = decode.check(data)
     assert verdict == (300, 500, "")
@@ -77,7 +77,7 @@ def test_a_crop_lies_where_it_says(place, shape):
     resized = decode.cover(shape, size)
     whole = np.asarray(image.resize(resized[::-1], Image.Resampling.BILINEAR)).astype(int)
     for flip in (False, True):
-        found = decode.picture(encoded(image, "PNG"), size, place=place, flip=flip)
+        found = decode.picture(encoded(image, "PNG"), size, corner=place, flip=flip)
         top, left = found.crop
         assert (top, left) == tuple(int(u * (n - 128 + 1)) for u, n in zip(place, resized))
         expected = (whole[:, ::-1] if flip else whole)[top : top + 128, left : left + 128]

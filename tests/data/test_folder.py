@@ -41,8 +41,8 @@ def test_a_table_in_json_lines(tmp_path):
         "b.jpg": (["two", "zwei"], -1),
         "sub/c.png": (["three"], -1),
         "d.jpg": ([], -1),
-        "gone.jpg": "named in a table, but not there: metadata.jsonl:9",
-        "../outside.jpg": "named in a table, but not there: metadata.jsonl:11",
+        "gone.jpg": "named in a table, but missing: metadata.jsonl:9",
+        "../outside.jpg": "named in a table, but missing: metadata.jsonl:11",
     }
 
 

@@ -10,8 +10,8 @@ import torch
 from ldm.config import schema
 from ldm.config.schema import Part
 from ldm.data import decode
-from ldm.data.images import Images, bucket_sizes, nearest
-from ldm.data.loader import loader
+from ldm.data.images import Images, bucket_sizes, nearest, tolerated
+from ldm.data.loader import check_same_kind, loader
 from ldm.data.sampler import SampleId
 from ldm.errors import DataError, InputError
 from tests.data import awkward
@@ -154,7 +154,8 @@ class Schema:
         ("aspect: 0.5", "data.aspect: below 1"),
         ("workers: -1", "data.workers: negative.*got -1"),
         ("min_side: -1", "data.min_side: negative.*got -1"),
-        ("bad: 2", "data.bad: no share of the pictures"),
+        ("bad: 2", "data.bad: not a share of the pictures"),
+        ("split: 1", "data.split: not a share of the pictures.*try 0.05"),
         ("crop: left", "data.crop: wrong value"),
         ("multiple: 0", "data.multiple: too small"),
         ("captions: maybe", "data.captions: wrong value"),
@@ -175,6 +176,112 @@ def test_a_yaml_builds_it(root, tmp_path):
     overrides = [f"data.root={root}", f"data.manifest={root.parent / 'manifest'}", "data.aspect=2"]
     data = schema.load(tmp_path / "c.yaml", overrides, Schema).build("data")
     assert len(data) == 12
+
+
+def test_a_few_bad_pictures_are_tolerated():
+    """A share of many, up to five of a middling set, one in ten of a small one; none if `bad` is 0."""
+    assert [tolerated(count, 0.01) for count in (1, 9, 10, 49, 50, 300, 600, 10_000)] == [0, 0, 1, 4, 5, 5, 6, 100]
+    assert tolerated(10, 0.5) == 5
+    assert tolerated(300, 0) == 0
+
+
+# ------------------------------------------------------------------------------------- pictures kept apart
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """Forty pictures with captions, three quarters of them in folders."""
+    root = tmp_path_factory.mktemp("split") / "set"
+    for i in range(40):
+        add(root, i)
+    return root
+
+
+def add(root, i: int) -> None:
+    folder = root / ("", "a", "b", "c")[i % 4]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{i:02}.png").write_bytes(encoded(photograph(20, 30, seed=i), "PNG"))
+    (folder / f"{i:02}.txt").write_text(f"picture {i}")
+
+
+def keys(data: Images) -> set[str]:
+    return {data.manifest.key(int(row)) for row in data.rows}
+
+
+def test_a_split_keeps_pictures_apart(forty):
+    whole, data = images(forty), images(forty, split=0.25, crop="random", flip=True)
+    validation = data.validation()
+    assert whole.validation() is None
+    assert keys(data) | keys(validation) == keys(whole)
+    assert not keys(data) & keys(validation)
+    assert 4 <= len(validation) <= 16
+    assert data.counts == {"seen": 40, "used": len(data), "skipped": 0, "filtered": 0, "validation": len(validation)}
+    assert len({whole.digest, data.digest, validation.digest}) == 3
+    assert whole.digest == whole.manifest.digest
+    one = validation.batch([SampleId(3, 2, 0)], 0)
+    expected = decode.picture((forty / validation.manifest.key(int(validation.rows[2]))).read_bytes(), (32, 32))
+    assert torch.equal(one["image"][0], expected.pixels)  # at the centre and not mirrored
+    assert one["caption"] == validation.captions(2)
+    assert (data.crop, data.flip) == ("random", True)
+
+
+def test_added_pictures_move_no_others(forty, tmp_path):
+    before = images(forty, split=0.25)
+    root = tmp_path / "set"
+    for i in range(60):
+        add(root, i)
+    after = images(root, split=0.25)
+    assert keys(before) < keys(after)
+    assert keys(before.validation()) <= keys(after.validation())
+    assert keys(after) & keys(before.validation()) == set()
+    smaller = images(forty, split=0.1).validation()
+    assert keys(smaller) < keys(before.validation())  # a larger share keeps what a smaller one did
+
+
+def test_a_small_split_keeps_one_picture(forty):
+    data = images(forty, split=1e-9)
+    assert (len(data), len(data.validation())) == (39, 1)
+    assert next(iter(loader(data.validation(), 0)))["image"].shape == (1, 3, 32, 32)
+
+
+class Scenes:
+    """Another type of data, without a `kind`."""
+
+
+class Cached:
+    kind = "images"
+
+
+def test_validation_on_another_kind_of_data_is_noted(forty):
+    data = images(forty)
+    assert check_same_kind(data, data) == check_same_kind(data, None) == check_same_kind(Cached(), data) == ""
+    said = check_same_kind(data, Scenes())
+    assert said == "validation: made of scenes, but training uses images; try data.split=0.05 and validation=null"
+    assert (
+        check_same_kind(Scenes(), data)
+        == "validation: made of images, but training uses scenes; try validation.type=scenes"
+    )
+
+
+def test_a_split_leaves_a_batch(forty):
+    with pytest.raises(DataError, match=r"smaller than one batch.*got 40 seen, .* validation"):
+        images(forty, split=0.5, batch_size=39)
+
+
+def test_buckets_and_tables_are_split(forty, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = [file.read_bytes() for file in sorted(forty.rglob("*.png"))]
+    root = tmp_path / "set"
+    root.mkdir()
+    pq.write_table(pa.table({"image": files, "text": ["one"] * 40}), root / "0.parquet", row_group_size=10)
+    data = images(root, split=0.25, aspect=2.0, multiple=8)
+    validation = data.validation()
+    assert len(data.groups) == len(data.buckets) == len(data)
+    assert len(validation.groups) == len(validation.buckets) == len(validation) == 40 - len(data)
+    bucket = int(validation.buckets[0])
+    assert validation.batch([SampleId(0, 0, bucket)], 0)["image"].shape[2:] == validation.sizes[bucket]
 
 
 def place(path, *names):
@@ -199,9 +306,9 @@ def place(path, *names):
             lambda p: place(p / "set", "a.jpg", "x.tar"),
             {},
             InputError,
-            r"cannot tell which is meant.*pictures and x.tar",
+            r"pictures and packed files together.*pictures and x.tar",
         ),
-        (lambda p: place(p / "set", "x.tar.gz"), {}, DataError, "the shard cannot be read.*try uncompressing it"),
+        (lambda p: place(p / "set", "x.tar.gz"), {}, DataError, "cannot read the shard.*try uncompressing it"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said_in_one_line(make, options, error, said, tmp_path):
@@ -216,7 +323,7 @@ def test_what_cannot_be_trained_on_is_said_in_one_line(make, options, error, sai
 def test_a_table_that_names_missing_pictures_stops(tmp_path):
     root = place(tmp_path / "set", "a.jpg")
     (root / "metadata.csv").write_text("file_name,text\na.jpg,one\nb.jpg,two\n")
-    with pytest.raises(DataError, match="1 of 2: 1 named in a table, but not there"):
+    with pytest.raises(DataError, match="1 of 2: 1 named in a table, but missing"):
         Images(root=str(root), resolution=16, batch_size=1, manifest=str(tmp_path / "m"))
     assert '"key": "b.jpg"' in (tmp_path / "m" / "skipped.jsonl").read_text()
 

@@ -4,7 +4,6 @@ import os
 import pickle
 import resource
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -215,25 +214,26 @@ def test_labels_and_captions_stay_for_what_trains(tmp_path):
 
 
 def test_a_killed_writer_is_continued_to_the_same_bytes(tmp_path, monkeypatch):
+    """It kills itself in the middle of its second shard, again and again."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     write(cache(whole, conditioner=text(True), flip=True))
     encode, kills = latents_writer.latents, 0
+
+    def latents(*arguments):
+        if len(list(broken.glob("[0-9]*.safetensors"))) > shards:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(*arguments)
+
     while not (broken / MANIFEST).exists():
+        shards = len(list(broken.glob("[0-9]*.safetensors")))
         child = os.fork()
         if child == 0:
-            monkeypatch.setattr(latents_writer, "latents", lambda *args: (time.sleep(0.02), encode(*args))[1])
+            monkeypatch.setattr(latents_writer, "latents", latents)
             write(cache(broken, conditioner=text(True), flip=True))
             os._exit(0)
-        shards = len(list(broken.glob("*.safetensors"))) if broken.exists() else 0
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.002)
-            if len(list(broken.glob("[0-9]*.safetensors"))) > shards:
-                time.sleep(0.01)  # into the next shard
-                os.kill(child, signal.SIGKILL)
-                kills += 1
-                os.waitpid(child, 0)
-                break
-        assert kills < 10
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
     assert kills >= 2
     finished = {name: data for name, data in files(broken).items() if not name.startswith(f".{MANIFEST}")}
     assert finished == files(whole)  # a manifest half written stays, for another process may be at it
@@ -254,13 +254,13 @@ def test_whole_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monkeypa
     write(cache(tmp_path))
     before = files(tmp_path)
     path = tmp_path / "00001.safetensors"
-    made, encode = [], latents_writer.encoded
-    monkeypatch.setattr(latents_writer, "encoded", lambda c, b: (made.append(b["index"].tolist()), encode(c, b))[1])
+    made, encode = [], latents_writer.encode
+    monkeypatch.setattr(latents_writer, "encode", lambda c, b: (made.append(b["index"].tolist()), encode(c, b))[1])
     write(cache(tmp_path))
     assert made == []
     for damage in (before[path.name][:-9], before[path.name][:-1] + b"\x7f", b"", b"{"):
         path.write_bytes(damage)
-        with pytest.warns(UserWarning, match="made again: the file is|made again: not a safetensors"):
+        with pytest.warns(UserWarning, match="written again: the file is|written again: not a safetensors"):
             write(cache(tmp_path))
         assert files(tmp_path) == before
     assert made == 4 * [[8, 9, 10, 11], [12, 13, 14, 15]]
@@ -401,7 +401,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_text(manifest)
     other = open_file(tmp_path / "00000.safetensors")
     latents_writer.write_file(tmp_path / "00001.safetensors", dict(other), {})
-    with pytest.raises(DataError, match="another cache's shard"):
+    with pytest.raises(DataError, match="a shard of another cache"):
         Latents(root=str(tmp_path), batch_size=4)
     (tmp_path / "00001.safetensors").unlink()
     with pytest.raises(DataError, match="the cache is damaged: no such file"):

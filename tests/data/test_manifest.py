@@ -67,7 +67,10 @@ def test_it_holds_what_was_found(root):
 
 def test_it_is_made_once(root, capsys, monkeypatch):
     first = images(root)
-    assert scans(capsys) == f"note: scanned 8 pictures; 2 are skipped, see {first.manifest.folder}/skipped.jsonl\n"
+    assert (
+        scans(capsys)
+        == f"note: scanned 8 pictures; 2 skipped, the first 3.png: see {first.manifest.folder}/skipped.jsonl\n"
+    )
     folders = list((root.parent / "cache" / "ldm" / "manifests").iterdir())
     assert [first.manifest.folder] == folders
     monkeypatch.setattr(manifest, "scanned", None)  # cannot be called
@@ -151,7 +154,7 @@ def test_a_manifest_inside_its_source_is_no_part_of_it(root, capsys):
 
 def test_a_true_manifest_is_only_read(root, monkeypatch):
     images(root)
-    monkeypatch.setattr(manifest, "alone", None)  # nothing is locked, so that it may lie where nobody may write
+    monkeypatch.setattr(manifest, "locked", None)  # its folder may be read-only
     assert images(root).counts["used"] == 6
 
 
@@ -175,9 +178,13 @@ def test_too_many_bad_ones_stop_with_a_summary(root):
     with pytest.raises(DataError) as caught:
         images(root, bad=0.01)
     said = str(caught.value)
-    assert "got 2 of 8: 1 an empty file, 1 an empty caption; expected at most data.bad=0.01" in said
+    assert (
+        "got 2 of 8: 1 an empty file, 1 an empty caption, the first 3.png; expected at most 0 (data.bad=0.01)" in said
+    )
     assert said.endswith(
-        "manifests/" + next((root.parent / "cache/ldm/manifests").iterdir()).name + "/skipped.jsonl, which names each"
+        "manifests/"
+        + next((root.parent / "cache/ldm/manifests").iterdir()).name
+        + "/skipped.jsonl, which lists them all"
     )
     assert "\n" not in said
     assert images(root, bad=0.25).counts["skipped"] == 2  # and the scan was not for nothing
@@ -192,7 +199,7 @@ def test_small_pictures_are_filtered(root):
 def test_a_cache_that_cannot_be_written(root, monkeypatch):
     (root.parent / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "file"))
-    with pytest.raises(DataError, match=r"a manifest cannot be kept there \(.*file.*try data.manifest=FOLDER"):
+    with pytest.raises(DataError, match=r"cannot write the manifest \(.*file.*try data.manifest=FOLDER"):
         images(root)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ldm.data.sampler import WINDOW, Order, SampleId, Stream, by_bucket, hashed, permutation
+from ldm.data.sampler import WINDOW, MicroBatches, Order, SampleId, by_bucket, hashed, permutation
 from ldm.draws import mix32
 from ldm.errors import InputError
 
@@ -194,7 +194,7 @@ def test_ranks_and_micro_batches_join_to_the_global_batch(ranks, accumulate, sha
     order = Order(length, batch_size, 7, np.arange(length) % 2 if bucketed else None)
     position = begin * batch_size if bucketed else begin
     options = {"position": position, "ranks": ranks, "accumulate": accumulate}
-    streams = [iter(Stream(order, rank=rank, **options)) for rank in range(ranks)]
+    streams = [iter(MicroBatches(order, rank=rank, **options)) for rank in range(ranks)]
     for k in range(3):
         parts = [part for stream in streams for part in islice(stream, accumulate)]
         assert {len(part) for part in parts} == {share}
@@ -202,7 +202,7 @@ def test_ranks_and_micro_batches_join_to_the_global_batch(ranks, accumulate, sha
 
 
 def test_a_stream_begins_where_it_is_told():
-    stream = Stream(Order(40, 8, 0))
+    stream = MicroBatches(Order(40, 8, 0))
     stream.position = 24
     assert next(iter(stream))[0].number == 24
     assert next(iter(stream))[0].number == 24  # iterating does not move it
@@ -216,13 +216,13 @@ def test_a_stream_begins_where_it_is_told():
             "the set is smaller than one batch (data.batch_size); got 7; expected at least 8 samples",
         ),
         (
-            lambda: Stream(Order(40, 10, 0), ranks=2, accumulate=4),
+            lambda: MicroBatches(Order(40, 10, 0), ranks=2, accumulate=4),
             "a batch cannot be split evenly (data.batch_size); got 10 samples for 2 ranks with 4 micro-batches each; "
             "expected a multiple of 8",
         ),
         (
-            lambda: Stream(Order(40, 10, 0, np.arange(40) % 2), position=15),
-            "batches of one size of picture cannot begin here (position 15); expected a multiple of 10 samples",
+            lambda: MicroBatches(Order(40, 10, 0, np.arange(40) % 2), position=15),
+            "with buckets, a batch cannot begin here (position 15); expected a multiple of 10 samples",
         ),
     ],
 )
@@ -233,7 +233,9 @@ def test_refusals(make, message):
 
 
 def test_a_plain_order_may_begin_anywhere():
-    assert [sample_id.number for sample_id in next(iter(Stream(Order(40, 10, 0), position=15)))] == list(range(15, 25))
+    assert [sample_id.number for sample_id in next(iter(MicroBatches(Order(40, 10, 0), position=15)))] == list(
+        range(15, 25)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ once

@@ -13,10 +13,11 @@ from PIL import Image
 from ldm.errors import CheckpointError, DataError
 from ldm.metrics import comparison
 from ldm.metrics.clip_score import CLIPScore
-from ldm.metrics.comparison import compared, true_features
-from ldm.metrics.features import DINOv2Features, JudgeFeatures, as_saved
+from ldm.metrics.comparison import ReferenceSet, compare, reference_features
+from ldm.metrics.features import DINOv2Features, as_saved
 from ldm.pictures import to_float, to_tensor
 from ldm.scenes import Scenes
+from ldm.scenes.features import JudgeFeatures
 
 TINY = {
     "embed_dim": 16,
@@ -34,7 +35,7 @@ def photographs(count: int, size: int) -> list[Image.Image]:
 def test_pictures_of_several_sizes_are_no_set():
     data = SimpleNamespace(sizes=[(64, 64), (48, 80)], batch_size=2, buckets=None)
     with pytest.raises(DataError, match=r"^pictures of several sizes cannot be compared") as error:
-        comparison.batches(data, [0, 1])
+        ReferenceSet(data, {}, [0, 1], 0).batches()
     assert str(error.value).endswith("(data.aspect); got 2 sizes; expected one; try data.aspect=1")
 
 
@@ -100,22 +101,22 @@ def test_features_of_true_pictures_are_kept_by_all_that_they_depend_on(tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data, features = Scenes(resolution=64, batch_size=4, size=100), JudgeFeatures()
     about = {"type": "scenes"}
-    first = true_features(features, data, [3, 50], 1, about)
-    monkeypatch.setattr(comparison, "read", lambda *_: pytest.fail("read again"))
-    again = true_features(features, data, [3, 50], 1, about)
+    first = reference_features(features, ReferenceSet(data, about, [3, 50], 1))
+    monkeypatch.setattr(comparison, "compute_features", lambda *_: pytest.fail("read again"))
+    again = reference_features(features, ReferenceSet(data, about, [3, 50], 1))
     assert torch.equal(first["vectors"], again["vectors"])
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     others = [([3, 51], 1, about), ([3, 50], 2, about), ([3, 50], 1, {"type": "scenes", "split": "held_out"})]
     for indices, seed, what in others:
-        true_features(features, data, indices, seed, what)
+        reference_features(features, ReferenceSet(data, what, indices, seed))
     for name in ("identity", "resize"):
         monkeypatch.setattr(features, name, "another")
-        true_features(features, data, [3, 50], 1, about)
+        reference_features(features, ReferenceSet(data, about, [3, 50], 1))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 6
 
 
 def test_few_pictures_are_an_indication_and_enough_are_more():
     rows = {"vectors": torch.randn(40, 4)}
-    assert compared(rows, {"vectors": torch.randn(19, 4)})["indicative"] is True
-    assert compared(rows, {"vectors": torch.randn(20, 4)})["indicative"] is False
+    assert compare(rows, {"vectors": torch.randn(19, 4)})["indicative"] is True
+    assert compare(rows, {"vectors": torch.randn(20, 4)})["indicative"] is False

@@ -91,7 +91,7 @@ def test_torchmetrics_agrees():
 
 @pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.zeros(3), torch.zeros(2, 3, 4)])
 def test_what_is_no_set_of_vectors_is_refused(x):
-    with pytest.raises(ValueError, match=r"^features: no set of vectors; got shape"):
+    with pytest.raises(ValueError, match=r"^features: not a set of vectors; got shape"):
         Moments.of(x)
 
 

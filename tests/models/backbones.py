@@ -3,7 +3,8 @@
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from ldm.checkpoint.backbone_keys import write_backbone
+from ldm.checkpoint.families.dit import dit_keys
+from ldm.checkpoint.unet_keys import unet_keys
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 
@@ -44,7 +45,7 @@ def diffusers_unet(ours: UNet, **options):
         heads = tuple(ours.heads_of(row.out_channels) for row in ends)  # which diffusers calls head dims
         numbers |= {"attention_head_dim": heads, "cross_attention_dim": ours.context}
         theirs = UNet2DConditionModel(**numbers, use_linear_projection=ours.linear)
-    theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
+    theirs.load_state_dict(unet_keys(ours, "diffusers").write(ours.state_dict()))
     return theirs.eval()
 
 
@@ -61,7 +62,7 @@ def diffusers_dit(ours: DiT, size: int):
         num_embeds_ada_norm=ours.time.classes - 1,
         norm_eps=1e-6,
     )
-    theirs.load_state_dict(write_backbone(ours.state_dict(), ours, "diffusers"))
+    theirs.load_state_dict(dit_keys(ours, "diffusers").write(ours.state_dict()))
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     return theirs.eval()

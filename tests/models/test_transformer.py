@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from ldm.checkpoint.backbone_keys import attention_modules
+from ldm.checkpoint.unet_keys import attention_modules
 from ldm.models.transformer import GEGLU, AttentionPool, SpatialTransformer, TextTransformer
 from ldm.models.unet import UNet
 from tests.models.backbones import TINY, difference

@@ -67,8 +67,8 @@ def test_pictures_and_tables(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["report=nowhere.json"], "error: report: no evaluation (nowhere.json); got "),
-        (["metrics=[nowhere.csv]"], "error: metrics: none of a run (nowhere.csv); got "),
+        (["report=nowhere.json"], "error: report: cannot read it (nowhere.json); got "),
+        (["metrics=[nowhere.csv]"], "error: metrics: cannot read them (nowhere.csv); got "),
         (["steps=[0]"], "error: steps: must be at least 1 (command line); got 0"),
         (["cfg=[high]"], 'error: cfg.0: wrong value (command line); got "high"'),
         (["fps=3"], "error: fps: unknown key"),

@@ -1,11 +1,11 @@
-"""The judge's network: what a reading takes from its maps, and what its features are good for."""
+"""The judge's network: detections from its maps, and its features."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ldm.scenes.judge import CELLS, KINDS, SEEN, Judge, Maps, take
+from ldm.scenes.judge import CANDIDATES, CELLS, KINDS, Judge, Maps, take
 
 
 def blank() -> Maps:
@@ -14,7 +14,7 @@ def blank() -> Maps:
     return Maps(torch.full((1, CELLS, CELLS), -9.0), *cells, torch.zeros(1, 16, CELLS, CELLS))
 
 
-def test_a_reading_takes_each_peak_and_what_its_cell_says():
+def test_detections_are_peaks_with_the_outputs_of_their_cells():
     maps = blank()
     maps.score[0, 5, 7] = 3.0
     maps.score[0, 5, 8] = 2.0  # a neighbour, not another object
@@ -25,15 +25,15 @@ def test_a_reading_takes_each_peak_and_what_its_cell_says():
     maps.query[0, 20, 1, 2] = 1.0
     maps.pixels[0, 2] = -9.0
     maps.pixels[0, 2, :3] = 9.0
-    reading = maps.reading()
-    torch.testing.assert_close(reading.score[0, :2], torch.tensor([3.0, 1.0]).sigmoid())
-    assert (reading.score[0, 2:] < 0.01).all()
-    assert reading.colour[0, 0].argmax() == 4
-    torch.testing.assert_close(reading.centre[0, 0], torch.tensor([7.5 / CELLS, 5.25 / CELLS]))
-    assert reading.place[0, 1].tolist() == [1, 2, 3]
-    assert (reading.mask[0, 1] > 0.5).sum() == 3 * CELLS
+    detections = maps.detections()
+    torch.testing.assert_close(detections.score[0, :2], torch.tensor([3.0, 1.0]).sigmoid())
+    assert (detections.score[0, 2:] < 0.01).all()
+    assert detections.colour[0, 0].argmax() == 4
+    torch.testing.assert_close(detections.centre[0, 0], torch.tensor([7.5 / CELLS, 5.25 / CELLS]))
+    assert detections.place[0, 1].tolist() == [1, 2, 3]
+    assert (detections.mask[0, 1] > 0.5).sum() == 3 * CELLS
     for name in ("shape", "colour", "material", "size"):
-        torch.testing.assert_close(getattr(reading, name).sum(-1), torch.ones(1, SEEN))
+        torch.testing.assert_close(getattr(detections, name).sum(-1), torch.ones(1, CANDIDATES))
 
 
 def test_take_counts_cells_row_by_row():
@@ -44,7 +44,7 @@ def test_take_counts_cells_row_by_row():
 @pytest.mark.parametrize("side", [(64, 64), (65, 130), (256, 256)])
 def test_pictures_of_any_size_are_read(side):
     judge, x = Judge(), torch.rand(2, 3, *side) * 2 - 1
-    assert judge(x).mask.shape == (2, SEEN, CELLS, CELLS)
+    assert judge(x).mask.shape == (2, CANDIDATES, CELLS, CELLS)
     assert judge.pooled(x).shape == (2, 192)
     assert [each.shape[1] for each in judge.features(x)] == [32, 64, 128]
 

@@ -1,4 +1,4 @@
-"""The judge's training: the truth that it is told, its loss, and that it learns the same twice."""
+"""The judge's training: its targets, its loss, and its reproducibility."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm.scenes import judge_training as training
 from ldm.scenes.drawing import draw
 from ldm.scenes.judge import CELLS, Maps
 from ldm.scenes.judge_accuracy import measure, pictures
-from ldm.scenes.judge_training import Truth, cell, loss, mask_loss, objectness, spoilt, truth
+from ldm.scenes.judge_training import Truth, cell, corrupted, loss, mask_loss, objectness, truth
 from ldm.scenes.relations import project, view
 from ldm.scenes.render import render
 from ldm.scenes.statements import NAMES
@@ -66,19 +66,19 @@ def test_saying_the_truth_costs_next_to_nothing_and_each_lie_something():
         assert loss(lie, answer) > loss(maps, answer) + 0.05, name
 
 
-def test_a_reading_of_true_maps_is_right():
+def test_detections_of_true_maps_are_correct():
     table = draw(3, range(6))
     images, instances = pictures(table, 64)
     maps = perfect(truth(table, instances))
-    right = measure(lambda x: maps.reading(), table, images, instances)
+    right = measure(lambda x: maps.detections(), table, images, instances)
     assert {name: right[name] for name in ("count", *NAMES, "whole")} == dict.fromkeys(("count", *NAMES, "whole"), 1.0)
     assert right["mask overlap"] > 0.99
-    assert right["false claims taken"] < 0.05
+    assert right["false statements accepted"] < 0.05
 
 
-def test_pictures_are_spoilt_a_little_and_repeatably():
+def test_pictures_are_corrupted_a_little_and_repeatably():
     x = render(draw(4, range(8)), 64)["image"].float() / 127.5 - 1
-    once, again = (spoilt(x, torch.Generator().manual_seed(5)) for _ in range(2))
+    once, again = (corrupted(x, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(once, again)
     assert once.abs().max() <= 1
     off = (once - x).square().mean((1, 2, 3)).sqrt()

@@ -1,4 +1,4 @@
-"""Verdicts on readings made by hand, and the shipped judge on renders that nobody has seen."""
+"""Scores of detections made by hand, and the shipped judge on renders that training never shows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ldm.pictures import to_float
 from ldm.scenes import pretrained
 from ldm.scenes.description import Table
 from ldm.scenes.drawing import draw
-from ldm.scenes.judge import KINDS, SEEN, Reading
-from ldm.scenes.judge_accuracy import SPOIL, blurred, measure, overlap, pictures, table
+from ldm.scenes.judge import CANDIDATES, KINDS, Detections
+from ldm.scenes.judge_accuracy import CORRUPTIONS, blurred, measure, overlap, pictures, table
 from ldm.scenes.render import render
-from ldm.scenes.scoring import Seen, accepts, holds, judged, objects, places, tally
-from ldm.scenes.statements import NAMES, Claim, Described, swaps
+from ldm.scenes.scoring import SeenObject, accepts, holds, objects, places, score, tally
+from ldm.scenes.statements import NAMES, ObjectSpec, Statement, swaps
 
 
-def seen(shape="cube", colour="red", material="matte", size="small", place=(0.0, 0.0, 0.5)) -> Seen:
-    return Seen(shape, colour, material, size, place, (0.5, 0.5), 0.9)
+def seen(shape="cube", colour="red", material="matte", size="small", place=(0.0, 0.0, 0.5)) -> SeenObject:
+    return SeenObject(shape, colour, material, size, place, (0.5, 0.5), 0.9)
 
 
-def read_perfectly(scenes: Table) -> list[list[Seen]]:
-    """What a judge without fault would see."""
+def read_perfectly(scenes: Table) -> list[list[SeenObject]]:
+    """The objects that a perfect judge would see."""
     where = places(scenes).tolist()
     return [
         [seen(o.shape, o.colour, o.material, o.size, tuple(where[row][i])) for i, o in enumerate(scene.objects)]
@@ -32,19 +32,19 @@ def read_perfectly(scenes: Table) -> list[list[Seen]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- verdicts
+# --------------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("split", ["validation", "held_out"])
-def test_a_perfect_reading_proves_all_that_is_true_and_few_lies(split):
+def test_perfect_detections_accept_all_true_statements_and_few_false_ones(split):
     scenes = draw(5, range(150), split)
-    lies = []
+    false = []
     for row, scene in zip(read_perfectly(scenes), scenes.scenes()):
-        truth = Claim.of(scene)
-        assert judged(row[::-1], truth).whole
-        lies += [(name, judged(row, claim).whole) for name, claim in swaps(truth)]
-    assert not any(taken for name, taken in lies if name in NAMES)
-    assert sum(taken for _, taken in lies) < 0.02 * len(lies)  # relations on the margin
+        truth = Statement.of(scene)
+        assert score(row[::-1], truth).correct
+        false += [(name, score(row, statement).correct) for name, statement in swaps(truth)]
+    assert not any(accepted for name, accepted in false if name in NAMES)
+    assert sum(accepted for _, accepted in false) < 0.02 * len(false)  # relations on the margin
 
 
 @pytest.mark.parametrize(
@@ -67,48 +67,54 @@ def test_relations_are_read_off_places(place, true):
     } == true
 
 
-def test_a_verdict_counts_each_part_under_the_kindest_assignment():
-    red_left_of_blue = Claim((Described("cube", "red"), Described("cone", "blue")), frozenset({(0, "left of", 1)}))
-    verdict = judged([seen("cone", "blue"), seen("cube", "green", place=(-1, 0, 0.5))], red_left_of_blue)
-    assert verdict.count
-    assert verdict.attributes == (("shape", True), ("colour", False), ("shape", True), ("colour", True))
-    assert verdict.relations == (("left of", True),)
-    assert not verdict.whole
-    counts = tally([verdict, verdict])
+def test_a_score_counts_each_part_under_the_best_assignment():
+    red_left_of_blue = Statement(
+        (ObjectSpec("cube", "red"), ObjectSpec("cone", "blue")), frozenset({(0, "left of", 1)})
+    )
+    found = score([seen("cone", "blue"), seen("cube", "green", place=(-1, 0, 0.5))], red_left_of_blue)
+    assert found.count
+    assert found.attributes == (("shape", True), ("colour", False), ("shape", True), ("colour", True))
+    assert found.relations == (("left of", True),)
+    assert not found.correct
+    counts = tally([found, found])
     assert counts["colour"] == (2, 4)
     assert (counts["whole"], counts["count"], counts["size"]) == ((0, 2), (2, 2), (0, 0))
 
 
 def test_too_few_and_too_many_objects_are_wrong():
-    claim = Claim((Described("cube"), Described("cone")), frozenset({(0, "left of", 1)}))
-    few = judged([seen("cone")], claim)
+    statement = Statement((ObjectSpec("cube"), ObjectSpec("cone")), frozenset({(0, "left of", 1)}))
+    few = score([seen("cone")], statement)
     assert (few.count, few.attributes, few.relations) == (
         False,
         (("shape", False), ("shape", True)),
         (("left of", False),),
     )
-    many = judged([seen("cone"), seen("cube", place=(-1, 0, 0.5)), seen("sphere")], claim)
+    many = score([seen("cone"), seen("cube", place=(-1, 0, 0.5)), seen("sphere")], statement)
     assert not many.count
     assert all(right for _, right in many.attributes + many.relations)
-    assert not judged([], claim).whole
+    assert not score([], statement).correct
 
 
-def test_swapped_colours_are_not_whole():
-    claim = Claim((Described("cube", "red"), Described("cone", "blue")))
-    assert judged([seen("cone", "blue"), seen("cube", "red")], claim).whole
-    assert not judged([seen("cone", "red"), seen("cube", "blue")], claim).whole
+def test_swapped_colours_are_not_correct():
+    statement = Statement((ObjectSpec("cube", "red"), ObjectSpec("cone", "blue")))
+    assert score([seen("cone", "blue"), seen("cube", "red")], statement).correct
+    assert not score([seen("cone", "red"), seen("cube", "blue")], statement).correct
 
 
-def test_a_reading_in_words():
-    probabilities = [torch.eye(kinds)[torch.arange(SEEN) % kinds][None] for kinds in KINDS]
+def test_detections_in_words():
+    probabilities = [torch.eye(kinds)[torch.arange(CANDIDATES) % kinds][None] for kinds in KINDS]
     scores = torch.tensor([[0.9, 0.8, 0.4, 0.1, 0, 0]])
-    reading = Reading(
-        scores, *probabilities, torch.rand(1, SEEN, 2), torch.rand(1, SEEN, 3), torch.rand(1, SEEN, 32, 32)
+    detections = Detections(
+        scores,
+        *probabilities,
+        torch.rand(1, CANDIDATES, 2),
+        torch.rand(1, CANDIDATES, 3),
+        torch.rand(1, CANDIDATES, 32, 32),
     )
-    first, second = objects(reading)[0]
+    first, second = objects(detections)[0]
     assert (first.shape, first.colour, first.material, first.size) == ("sphere", "red", "matte", "small")
     assert (second.shape, second.colour, second.material, second.size) == ("cube", "green", "shiny", "large")
-    assert second.place == pytest.approx(reading.place[0, 1].tolist())
+    assert second.place == pytest.approx(detections.place[0, 1].tolist())
 
 
 def test_overlap_by_hand():
@@ -117,8 +123,8 @@ def test_overlap_by_hand():
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 8:24] = 1  # half of it, and as much beside it
     nothing = [torch.ones(1, 1, kinds) for kinds in (*KINDS, 2, 3)]
-    assert overlap(Reading(torch.ones(1, 1), *nothing, mask), instances).tolist() == pytest.approx([1 / 3])
-    assert overlap(Reading(torch.zeros(1, 1), *nothing, mask), instances).tolist() == [0]
+    assert overlap(Detections(torch.ones(1, 1), *nothing, mask), instances).tolist() == pytest.approx([1 / 3])
+    assert overlap(Detections(torch.zeros(1, 1), *nothing, mask), instances).tolist() == [0]
 
 
 def test_blurring_keeps_the_mean_and_widens_a_point():
@@ -150,14 +156,14 @@ def test_the_shipped_judge_is_frozen_and_one():
 
 
 @pytest.mark.parametrize(
-    ("split", "spoilt"), [("validation", "clean"), ("held_out", "blurred"), ("held_out", "noised")]
+    ("split", "corruption"), [("validation", "clean"), ("held_out", "blurred"), ("held_out", "noised")]
 )
-def test_the_shipped_judge_reads_renders_that_nobody_has_seen(split, spoilt):
+def test_the_shipped_judge_reads_renders_that_training_never_shows(split, corruption):
     scenes = draw(77, range(200), split)
-    right = measure(pretrained.judge(), scenes, *pictures(scenes, 64), SPOIL[spoilt])
+    right = measure(pretrained.judge(), scenes, *pictures(scenes, 64), CORRUPTIONS[corruption])
     assert min(right[name] for name in ("count", *NAMES)) > 0.97, right
     assert right["whole"] > 0.9, right
-    assert right["false claims taken"] < 0.05
+    assert right["false statements accepted"] < 0.05
     assert right["mask overlap"] > 0.8
     assert "whole, three objects" in table({"a": right})
 
@@ -169,7 +175,7 @@ def test_it_reads_large_pictures_and_captions():
     assert sum(accepts(large, scenes.scenes()[1:] + scenes.scenes()[:1])) == 0
 
 
-def test_noise_alone_holds_no_claim():
+def test_noise_shows_no_statement():
     x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     assert sum(accepts(x, draw(79, range(8)).scenes())) == 0
 

@@ -129,14 +129,14 @@ def test_complete_captions_name_every_attribute_of_every_object():
         ({"bare": 1.5}, "bare: out of range; got 1.5; expected 0 to 1"),
         (
             {"bare": 0.1, "adds": ["source"]},
-            "adds: `source` has no bare floors, and instructions for captions; got bare=0.1, complete=0.0; expected 0",
+            "adds: `source` excludes `bare` and `complete`; got bare=0.1, complete=0.0; expected 0 for both",
         ),
         ({"complete": -0.1}, "complete: out of range; got -0.1; expected 0 to 1"),
         ({"full": 1.1}, "full: out of range; got 1.1; expected 0 to 1"),
-        ({"objects": 0}, "objects: out of range; got 0; expected 1 to 3, and 3 where the split is held_out"),
+        ({"objects": 0}, "objects: out of range; got 0; expected 1 to 3, and 3 for split held_out"),
         (
             {"objects": 2, "split": "held_out"},
-            "objects: out of range; got 2; expected 1 to 3, and 3 where the split is held_out",
+            "objects: out of range; got 2; expected 1 to 3, and 3 for split held_out",
         ),
         ({"split": "test"}, "split: unknown name; got test; expected one of train, validation, held_out"),
     ],

@@ -1,4 +1,4 @@
-"""Claims read off captions, and the false ones made of true ones."""
+"""Statements parsed from captions, and false ones made from true ones."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import pytest
 
 from ldm.scenes.captions import captions
 from ldm.scenes.drawing import draw
-from ldm.scenes.statements import Claim, Described, swaps
+from ldm.scenes.statements import ObjectSpec, Statement, swaps
 
 
-def implied(claim: Claim, by: Claim) -> bool:
-    """Whether some way to tell which object is which makes all of a claim part of another."""
+def implied(statement: Statement, by: Statement) -> bool:
+    """Whether some way to tell which object is which makes all of a statement part of another."""
 
     def fits(order: tuple[int, ...]) -> bool:
         named = all(
-            said in (None, getattr(by.objects[j], name))
-            for one, j in zip(claim.objects, order)
-            for name, said in vars(one).items()
+            value in (None, getattr(by.objects[j], name))
+            for one, j in zip(statement.objects, order)
+            for name, value in vars(one).items()
         )
-        return named and {(order[i], relation, order[j]) for i, relation, j in claim.relations} <= by.relations
+        return named and {(order[i], relation, order[j]) for i, relation, j in statement.relations} <= by.relations
 
-    return len(claim.objects) == len(by.objects) and any(map(fits, permutations(range(len(by.objects)))))
+    return len(statement.objects) == len(by.objects) and any(map(fits, permutations(range(len(by.objects)))))
 
 
 @pytest.mark.parametrize(
@@ -52,35 +52,35 @@ def implied(claim: Claim, by: Claim) -> bool:
         ("an astronaut on a horse", [], []),
     ],
 )
-def test_what_a_caption_says(caption, objects, relations):
-    assert Claim.read(caption) == Claim(tuple(Described(*names) for names in objects), frozenset(relations))
+def test_what_a_caption_states(caption, objects, relations):
+    assert Statement.parse(caption) == Statement(tuple(ObjectSpec(*names) for names in objects), frozenset(relations))
 
 
 @pytest.mark.parametrize("split", ["validation", "held_out"])
-def test_captions_say_what_their_scenes_show(split):
+def test_captions_state_what_their_scenes_show(split):
     table = draw(11, range(400), split)
-    full = [Claim.of(scene) for scene in table.scenes()]
-    read = [Claim.read(caption) for caption in captions(table, 11, range(400))]
-    assert all(implied(claim, truth) for claim, truth in zip(read, full))
-    wrong = sum(implied(claim, truth) for claim, truth in zip(read, full[1:] + full[:1]))
+    full = [Statement.of(scene) for scene in table.scenes()]
+    read = [Statement.parse(caption) for caption in captions(table, 11, range(400))]
+    assert all(implied(statement, truth) for statement, truth in zip(read, full))
+    wrong = sum(implied(statement, truth) for statement, truth in zip(read, full[1:] + full[:1]))
     assert wrong < 40  # a caption is rarely true of another scene
-    assert sum(bool(claim.relations) for claim in read) > 200
+    assert sum(bool(statement.relations) for statement in read) > 200
 
 
 def test_each_swap_is_false_of_its_scene_and_near_it():
     for scene in draw(12, range(40)).scenes():
-        truth = Claim.of(scene)
-        for name, claim in swaps(truth):
-            assert not implied(claim, truth)
-            changed = sum(a != b for a, b in zip(claim.objects, truth.objects))
-            assert (changed, len(claim.relations - truth.relations)) == (
+        truth = Statement.of(scene)
+        for name, statement in swaps(truth):
+            assert not implied(statement, truth)
+            changed = sum(a != b for a, b in zip(statement.objects, truth.objects))
+            assert (changed, len(statement.relations - truth.relations)) == (
                 (0, 1) if " " in name or name == "behind" else (1, 0)
             )
 
 
 def test_how_many_swaps_there_are():
     one, two = (next(s for s in draw(13, range(99)).scenes() if len(s.objects) == n) for n in (1, 2))
-    assert len(list(swaps(Claim.of(one)))) == 3 + 7 + 1 + 1
-    names = [name for name, _ in swaps(Claim.of(two))]
+    assert len(list(swaps(Statement.of(one)))) == 3 + 7 + 1 + 1
+    names = [name for name, _ in swaps(Statement.of(two))]
     assert names.count("colour") == 14
-    assert len(names) == 24 + 10 - len(Claim.of(two).relations)
+    assert len(names) == 24 + 10 - len(Statement.of(two).relations)

@@ -21,10 +21,12 @@ import torch
 import ldm.training.recipes.diffusion  # what a forked process need not import again
 import ldm.training.run  # noqa: F401
 from ldm.cli import main
+from tests import waiting
 from tests.training import toy
 
 Begin = Callable[..., list[str]]
-START, MOMENTS = 240.0, 0.05  # seconds: the longest a process may take to get going, and what a moment may be late by
+MOMENTS = 0.05  # seconds, by which a moment may be late
+MARGIN = 5  # steps before the end, in which nothing is killed that may have ended by then
 
 
 def command(run: Path, *overrides: str, config: str = toy.KL, name: str = "train-autoencoder") -> list[str]:
@@ -107,10 +109,7 @@ def last_step(run: Path) -> int:
 
 def await_step(run: Path, step: int, pid: int) -> None:
     """Return when a step has been logged, or the process has ended."""
-    patience = time.monotonic() + START
-    while last_step(run) < step and running(pid):
-        assert time.monotonic() < patience, Path(f"{run}.log").read_text()
-        time.sleep(0.002)
+    waiting.until(lambda: last_step(run) >= step or not running(pid), Path(f"{run}.log").read_text)
 
 
 def manifest(run: Path) -> dict:
@@ -124,7 +123,7 @@ def killed(argv: list[str], kills: int, steps: int, seed: int, ranks: int = 1) -
     for k in range(kills):
         pids = start(argv, ranks)
         # somewhere in the k-th part of the run, so that all parts are hit
-        await_step(run, moments.randint(k * steps // kills, (k + 1) * steps // kills - 1), pids[0])
+        await_step(run, moments.randint(k * steps // kills, (k + 1) * steps // kills - 1 - MARGIN), pids[0])
         time.sleep(moments.random() * MOMENTS)
         assert all(map(running, pids)), Path(f"{run}.log").read_text()
         for pid in pids:

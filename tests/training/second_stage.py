@@ -7,7 +7,10 @@ from pathlib import Path
 from ldm import assemble, checkpoint
 from ldm.cli import main
 from ldm.models.autoencoder import kl
-from ldm.training.recipes.diffusion import LatentDiffusionStage, build
+from ldm.training.loop import Loop
+from ldm.training.recipe import Start
+from ldm.training.recipes.diffusion import DiffusionRecipe, Schema
+from ldm.training.run import build
 from tests.models.first_stages import fill
 from tests.training import killing
 
@@ -58,7 +61,15 @@ def cached(folder: Path, *overrides: str) -> list[str]:
     return [*overrides, f"data={{type: latents, root: {folder / 'cache'}, batch_size: 8, workers: 0}}"]
 
 
-def stage_of(folder: Path, *overrides: str) -> LatentDiffusionStage:
-    """A stage that Lightning has not seen."""
+def loop_of(folder: Path, *overrides: str) -> Loop:
+    """A loop that Lightning has not seen."""
     argv = command(folder / "unused")
-    return build(*assemble.load(argv[argv.index("--config") + 1], overrides, assemble.DiffusionSchema))
+    config, loaded = assemble.load(argv[argv.index("--config") + 1], overrides, Schema)
+    return build(config, loaded, Start())
+
+
+def recipe_of(folder: Path, *overrides: str) -> DiffusionRecipe:
+    """Its recipe."""
+    recipe = loop_of(folder, *overrides).recipe
+    assert isinstance(recipe, DiffusionRecipe)
+    return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 import tempfile
@@ -12,17 +13,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm import assemble, checkpoint
+from ldm import checkpoint
 from ldm.cli import doctor as command
-from ldm.cli import main
-from ldm.training import doctor, needs
+from ldm.cli import main, train
+from ldm.training import cost, doctor
 from ldm.training import trial as trials
-from ldm.training.caption_report import Told
-from ldm.training.recipes.diffusion import LatentDiffusionStage
+from ldm.training.recipe import CaptionReport
+from ldm.training.recipes.diffusion import DiffusionRecipe, Schema
 from ldm.training.trial import follow
 from tests.training import second_stage
 from tests.training.killing import alone
-from tests.training.second_stage import cached, first_stage, stage_of
+from tests.training.second_stage import cached, first_stage, loop_of, recipe_of
 
 ROOT = Path(__file__).parent.parent.parent
 CLIP = "conditioner={type: clip, width: 32, layers: 1, heads: 2, length: 24, vocabulary: 600, weights: random}"
@@ -33,36 +34,42 @@ PIXELS = ["autoencoder=null", "conditioner=null", "guidance.cfg=1", "backbone.at
 def examined(tmp_path, monkeypatch):
     """A report of so many steps that no clock matters, from the command's own parts."""
     monkeypatch.setattr(trials, "TIMED", 3)
-    monkeypatch.setattr(trials, "LEARNED", 40)
+    monkeypatch.setattr(trials, "OVERFIT", 40)
 
     def examine(*overrides: str):
         argv = second_stage.command(tmp_path / "run")
-        file, number = command.which(argv[argv.index("--config") + 1], None)
-        assert number == 2
-        config, _ = command.load(number, file, list(overrides))
-        build = command.builder(number, file, list(overrides), None)
+        plan = plan_of(argv[argv.index("--config") + 1], *overrides)
+        assert plan.recipe == "diffusion"
+        config, _ = plan.load()
         scratch = Path(tempfile.mkdtemp(dir=tmp_path))
-        report = doctor.examine(config, build, tmp_path / "run", scratch, minutes=10)
+        report = doctor.examine(config, command.builder(plan), tmp_path / "run", scratch, minutes=10)
         assert not (tmp_path / "run").exists()
         return report
 
     return examine
 
 
-def within(stage, look):
-    """What `look` says of a stage that stands in a training."""
+def plan_of(config: str, *overrides: str) -> train.Plan:
+    """What the command reads from these words."""
+    parser = argparse.ArgumentParser()
+    command.options(parser)
+    return command.read_plan(parser.parse_args([config, *overrides]))
 
-    def course(stage):
-        found = look(stage)
+
+def within(loop, look):
+    """What `look` returns for a loop in training."""
+
+    def script(loop):
+        found = look(loop)
         yield
         return found
 
-    return follow(stage, course)
+    return follow(loop, script)
 
 
 def kinds(report) -> dict[str, str]:
     """What is said of each thing but the loader, which is as fast as this machine happens to be."""
-    return {name: verdict.kind for verdict in report.verdicts if (name := verdict.text.split(":")[0]) != "loader"}
+    return {name: finding.kind for finding in report.findings if (name := finding.text.split(":")[0]) != "loader"}
 
 
 THINGS = ("data", "captions", "dropped", "latents", "memory", "disk", "resume", "one batch")
@@ -90,10 +97,10 @@ def test_a_cache_is_examined_alike(examined, tmp_path):
 
 def test_latents_are_those_that_are_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "PIECE", 3)
-    stage = stage_of(tmp_path, "trainer.accumulate=2")
-    found = within(stage, lambda stage: trials.latents_of(stage, 60.0))
-    batches = doctor.first_batch(stage)
-    z = torch.cat([stage.latents(next(batches)) for _ in range(2)]).double().numpy()  # (8, 4, 8, 8)
+    loop = loop_of(tmp_path, "trainer.accumulate=2")
+    found = within(loop, lambda loop: trials.measure_latents(loop, 60.0))
+    batches = doctor.first_batch(loop)
+    z = torch.cat([loop.recipe.latents(next(batches)) for _ in range(2)]).double().numpy()  # (8, 4, 8, 8)
     assert found == pytest.approx((8, z.min(), z.max(), z.mean(), z.std(ddof=1)), abs=1e-5)
 
 
@@ -109,41 +116,42 @@ def test_another_scale_of_latents_is_warned_of(examined, tmp_path):
 
 
 def test_pixels_are_no_latents(tmp_path):
-    stage = stage_of(tmp_path, *PIXELS)
-    assert within(stage, lambda stage: trials.latents_of(stage, 60.0)) is None
-    assert stage.told([]) is None
+    loop = loop_of(tmp_path, *PIXELS)
+    assert within(loop, lambda loop: trials.measure_latents(loop, 60.0)) is None
+    assert loop.recipe.caption_report([]) is None
 
 
 def test_captions_are_counted_in_the_encoder_s_tokens(tmp_path):
-    stage = stage_of(tmp_path, "conditioner.length=8")
-    tokenizer = stage.conditioner.require_tokenizer()
+    recipe = recipe_of(tmp_path, "conditioner.length=8")
+    tokenizer = recipe.conditioner.require_tokenizer()
     words = ["a", "red", "cube", "and", "a", "red", "cube", "and", "a", "red", "cube"]
     fits = next(n for n in range(len(words), 0, -1) if len(tokenizer.encode(" ".join(words[:n]))) <= 6)
     captions = ["", " ".join(words[:fits]), " ".join(words[: fits + 1]), " ".join(words)]
-    assert stage.told(captions) == Told(room=6, longer=2, drops={"caption": 0.3}, guided=True)
+    expected = CaptionReport(max_tokens=6, truncated=2, drops={"caption": 0.3}, guided=True)
+    assert recipe.caption_report(captions) == expected
     tokenizer.start = None  # as T5 has it: a token more is read
-    assert stage.told(captions).room == 7
+    assert recipe.caption_report(captions).max_tokens == 7
 
 
 @pytest.mark.parametrize(
-    ("empty", "told", "expected"),
+    ("empty", "captions", "expected"),
     [
-        (10, Told(77, 10, {"caption": 0.1}, True), ["ok", "ok"]),
-        (11, Told(77, 0, {"caption": 0.1}, True), ["warning", "ok"]),
-        (0, Told(77, 11, {"caption": 0.1}, True), ["warning", "ok"]),
-        (0, Told(77, 0, {"caption": 0.0}, True), ["ok", "warning"]),
-        (0, Told(77, 0, {"caption": 0.0}, False), ["ok", "ok"]),
-        (0, Told(0, 0, {"label": 0.1}, True), ["ok"]),
+        (10, CaptionReport(77, 10, {"caption": 0.1}, True), ["ok", "ok"]),
+        (11, CaptionReport(77, 0, {"caption": 0.1}, True), ["warning", "ok"]),
+        (0, CaptionReport(77, 11, {"caption": 0.1}, True), ["warning", "ok"]),
+        (0, CaptionReport(77, 0, {"caption": 0.0}, True), ["ok", "warning"]),
+        (0, CaptionReport(77, 0, {"caption": 0.0}, False), ["ok", "ok"]),
+        (0, CaptionReport(0, 0, {"label": 0.1}, True), ["ok"]),
         (100, None, []),
     ],
 )
-def test_what_is_missing_from_captions_is_warned_of(empty, told, expected, tmp_path):
-    stage = stage_of(tmp_path)
-    found = doctor.survey(stage, 0.01)
-    found.captions, found.empty, found.told = 100, empty, told
-    report = doctor.Report(stage.plan, 8)
-    doctor.look_at_captions(report, found)
-    assert [verdict.kind for verdict in report.verdicts] == expected
+def test_what_is_missing_from_captions_is_warned_of(empty, captions, expected, tmp_path):
+    loop = loop_of(tmp_path)
+    found = doctor.survey(loop, 0.01)
+    found.captions, found.empty, found.caption_report = 100, empty, captions
+    report = doctor.Report(loop.settings, 8)
+    doctor.check_captions(report, found)
+    assert [finding.kind for finding in report.findings] == expected
 
 
 # ----------------------------------------------------------------------------------------------- memory and speed
@@ -152,16 +160,17 @@ def test_what_is_missing_from_captions_is_warned_of(empty, told, expected, tmp_p
 def test_bytes_by_part_and_by_rank(tmp_path):
     """What is frozen has no gradients and is not sharded."""
 
-    def look(stage):
-        stage.plan.__dict__["strategy"] = "fsdp2"
-        return needs.needs_of(stage, 1), needs.needs_of(stage, 4)
+    def look(loop):
+        loop.settings.__dict__["strategy"] = "fsdp2"
+        return cost.memory_of(loop, 1), cost.memory_of(loop, 4)
 
-    stage = stage_of(tmp_path, CLIP)
-    one, four = within(stage, look)
-    trained = 4 * sum(p.numel() for p in stage.denoiser.backbone.parameters())
-    held = [x for m in (stage.autoencoder, stage.conditioner) for x in (*m.parameters(), *m.buffers())]
+    loop = loop_of(tmp_path, CLIP)
+    recipe = loop.recipe
+    one, four = within(loop, look)
+    trained = 4 * sum(p.numel() for p in recipe.denoiser.backbone.parameters())
+    held = [x for m in (recipe.autoencoder, recipe.conditioner) for x in (*m.parameters(), *m.buffers())]
     frozen = sum(x.nbytes for x in held)
-    buffers = sum(x.nbytes for x in stage.denoiser.buffers())
+    buffers = sum(x.nbytes for x in recipe.denoiser.buffers())
     assert (one.weights, four.weights) == (trained + frozen + buffers, trained // 4 + frozen + buffers)
     assert (one.gradients, one.optimizer, one.averages) == (trained, 2 * trained, trained)
     assert (four.gradients, four.optimizer, four.averages) == (trained // 4, trained // 2, trained // 4)
@@ -171,16 +180,16 @@ def test_bytes_by_part_and_by_rank(tmp_path):
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_operations_are_an_encoding_and_three_passes_of_what_learns(checkpointing, tmp_path):
     """Less the gradients of latents and of times, which nobody asks for."""
-    stage = stage_of(tmp_path, f"backbone.checkpointing={checkpointing}")
-    text = stage.conditioner
+    loop = loop_of(tmp_path, f"backbone.checkpointing={checkpointing}")
+    recipe, text = loop.recipe, loop.recipe.conditioner
     x, t = torch.zeros(1, 4, 8, 8), torch.zeros(1)
     with torch.no_grad():
-        told = text.encode(text.tokenize(["a red cube"]))
+        states = text.encode(text.tokenize(["a red cube"]))
         found, attention = {}, {}
         for name, work in {
-            "encode": lambda: stage.autoencoder.encode(torch.zeros(1, 3, 16, 16)),
+            "encode": lambda: recipe.autoencoder.encode(torch.zeros(1, 3, 16, 16)),
             "text": lambda: text.encode(text.tokenize(["a red cube"])),
-            "backbone": lambda: stage.denoiser.backbone(x, t, tokens=told.tokens, mask=told.mask),
+            "backbone": lambda: recipe.denoiser.backbone(x, t, tokens=states.tokens, mask=states.mask),
         }.items():
             with FlopCounterMode(display=False) as counter:
                 work()
@@ -189,13 +198,13 @@ def test_operations_are_an_encoding_and_three_passes_of_what_learns(checkpointin
     conv, linear = 2 * 8 * 8 * 32 * 4 * 9, 2 * 32 * 128  # the backbone's first ones
     expected = found["encode"] + 2 * 3 * found["text"] + 3 * found["backbone"] - conv - linear  # and the null text
     again = attention["text"] + attention["backbone"] // 2  # products of queries and keys, in the backward pass
-    assert within(stage, needs.flops_of) == expected + again
+    assert within(loop, cost.flops_of) == expected + again
 
 
 def test_one_of_two_processes_is_tried(examined, tmp_path):
     report = examined("trainer.devices=2", "trainer.steps=4", "optimizer.lr=3e-3", "conditioner.length=77")
     (phase,) = report.trial.phases
-    assert phase.flops == 4 * within(stage_of(tmp_path, "conditioner.length=77"), needs.flops_of)
+    assert phase.flops == 4 * within(loop_of(tmp_path, "conditioner.length=77"), cost.flops_of)
     assert report.images_per_second == pytest.approx(4 * 8 / report.seconds)
     assert set(kinds(report).values()) == {"ok"}
 
@@ -209,14 +218,13 @@ def test_each_trial_begins_with_the_weights_of_the_file(tmp_path):
     assert main(argv[:-1]) == 0
     file = tmp_path / "run" / "model.safetensors"
     overrides = [f"conditioner={file}", f"autoencoder={file}", "optimizer.lr=1"]
-    config = Path(argv[argv.index("--config") + 1])
-    checked, _ = command.load(2, config, overrides)
-    build = command.builder(2, config, overrides, None)
-    before = {name: x.clone() for name, x in build(checked).conditioner.state_dict().items()}
+    plan = plan_of(argv[argv.index("--config") + 1], *overrides)
+    (checked, _), build = plan.load(), command.builder(plan)
+    before = {name: x.clone() for name, x in build(checked).recipe.conditioner.state_dict().items()}
     trained = build(checked)
-    follow(trained, partial(trials.learned, seconds=0))
-    assert not torch.equal(trained.conditioner.transformer.tokens.weight, before["transformer.tokens.weight"])
-    for name, x in build(checked).conditioner.state_dict().items():
+    follow(trained, partial(trials.overfit, seconds=0))
+    assert not torch.equal(trained.recipe.conditioner.transformer.tokens.weight, before["transformer.tokens.weight"])
+    for name, x in build(checked).recipe.conditioner.state_dict().items():
         assert torch.equal(x, before[name])
 
 
@@ -231,10 +239,10 @@ def test_the_next_200_steps_are_as_fast_as_was_said(tmp_path):
     quiet = ["trainer.validate_every=10000", "trainer.save_every=10000", f"autoencoder={tmp_path}/first.safetensors"]
     quiet += ["data.batch_size=16", "trainer.validate_images=16"]
     file = ROOT / "configs" / "ldm" / "scenes.yaml"
-    config, _ = command.load(2, file, quiet)
+    plan = plan_of(str(file), *quiet)
+    config, _ = plan.load()
     (tmp_path / "scratch").mkdir()
-    build = command.builder(2, file, quiet, None)
-    report = doctor.examine(config, build, tmp_path / "run", tmp_path / "scratch", minutes=4)
+    report = doctor.examine(config, command.builder(plan), tmp_path / "run", tmp_path / "scratch", minutes=4)
     said = 16 / report.trial.phases[0].seconds
     argv = ["train-ldm", "--config", str(file), "--run", str(tmp_path / "run"), *quiet]
     assert alone([*argv, "trainer.steps=226"]) == 0
@@ -246,9 +254,9 @@ def test_the_next_200_steps_are_as_fast_as_was_said(tmp_path):
     assert abs(said / took - 1) < 0.2
 
 
-def test_the_stage_is_the_one_of_training(tmp_path):
+def test_the_recipe_is_the_one_of_training(tmp_path):
     argv = second_stage.command(tmp_path / "run")
-    config = Path(argv[argv.index("--config") + 1])
-    checked, _ = command.load(2, config, [])
-    assert checked.schema is assemble.DiffusionSchema
-    assert isinstance(command.builder(2, config, [], None)(checked), LatentDiffusionStage)
+    plan = plan_of(argv[argv.index("--config") + 1])
+    checked, _ = plan.load()
+    assert checked.schema is Schema
+    assert isinstance(command.builder(plan)(checked).recipe, DiffusionRecipe)

@@ -15,8 +15,8 @@ from ldm import checkpoint
 from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.models.autoencoder import Autoencoder
-from ldm.training import checkpointing, logs, run, utilisation
-from ldm.training.recipes.autoencoder import AutoencoderStage
+from ldm.training import checkpointing, cost, logs, run
+from ldm.training.loop import Loop
 from tests.data.photographs import photograph
 from tests.training import second_stage
 from tests.training.killing import await_step, command, last_step, manifest, rows, start, started, toy_data, wait
@@ -39,7 +39,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, code, tmp_path):
     os.kill(pid, number)
     assert wait([pid]) == [code]
     assert 13 <= (step := manifest(tmp_path / "run")["step"]) == last_step(tmp_path / "run") < 25
-    assert f"stopped: step {step} is saved, and the same command goes on\n" in (tmp_path / "run.log").read_text()
+    assert f"stopped: step {step} is saved; the same command resumes\n" in (tmp_path / "run.log").read_text()
     assert wait(start(broken)) == [0]
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     assert manifest(tmp_path / "run") == manifest(tmp_path / "straight")
@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch
     assert main(argv[:-1]) == 4
     text = capsys.readouterr().err.splitlines()[-1]
     assert "No space left" in text
-    assert "the last whole checkpoint is" in text
+    assert "the last valid checkpoint is" in text
     assert "00000005" in text
     found = checkpointing.newest(tmp_path / "run")
     assert found
@@ -98,7 +98,7 @@ def test_a_full_disk_is_named_wherever_it_is_met(write, tmp_path, monkeypatch, c
     assert main(argv[:-1]) == 4
     text = capsys.readouterr().err.splitlines()[-1]
     assert "No space left" in text
-    assert "the last whole checkpoint is" in text
+    assert "the last valid checkpoint is" in text
 
 
 @pytest.mark.parametrize(
@@ -133,17 +133,17 @@ def damage(run, step: int) -> None:
     state.write_bytes(data)
 
 
-@pytest.mark.filterwarnings("ignore:.*is damaged and passed over")
+@pytest.mark.filterwarnings("ignore:.*is damaged and was skipped")
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     argv = command(tmp_path / "run")
     assert main(argv[:-1]) == 0
     before = manifest(tmp_path / "run")
     damage(tmp_path / "run", 10)
-    with pytest.warns(UserWarning, match="00000010 is damaged and passed over"):
+    with pytest.warns(UserWarning, match="00000010 is damaged and was skipped"):
         assert checkpointing.newest(tmp_path / "run")[1]["step"] == 5
     capsys.readouterr()
     assert main(argv[:-1]) == 0
-    assert "goes on from step 5" in capsys.readouterr().out
+    assert "resumes from step 5" in capsys.readouterr().out
     assert manifest(tmp_path / "run") == before
 
 
@@ -180,13 +180,13 @@ def test_where_one_process_can_read_no_checkpoint_none_begins(broken, tmp_path, 
     assert statuses == [4, 4], [(tmp_path / f"{name}.log").read_text() for name in ("run", "other")]
     errors = {(tmp_path / f"{name}.log").read_text().splitlines()[-1] for name in ("run", "other")}
     rank = ("run", "other").index(broken)
-    got = f"process {rank}: no checkpoint can be read ({tmp_path / broken}); got 00000010, 00000005; expected"
+    got = f"process {rank}: all checkpoints are damaged ({tmp_path / broken}); got 00000010, 00000005; expected"
     assert len(errors) == 1
     assert errors.pop().startswith(f"error: {got}")
     assert {file: file.read_bytes() for file in files_before} == files_before
 
 
-@pytest.mark.filterwarnings("ignore:.*is damaged and passed over")
+@pytest.mark.filterwarnings("ignore:.*is damaged and was skipped")
 def test_nothing_begins_anew_on_top_of_what_cannot_be_read(tmp_path, capsys):
     argv = command(tmp_path / "run")
     assert main(argv[:-1]) == 0
@@ -195,7 +195,7 @@ def test_nothing_begins_anew_on_top_of_what_cannot_be_read(tmp_path, capsys):
     damage(tmp_path / "run", 10)
     capsys.readouterr()
     assert main(argv[:-1]) == 4
-    assert "no checkpoint can be read" in capsys.readouterr().err
+    assert "all checkpoints are damaged" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in files_before} == files_before
 
 
@@ -211,7 +211,7 @@ def test_weights_without_checkpoints_are_no_run_to_go_on_with(tmp_path, capsys):
     weights = (tmp_path / "run/model.safetensors").read_bytes()
     for more in ([], ["--dry-run"]):
         assert main([*argv[:-1], *more]) == 2
-        assert "weights alone are no run to go on with" in capsys.readouterr().err
+        assert "no checkpoint to resume from, only exported weights" in capsys.readouterr().err
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
 
 
@@ -222,7 +222,7 @@ def test_other_data_are_refused(tmp_path, capsys):
     said.write_text(said.read_text().replace('"samples": 40', '"samples": 41'))
     assert main([*argv[:-1], "trainer.steps=6"]) == 2
     error = capsys.readouterr().err
-    assert "begun with other data" in error
+    assert "started with other data" in error
     assert "got 40 samples an epoch; expected 41 samples an epoch, as before" in error
 
 
@@ -247,7 +247,7 @@ def test_other_pictures_are_refused_though_they_are_as_many(tmp_path, monkeypatc
     for more in (["trainer.steps=3"], ["--dry-run"]):
         assert main([*argv, other, *more]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: --run: begun with other data")
+        assert error.startswith("error: --run: started with other data")
         assert f"expected sha256 {digest[:10]}, as before" in error
 
 
@@ -264,7 +264,7 @@ def test_a_signal_before_the_first_step_saves_too(tmp_path, monkeypatch):
 
 
 def test_the_scale_of_latents_is_the_same_wherever_a_run_stood(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.latent_statistics.COST", 1)
+    monkeypatch.setattr("ldm.training.latent_statistics.SHARE", 1)
     monkeypatch.setattr("ldm.training.latent_statistics.BATCH", 8)
     for name, stops in {"straight": [10], "broken": [4, 9, 10]}.items():
         for steps in stops:
@@ -274,13 +274,13 @@ def test_the_scale_of_latents_is_the_same_wherever_a_run_stood(tmp_path, monkeyp
     assert broken.config["fingerprint"] == straight.config["fingerprint"]
 
 
-@pytest.mark.parametrize("change", [[], ["train=decoder", "discriminator=null"], VQ])
+@pytest.mark.parametrize("change", [[], ["recipe.train=decoder", "discriminator=null"], VQ])
 def test_a_checkpoint_is_as_large_as_was_said(change, tmp_path, monkeypatch):
     first = command(tmp_path / "first", "trainer.steps=1")
-    decoder = ["--init-from", str(tmp_path / "first/model.safetensors")] if "train=decoder" in change else []
+    decoder = ["--init-from", str(tmp_path / "first/model.safetensors")] if "recipe.train=decoder" in change else []
     assert not decoder or main(first[:-1]) == 0
-    said, needed = [], run.disk_needed
-    monkeypatch.setattr(run, "disk_needed", lambda stage: said.append(needed(stage)) or said[-1])
+    said, needed = [], run.bytes_needed
+    monkeypatch.setattr(run, "bytes_needed", lambda loop: said.append(needed(loop)) or said[-1])
     assert main([*command(tmp_path / "run", *change, "trainer.steps=5")[:-1], *decoder]) == 0
     written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
     assert said[0] == pytest.approx(written, rel=0.1)
@@ -289,7 +289,7 @@ def test_a_checkpoint_is_as_large_as_was_said(change, tmp_path, monkeypatch):
 def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
     (tmp_path / "run").write_text("a file where the folder should be")
     assert main(command(tmp_path / "run")[:-1]) == 2
-    assert "--run: cannot be written to" in capsys.readouterr().err
+    assert "--run: not writable" in capsys.readouterr().err
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
@@ -317,7 +317,7 @@ def poison(monkeypatch, steps: set[int]) -> None:
         return reconstruction, bottled
 
     monkeypatch.setattr(Autoencoder, "forward", broken)
-    monkeypatch.setattr(utilisation, "counted", lambda stage: {})  # which passes forward too
+    monkeypatch.setattr(cost, "flops_by_phase", lambda loop: {})  # which passes forward too
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, monkeypatch):
@@ -331,14 +331,14 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, m
 
 def test_a_second_turn_without_a_finite_gradient_counts_too(tmp_path, monkeypatch, capsys):
     """A discriminator that never learns must not go unnoticed."""
-    clipped = AutoencoderStage._clipped
+    clip = Loop._clip
 
     def broken(self, optimizer):
-        norm = clipped(self, optimizer)
+        norm = clip(self, optimizer)
         return norm * float("inf") if optimizer is self.optimizers_by_group()["discriminator"] else norm
 
-    monkeypatch.setattr(AutoencoderStage, "_clipped", broken)
-    assert main(command(tmp_path / "run", "two_forwards=true")[:-1]) == 5
+    monkeypatch.setattr(Loop, "_clip", broken)
+    assert main(command(tmp_path / "run", "recipe.two_forwards=true")[:-1]) == 5
     assert "5 steps in a row without a finite gradient" in capsys.readouterr().err
 
 

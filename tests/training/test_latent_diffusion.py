@@ -14,7 +14,8 @@ from ldm.cli import main
 from ldm.data.loader import loader
 from ldm.draws import draw, stream
 from tests.training.killing import assert_same_after_kills, manifest, rows, start, wait
-from tests.training.second_stage import cached, command, stage_of
+from tests.training.rounding import drift
+from tests.training.second_stage import cached, command, loop_of, recipe_of
 
 DOUBLE = ["trainer.precision=64-true"]
 V = ["path={type: scaled_linear}", "prediction.type=v", "draw={type: uniform}", "weight={type: min_snr}"]
@@ -55,15 +56,15 @@ def v(u, x0, noise):
     return a * x0 + s * noise, k, a * noise - s * x0, snr.clamp(max=5) / (snr + 1)
 
 
-def by_hand(stage, steps: int, formula):
+def by_hand(recipe, steps: int, formula):
     """The same training, written out: backbone, text encoder and their averages after so many steps."""
-    networks = [copy.deepcopy(m).double() for m in (stage.denoiser.backbone, stage.conditioner, stage.autoencoder)]
+    networks = [copy.deepcopy(m).double() for m in (recipe.denoiser.backbone, recipe.conditioner, recipe.autoencoder)]
     backbone, text, autoencoder = networks
     parameters = {f"denoiser.backbone.{name}": p for name, p in backbone.named_parameters()}
     parameters |= {f"conditioner.{name}": p for name, p in text.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
     averages = {name: p.detach().clone() for name, p in parameters.items()}
-    for step, batch in zip(range(steps), loader(stage.data, 3)):
+    for step, batch in zip(range(steps), loader(recipe.data, 3)):
         x0 = autoencoder.encode((batch["image"] / 127.5 - 1).double()).detach()
         u, noise = draw(stream(3, "loss"), batch["number"].tolist(), 2, (4, 8, 8))
         captions = ["" if row[1] < 0.3 else caption for row, caption in zip(u.tolist(), batch["caption"])]
@@ -85,11 +86,11 @@ def by_hand(stage, steps: int, formula):
 def test_training_is_the_loop_written_out_by_hand(formula, overrides, tmp_path):
     overrides = [*DOUBLE, *overrides, "trainer.steps=5"]
     assert main(command(tmp_path / "run", *overrides)[:-1]) == 0
-    parameters, averages = by_hand(stage_of(tmp_path, *overrides), 5, formula)
-    trained = state_of(tmp_path / "run")
+    parameters, averages = by_hand(recipe_of(tmp_path, *overrides), 5, formula)
+    trained, within = state_of(tmp_path / "run"), drift(5, terms=8 * 8 * 8)  # places of a batch's latents
     for name, p in parameters.items():
-        torch.testing.assert_close(trained[f"model/{name}"], p.detach(), rtol=0, atol=1e-10)
-        torch.testing.assert_close(trained[f"ema/{name}"], averages[name], rtol=0, atol=1e-10)
+        torch.testing.assert_close(trained[f"model/{name}"], p.detach(), rtol=0, atol=within)
+        torch.testing.assert_close(trained[f"ema/{name}"], averages[name], rtol=0, atol=within)
     assert {name.partition(".")[0] for name in trained if name.startswith("model/")} == {
         "model/denoiser",
         "model/conditioner",
@@ -103,7 +104,7 @@ def test_a_frozen_encoder_is_not_trained_nor_in_checkpoints(tmp_path):
     assert main(command(tmp_path / "run", CLIP, "trainer.steps=2")[:-1]) == 0
     assert not [name for name in state_of(tmp_path / "run") if "conditioner" in name or "autoencoder" in name]
     exported = load_file(tmp_path / "run" / "model.safetensors")
-    before = stage_of(tmp_path, CLIP).conditioner.state_dict()
+    before = recipe_of(tmp_path, CLIP).conditioner.state_dict()
     assert before
     for name, x in before.items():
         assert torch.equal(x, exported[f"conditioner.{name}"])
@@ -118,7 +119,7 @@ def test_a_frozen_encoder_that_a_run_began_with_stays(tmp_path):
         assert main([*began, f"trainer.steps={steps}"]) == 0
     theirs, ours = (load_file(file) for file in (first, run / "model.safetensors"))
     names = [name for name in theirs if name.startswith("conditioner.")]
-    own = stage_of(tmp_path, CLIP).conditioner.state_dict()
+    own = recipe_of(tmp_path, CLIP).conditioner.state_dict()
     assert any(not torch.equal(own[name.removeprefix("conditioner.")], theirs[name]) for name in names)
     assert all(torch.equal(ours[name], theirs[name]) for name in names)
 
@@ -127,7 +128,7 @@ def test_all_of_a_batch_is_moved_but_its_numbers(tmp_path):
     """Also the states of a cache, which are dictionaries in a dictionary."""
     batch = {"number": torch.zeros(2), "latents": torch.zeros(2), "caption": ["", ""]}
     batch |= {"states": {"caption": {"tokens": torch.zeros(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.bool)}}}
-    to_device = stage_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
+    to_device = loop_of(tmp_path).transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert isinstance(to_device["number"], np.ndarray)  # a tensor would be moved by DistributedDataParallel
     assert to_device["latents"].device.type == "meta"
     assert {x.device.type for x in to_device["states"]["caption"].values()} == {"meta"}
@@ -185,7 +186,7 @@ def test_two_processes_are_one_in_float32(tmp_path):
     assert wait(start(two, ranks=2)) == [0, 0], (tmp_path / "two.log").read_text()
     ours, theirs = state_of(tmp_path / "one"), state_of(tmp_path / "two")
     assert_near(ours, theirs, within=1e-6)
-    begun = stage_of(tmp_path, *sgd).denoiser.backbone.out.weight
+    begun = recipe_of(tmp_path, *sgd).denoiser.backbone.out.weight
     assert (ours["model/denoiser.backbone.out.weight"] - begun).abs().max() > 1e-4
 
 

@@ -13,7 +13,7 @@ import ldm
 from ldm import checkpoint, pictures
 from ldm.cli import main
 from ldm.conditioning.tokenizer import BPE, clip_tokenizer
-from ldm.training.recipes.diffusion import LatentDiffusionStage
+from ldm.models.autoencoder import Autoencoder
 from tests.data.photographs import photograph
 from tests.test_pipeline import ask_ours, ask_theirs, distance
 from tests.training.second_stage import command, first_stage
@@ -29,13 +29,13 @@ def same(a, b) -> int:
 
 
 def test_the_file_makes_the_pictures_that_the_averages_made_in_memory(tmp_path, monkeypatch):
-    made, latents = [], LatentDiffusionStage.decode
+    made, decode = [], Autoencoder.decode
 
     def watched(self, z):
-        made.append(latents(self, z))
+        made.append(decode(self, z))
         return made[-1]
 
-    monkeypatch.setattr(LatentDiffusionStage, "decode", watched)
+    monkeypatch.setattr(Autoencoder, "decode", watched)
     assert main(command(tmp_path / "run", "trainer.steps=10", "optimizer.lr=1e-2")[:-1]) == 0
     file = tmp_path / "run" / "model.safetensors"
     shown = pictures.to_pil(made[-1])  # of the last validation
@@ -110,7 +110,7 @@ def test_init_from_begins_with_the_weights_of_a_file(tmp_path, capsys):
     assert len(table) == 14
     no_denoiser = str(tmp_path / "first.safetensors")
     assert main(command(tmp_path / "none", "--init-from", no_denoiser)[:-1]) == 4
-    assert "--init-from: no denoiser inside" in capsys.readouterr().err
+    assert "--init-from: no denoiser in this file" in capsys.readouterr().err
 
 
 def test_a_published_file_is_believed_no_autoencoder_but_its_own(tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_a_published_file_is_believed_no_autoencoder_but_its_own(tmp_path, capsy
     other = f"autoencoder={tmp_path / 'other.safetensors'}"
     assert main(command(tmp_path / "another", SD[0], other, *begun)[:-1]) == 4
     line = capsys.readouterr().err
-    assert line.startswith(f"error: autoencoder: not the one that the denoiser was trained with ({theirs}); got ")
+    assert line.startswith(f"error: autoencoder: not the one the denoiser was trained with ({theirs}); got ")
     assert line.endswith(f"; try autoencoder={theirs}\n")
     assert main(command(tmp_path / "same", SD[0], other, *begun)[:-1]) == 4
     assert capsys.readouterr().err.endswith("; try another --run\n")

@@ -14,34 +14,32 @@ from ldm.conditioning.compose import Compose
 from ldm.conditioning.label import Label
 from ldm.conditioning.layout import Layout
 from ldm.data.derived import rectangles, with_derived
-from ldm.distributed import Rank
 from ldm.draws import draw, stream
-from ldm.training.loop import SCALE, Stage
-from ldm.training.loss_by_level import BINS, LossByLevel
-from ldm.training.recipes import diffusion as stage_module
+from ldm.training.loop import SCALE
+from ldm.training.recipes import diffusion
+from ldm.training.validation import BINS, LossByLevel
 from tests.training.killing import rows
-from tests.training.second_stage import command, stage_of
+from tests.training.second_stage import command, loop_of, recipe_of
 
 ASKS = [(i, i, 0) for i in range(8)]
 TEXT = "{type: joint_text, width: 32, layers: 1, heads: 2, vocabulary: 600}"
 TABLE = ["path={type: scaled_linear}", "draw={type: uniform}", "spacing={type: leading, steps: 3}"]
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """No trainer, one process."""
-    monkeypatch.setattr(Stage, "rank", Rank())
+def prepared(recipe, batch):
+    """A batch as the loader's workers leave it."""
+    return recipe.preparation()(batch)
 
 
-def theirs(stage, batch, kind: str):
+def theirs(recipe, batch, kind: str):
     """diffusers' text-to-image example: its scheduler's noise and velocity, its min-SNR weights."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
-    x0, condition = stage.latents(batch), stage.conditioner(batch)
+    x0, condition = recipe.latents(batch), recipe.conditioner(batch)
     u, noise = draw(stream(3, "loss"), batch["number"].tolist(), 2, x0.shape[1:])
     dropped = u[:, 1] < 0.3
-    empty = stage.conditioner({"caption": [""] * len(x0)})
+    empty = recipe.conditioner({"caption": [""] * len(x0)})
     tokens = torch.where(dropped[:, None, None], empty.tokens, condition.tokens)
     mask = torch.where(dropped[:, None], empty.mask, condition.mask)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -50,43 +48,43 @@ def theirs(stage, batch, kind: str):
     target = noise if kind == "eps" else scheduler.get_velocity(x0, noise, k)
     snr = compute_snr(scheduler, k)
     weight = torch.stack([snr, 5.0 * torch.ones_like(k)], dim=1).min(dim=1)[0] / (snr + (kind == "v"))
-    y = stage.denoiser.backbone(x, k, tokens, mask)
+    y = recipe.denoiser.backbone(x, k, tokens, mask)
     loss = nn.functional.mse_loss(y.float(), target.float(), reduction="none")
     return (loss.mean(dim=list(range(1, len(loss.shape)))) * weight).mean()
 
 
-def gradients(stage, loss) -> list[torch.Tensor]:
-    parameters = [p for _, p in stage.groups()["denoiser"]]
+def gradients(recipe, loss) -> list[torch.Tensor]:
+    parameters = [p for _, p in recipe.groups()["denoiser"]]
     return torch.autograd.grad(loss, parameters)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 def test_loss_and_gradients_are_those_of_diffusers_with_min_snr(kind, tmp_path):
-    stage = stage_of(tmp_path, *TABLE, f"prediction.type={kind}", "weight={type: min_snr}")
-    for p in stage.denoiser.parameters():
+    recipe = recipe_of(tmp_path, *TABLE, f"prediction.type={kind}", "weight={type: min_snr}")
+    for p in recipe.denoiser.parameters():
         nn.init.normal_(p, std=0.05)  # or the network's last layer is zero
-    batch = stage.data.batch(ASKS, 3)
-    loss, report = stage.loss(batch, ("denoiser",))
-    expected = theirs(stage, batch, kind)
+    batch = recipe.data.batch(ASKS, 3)
+    loss, report = recipe.loss(prepared(recipe, batch), ("denoiser",))
+    expected = theirs(recipe, batch, kind)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert report["loss/unweighted"].item() != pytest.approx(loss.item(), rel=1e-2)
-    ours, others = (torch.cat([g.flatten() for g in gradients(stage, each)]) for each in (loss, expected))
+    ours, others = (torch.cat([g.flatten() for g in gradients(recipe, each)]) for each in (loss, expected))
     assert (ours - others).norm() < 1e-5 * others.norm()
 
 
 def test_each_part_is_dropped_at_its_own_rate_and_keyed(tmp_path):
     """And what is dropped is the same whatever the batch."""
-    stage = stage_of(tmp_path, "conditioner=null", "data.batch_size=4")
-    stage.conditioner = Compose(
+    recipe = recipe_of(tmp_path, "conditioner=null", "data.batch_size=4")
+    recipe.conditioner = Compose(
         parts=[Label(classes=5, null=4, width=8, drop=0.2), Layout(classes=3, width=8, drop=0.7)]
     )
-    stage.drops = stage.conditioner.parts
+    recipe.drops = recipe.conditioner.parts
     seen: dict[str, list[torch.Tensor]] = {"label": [], "boxes": []}
-    stage.condition = lambda batch, x0, drop: [seen[part].append(drop[part]) for part in drop] and None
+    recipe.condition = lambda batch, x0, drop: [seen[part].append(drop[part]) for part in drop] and None
+    recipe.denoiser.loss = lambda x0, *_: x0.mean((1, 2, 3))
     for start in range(0, 4000, 500):
         batch = {"number": torch.arange(start, start + 500), "latents": torch.zeros(500, 4, 2, 2)}
-        stage.losses = lambda x0, *_: (x0.mean((1, 2, 3)),) * 2
-        stage.loss(batch, ("denoiser",))
+        recipe.loss(prepared(recipe, batch), ("denoiser",))
     label, boxes = (torch.cat(flags) for flags in seen.values())
     assert label.double().mean() == pytest.approx(0.2, abs=0.02)
     assert boxes.double().mean() == pytest.approx(0.7, abs=0.02)
@@ -109,23 +107,29 @@ class Knowing(nn.Module):
         return self.answer + self.error(t / 1000)[:, None, None, None]
 
 
-def test_the_loss_by_level_is_that_of_the_level(tmp_path, alone, monkeypatch):
-    stage = stage_of(tmp_path, "draw={type: uniform}", "trainer.validate_images=64", "data.size=640")
+@torch.no_grad()
+def validation_loss(recipe) -> dict[str, float]:
+    """What a validation logs of the loss."""
+    return recipe.loss_by_level.measure(recipe.validation_losses, recipe.rank)
+
+
+def test_the_loss_by_level_is_that_of_the_level(tmp_path):
+    recipe = recipe_of(tmp_path, "draw={type: uniform}", "trainer.validate_images=64", "data.size=640")
     knowing = Knowing(lambda t: t)
-    losses = stage.losses
+    loss = recipe.denoiser.loss
 
     def answering(x0, level, noise, condition):
         knowing.answer = noise - x0
-        return losses(x0, level, noise, condition)
+        return loss(x0, level, noise, condition)
 
-    stage.denoiser.backbone, stage.losses = knowing, answering
-    found = stage.loss_by_level.measure(stage)
+    recipe.denoiser.backbone, recipe.denoiser.loss = knowing, answering
+    found = validation_loss(recipe)
     for part in range(BINS):  # the mean of t^2 over a part of time, from eight draws in it
         assert found[f"val/level_{part}"] == pytest.approx((3 * part**2 + 3 * part + 1) / (3 * BINS**2), abs=0.05)
         assert (part / BINS) ** 2 <= found[f"val/level_{part}"] <= ((part + 1) / BINS) ** 2
     parts = [found[f"val/level_{part}"] for part in range(BINS)]
     assert found["val/unweighted"] == pytest.approx(sum(parts) / BINS) == found["val/loss"]
-    assert stage.loss_by_level.measure(stage) == found
+    assert validation_loss(recipe) == found
 
 
 class Sorted(list):
@@ -142,9 +146,9 @@ def test_what_is_measured_and_shown_is_of_all_classes():
     assert len({sample_id.bucket for sample_id in loss_by_level.shown}) == 1
 
 
-def test_the_loss_is_weighted_as_it_is_trained(tmp_path, alone):
+def test_the_loss_is_weighted_as_it_is_trained(tmp_path):
     overrides = [*TABLE, "prediction.type=v", "weight={type: min_snr, gamma: 2}"]
-    found = (stage := stage_of(tmp_path, *overrides)).loss_by_level.measure(stage)
+    found = validation_loss(recipe_of(tmp_path, *overrides))
     assert found["val/loss"] < 0.9 * found["val/unweighted"]
 
 
@@ -162,7 +166,7 @@ class Gaussian(nn.Module):
         return (x - a * x0) / s - x0
 
 
-def test_a_short_training_beats_the_best_gaussian_without_correlations(tmp_path, alone):
+def test_a_short_training_beats_the_best_gaussian_without_correlations(tmp_path):
     """On latents of scenes, at the same images, levels and noise; unconditional, to be short."""
     overrides = ["conditioner=null", "backbone.attend=[]", "backbone.multipliers=[1, 1]", "optimizer.lr=4e-3"]
     overrides += [
@@ -171,10 +175,10 @@ def test_a_short_training_beats_the_best_gaussian_without_correlations(tmp_path,
         "data.batch_size=16",
         "trainer.validate_every=999",
     ]
-    stage = stage_of(tmp_path, *overrides)
-    batches = [stage.data.batch([(i, i, 0) for i in range(k, k + 256)], 3) for k in range(0, 2048, 256)]
-    stage.denoiser.backbone = Gaussian(torch.cat([stage.latents(batch) for batch in batches]))
-    bound = stage.loss_by_level.measure(stage)["val/loss"]
+    recipe = recipe_of(tmp_path, *overrides)
+    batches = [recipe.data.batch([(i, i, 0) for i in range(k, k + 256)], 3) for k in range(0, 2048, 256)]
+    recipe.denoiser.backbone = Gaussian(torch.cat([recipe.latents(batch) for batch in batches]))
+    bound = validation_loss(recipe)["val/loss"]
     assert main(command(tmp_path / "run", *overrides, "trainer.steps=200")[:-1]) == 0
     assert float(rows(tmp_path / "run")[-1]["val/loss"]) < bound
 
@@ -233,21 +237,22 @@ def another(name: str, x):
 @pytest.mark.parametrize(("conditioner", "adds"), CONDITIONS)
 def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, monkeypatch):
     backbone = [f"backbone.attend={'[2]' if 'width' in conditioner else '[]'}"]
-    stage = stage_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", *backbone)
-    for p in stage.denoiser.backbone.parameters():
+    recipe = recipe_of(tmp_path, f"conditioner={conditioner}", f"data.adds={adds}", *backbone)
+    for p in recipe.denoiser.backbone.parameters():
         if not p.any() and p.ndim > 1:
             nn.init.normal_(p, std=0.1)  # what begins at zero hides what is before it
-    batch = stage.data.batch(ASKS, 3)
-    loss, _ = stage.loss(batch, ("denoiser",))
-    found = zip(stage.groups()["denoiser"], gradients(stage, loss))
+    batch = prepared(recipe, recipe.data.batch(ASKS, 3))
+    loss, _ = recipe.loss(batch, ("denoiser",))
+    found = zip(recipe.groups()["denoiser"], gradients(recipe, loss))
     missing = [name for (name, _), g in found if not g.isfinite().all() or not g.any()]
     assert math.isfinite(loss)
     assert [name for name in missing if "k.bias" not in name] == []
-    told = with_derived(batch, stage.conditioner.reads, stage.latents(batch), 3)
-    for name in stage.conditioner.reads:  # each that is read counts
-        other = told | {name: another(name, told[name])}
-        monkeypatch.setattr(stage_module, "completed", lambda *_, other=other: other)
-        changed, _ = stage.loss(batch, ("denoiser",))
+    inputs = with_derived(batch, recipe.conditioner.reads, recipe.latents(batch), 3)
+    for name in recipe.conditioner.reads:  # each that is read counts
+        other = inputs | {name: another(name, inputs[name])}
+        other |= recipe.preparation()(other) if name == "caption" else {}  # whose tokens are read
+        monkeypatch.setattr(diffusion, "with_derived", lambda *_, other=other: other)
+        changed, _ = recipe.loss(batch, ("denoiser",))
         assert abs(changed - loss) > 1e-7, name
 
 
@@ -255,18 +260,19 @@ def test_every_condition_has_a_loss_with_gradients(conditioner, adds, tmp_path, 
 
 
 def test_the_scale_halves_where_gradients_overflow_and_grows_again(tmp_path, monkeypatch):
-    stage = stage_of(tmp_path, "trainer.precision=16-mixed")
-    assert stage.scale == SCALE
-    stage.failed = True
+    loop = loop_of(tmp_path, "trainer.precision=16-mixed")
+    counters = loop.counters
+    assert counters.scale == SCALE
+    loop.failed = True
     for _ in range(15):
-        stage._rescale(finite=False)
-        stage._count({})
-        assert stage.skipped_in_row == 0  # no fault of the training's
-    assert stage.scale == 1
-    stage._rescale(finite=False)
-    stage._count({})
-    assert (stage.scale, stage.skipped_in_row, stage.skipped) == (1, 1, 16)
-    monkeypatch.setattr("ldm.training.loop.SCALE_AGAIN", 2)
-    stage._rescale(finite=True)
-    stage._rescale(finite=True)
-    assert (stage.scale, stage.scaled) == (2, 0)
+        loop._rescale(finite=False)
+        loop._count({})
+        assert counters.skipped_in_row == 0  # no fault of the training's
+    assert counters.scale == 1
+    loop._rescale(finite=False)
+    loop._count({})
+    assert (counters.scale, counters.skipped_in_row, counters.skipped) == (1, 1, 16)
+    monkeypatch.setattr("ldm.training.loop.SCALE_GROWTH_STEPS", 2)
+    loop._rescale(finite=True)
+    loop._rescale(finite=True)
+    assert (counters.scale, counters.scaled) == (2, 0)

@@ -63,8 +63,6 @@ def painted(pipe) -> tuple[torch.Tensor, torch.Tensor]:
     batch = four.Four().batch([SampleId(1000 + i, i, 0) for i in range(4)], 0)
     targets = pipe.autoencoder.encode(to_float(batch["image"]))  # (4, Z, 8, 8)
     condition = pipe.conditioner(with_derived(batch, pipe.conditioner.reads, targets, 0))
-    recipe = pipe.recipe()
+    settings = pipe.settings()
     noise = torch.randn(targets.shape, generator=torch.Generator().manual_seed(5))
-    denoise = lambda x, level: pipe.denoiser(x, level, condition)  # noqa: E731
-    *_, last = recipe.solver(denoise, pipe.denoiser.path.prior(noise), recipe.grid)
-    return last.x, targets
+    return settings.sampler(pipe.denoiser, pipe.denoiser.path.prior(noise), None, condition), targets

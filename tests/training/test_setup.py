@@ -12,15 +12,14 @@ import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from ldm import checkpoint
-from ldm.assemble import AutoencoderSchema
 from ldm.cli import main
 from ldm.config import schema as configuration
 from ldm.errors import InputError
-from ldm.training import logs
-from ldm.training.recipes import diffusion
+from ldm.training import captions, logs
+from ldm.training.recipes.autoencoder import Schema
 from ldm.training.run import is_main
 from ldm.training.setup import check_launcher, portable
-from tests.training import toy
+from tests.training import killing, toy
 from tests.training.killing import toy_data
 from tests.training.second_stage import cached, command
 
@@ -74,7 +73,7 @@ def test_a_run_learns_its_tokenizer_once(tmp_path, monkeypatch):
     argv = command(tmp_path / "run", "schedule.type=constant")[:-1]
     assert main([*argv, "trainer.steps=1"]) == 0
     learned = checkpoint.open(tmp_path / "run" / "model.safetensors").tokenizer
-    monkeypatch.setattr(diffusion, "captions_of", lambda *_: ["another text, another text"])
+    monkeypatch.setattr(captions, "captions_of", lambda *_: ["another text, another text"])
     assert main([*argv, "trainer.steps=2"]) == 0
     assert checkpoint.open(tmp_path / "run" / "model.safetensors").tokenizer == learned
 
@@ -88,7 +87,7 @@ def test_another_cache_and_other_scenes_are_refused_though_they_are_as_many(tmp_
     assert main([*argv, before]) == 0
     assert main([*argv, before, "--dry-run"]) == 0
     assert main([*argv, other, "--dry-run"]) == 2
-    assert "--run: begun with other data" in capsys.readouterr().err
+    assert "--run: started with other data" in capsys.readouterr().err
     scenes = [*command(tmp_path / "scenes", "trainer.steps=1")[:-1]]
     assert main(scenes) == 0
     assert main([*scenes, "data.split=validation", "--dry-run"]) == 2
@@ -107,7 +106,33 @@ def test_how_pictures_are_made_may_change_and_the_file_has_it(tmp_path, monkeypa
     assert config["solver"]["type"] == "ddim"
     assert config["size"] == 32
     assert main([*argv, "trainer.steps=3", "weight.type=min_snr"]) == 2
-    assert "begun with another configuration" in capsys.readouterr().err
+    assert "started with another configuration" in capsys.readouterr().err
+
+
+def test_a_run_says_how_it_is_resumed(tmp_path, monkeypatch, capsys):
+    """Without its overrides it names its own configuration; with another learning rate, its weights too."""
+    monkeypatch.delenv("RANK", raising=False)
+    run, argv = tmp_path / "run", killing.command(tmp_path / "run", "trainer.steps=1")[:-1]
+    own = ["schedule={type: constant}", "data.batch_size=4"]
+    assert main([*argv, *own]) == 0
+    assert f"wrote {run}/model.safetensors; next: python train_ldm.py --config NAME" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert capsys.readouterr().err.endswith(f"; try --config {run}/config.yaml to resume, or another --run\n")
+    again = ["train-autoencoder", "--config", str(run / "config.yaml"), "--run", str(run)]
+    assert main([*again, "trainer.steps=2"]) == 0
+    assert "resumes from step 1" in capsys.readouterr().out
+    assert main([*argv, *own, "optimizer.lr=0.01"]) == 2
+    error = capsys.readouterr().err
+    assert "got optimizer.lr=0.01 for 0.001; " in error
+    assert f"; try --init-from {run}/model.safetensors and another --run, which starts from its weights" in error
+    assert f"--config {run}/config.yaml to resume" in error
+
+
+def test_a_finished_second_stage_says_how_it_is_sampled(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    file = tmp_path / "run" / "model.safetensors"
+    assert main([*command(tmp_path / "run")[:-1], "trainer.steps=1"]) == 0
+    assert f'wrote {file}; next: python sample.py --ckpt {file} --prompt "..."\n' in capsys.readouterr().out
 
 
 def test_runs_of_one_name_are_two_for_wandb_and_one_that_goes_on_is_one(tmp_path, monkeypatch):
@@ -115,7 +140,7 @@ def test_runs_of_one_name_are_two_for_wandb_and_one_that_goes_on_is_one(tmp_path
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: inits.append(settings)))
     for place in ("a", "b", "a"):
         (tmp_path / place / "run").mkdir(parents=True, exist_ok=True)
-        logs.WandB(tmp_path / place / "run", SimpleNamespace(config={}))
+        logs.WandB(tmp_path / place / "run", SimpleNamespace(recipe=SimpleNamespace(config={})))
     first, second, again = inits
     assert first["id"] == again["id"] != second["id"]
     assert {settings["name"] for settings in inits} == {"run"}
@@ -147,7 +172,7 @@ def test_what_starts_the_processes_is_asked_before_anything_is_built(environment
         monkeypatch.setenv(name, value)
     numbers = [f"trainer.devices={plan[0]}", f"trainer.nodes={plan[1]}", "trainer.accelerator=cpu"]
     (tmp_path / "config.yaml").write_text(toy.KL)
-    config = configuration.load(tmp_path / "config.yaml", numbers, AutoencoderSchema)
+    config = configuration.load(tmp_path / "config.yaml", numbers, Schema)
     with pytest.raises(InputError, match=re.escape(words)) if words else nullcontext():
         check_launcher(config)
     if "SLURM starts" in words:

@@ -19,7 +19,7 @@ from ldm.scenes import Scenes
 from ldm.scenes.drawing import draw
 from ldm.scenes.judge_accuracy import overlap
 from ldm.scenes.pretrained import judge
-from ldm.scenes.scoring import CERTAIN
+from ldm.scenes.scoring import THRESHOLD
 from tests.reduced import FILES, words, written
 from tests.training.remembered import remember
 
@@ -72,11 +72,10 @@ def painted(name: str, pipe: Any) -> tuple[Tensor, dict[str, Any]]:
     noise = torch.randn(COUNT, 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
     told = with_derived(batch, pipe.conditioner.reads, noise, SEED)
     told["noise_level"] = torch.full((COUNT,), NOISE_LEVEL)  # of the small picture, where there is one: sampling's
-    condition, recipe = pipe.conditioner(told), pipe.recipe()
+    condition, settings = pipe.conditioner(told), pipe.settings()
     drop = {part: torch.ones(COUNT, dtype=torch.bool) for part in pipe.conditioner.guided()}
-    denoiser = recipe.guidance(pipe.denoiser, pipe.conditioner(told, drop))
-    *_, last = recipe.solver(lambda x, level: denoiser(x, level, condition), noise, recipe.grid)
-    return pipe.decode(last.x).clamp(-1, 1), told
+    x = settings.sampler(pipe.denoiser, noise, None, condition, pipe.conditioner(told, drop))
+    return pipe.decode(x).clamp(-1, 1), told
 
 
 def instances() -> Tensor:
@@ -98,7 +97,7 @@ def test_objects_lie_in_their_boxes(scenes, tmp_path):
     reading = judge()(pictures)
     found = []
     for boxes, labels, score, mask in zip(told["boxes"], told["box_labels"], reading.score, reading.mask > 0.5):
-        seen = around(mask[(score > CERTAIN) & mask.any((1, 2))])  # (K, 4)
+        seen = around(mask[(score > THRESHOLD) & mask.any((1, 2))])  # (K, 4)
         for box in boxes[labels >= 0]:
             found.append(max((alike(box, other) for other in seen), default=0.0))
     print(f"layout to image: boxes overlap {sum(found) / len(found):.2f}")

@@ -67,7 +67,7 @@ def plug() -> None:
 KL = """
 seed: 3
 autoencoder: {type: kl, channels: 32, multipliers: [1, 1], blocks: 1, mid_attention: false}
-sample_from: 2
+recipe: {type: autoencoder, sample_from: 2}
 loss: {penalty_weight: 1e-6, perceptual_weight: 0, adversarial_weight: 0.5, start: 4}
 discriminator: {channels: 16, layers: 1}
 optimizer: {type: adamw, lr: 1e-3, betas: [0.5, 0.9]}

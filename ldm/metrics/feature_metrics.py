@@ -1,0 +1,117 @@
+"""Metrics of sets of features: kernel distance, Inception score, precision, recall, density and coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.draws import mix32
+
+SUBSETS, MOST = 100, 1000  # pairs of subsets, and samples in each at most
+PARTS = 10  # over which the score is averaged
+NEIGHBOURS, ROWS = 5, 1024  # k; rows of distances at a time
+
+
+class Estimate(NamedTuple):
+    """Mean and standard deviation over subsets."""
+
+    mean: float
+    std: float
+
+
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MOST, seed: int = 0) -> Estimate:
+    """KID (Binkowski et al. 2018): squared MMD of (N, D) and (M, D) under (x y / D + 1)^3, averaged over keyed subsets.
+
+    It is unbiased at any sample count.
+    """
+    size = min(size, len(a) // 2, len(b) // 2)  # subsets that are whole sets would not vary
+    if size < 2:
+        raise ValueError(f"features: too few for a kernel distance; got {min(len(a), len(b))}; expected 4 or more")
+    found = []
+    for trial in range(subsets):
+        generator = torch.Generator().manual_seed(mix32(seed, trial))
+        x, y = (z[torch.randperm(len(z), generator=generator)[:size]].double() for z in (a, b))
+        found.append(squared_mmd(x, y))
+    values = torch.tensor(found, dtype=torch.float64)
+    return Estimate(values.mean().item(), values.std(correction=0).item())
+
+
+def squared_mmd(x: Tensor, y: Tensor) -> float:
+    """The unbiased estimate from two sets (N, D) of equal size."""
+    count = len(x)
+    xx, yy, xy = (polynomial(a, b) for a, b in ((x, x), (y, y), (x, y)))  # (N, N)
+    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (count * (count - 1))
+    return (within - 2 * xy.mean()).item()
+
+
+def polynomial(x: Tensor, y: Tensor) -> Tensor:
+    """The cubic kernel, (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def inception_score(logits: Tensor, parts: int = PARTS) -> Estimate:
+    """exp E KL(p(y|x) || p(y)) of logits (N, classes), averaged over random parts (Salimans et al. 2016)."""
+    if len(logits) < parts:
+        raise ValueError(f"logits: too few for {parts} parts; got {len(logits)}; expected {parts} or more")
+    mixed = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))  # samples may be sorted by class
+    scores = [score(logits[part].double().softmax(1)) for part in mixed.tensor_split(parts)]
+    values = torch.tensor(scores, dtype=torch.float64)
+    return Estimate(values.mean().item(), values.std(correction=0).item())
+
+
+def score(p: Tensor) -> float:
+    """The score of class probabilities (N, classes), some of which may be 0."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp().item()
+
+
+class PRDC(NamedTuple):
+    """Shares of samples; density may exceed one."""
+
+    precision: float  # made samples within a true one's radius
+    recall: float  # true samples within a made one's radius
+    density: float  # true samples whose radius includes a made one, over k
+    coverage: float  # true samples whose radius includes a made one
+
+
+def prdc(true: Tensor, made: Tensor, k: int = NEIGHBOURS) -> PRDC:
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of (N, D) and (M, D).
+
+    A sample's radius is its distance to its k-th nearest neighbour in its own set.
+    """
+    if min(len(true), len(made)) <= k:
+        got = min(len(true), len(made))
+        raise ValueError(f"features: too few for {k} neighbours; got {got}; expected {k + 1} or more")
+    radius_true, radius_made = radii(true, k), radii(made, k)  # (N,), (M,)
+    precise, dense, recalled, covered = [], 0.0, [], []
+    for _, d in distances(made, true):  # (b, N)
+        within = d < radius_true
+        precise.append(within.any(1))
+        dense += within.sum().item()
+    for rows, d in distances(true, made):  # (b, M)
+        recalled.append((d < radius_made).any(1))
+        covered.append(d.amin(1) < radius_true[rows])
+    precision, recall, coverage = (torch.cat(found).double().mean().item() for found in (precise, recalled, covered))
+    return PRDC(precision, recall, dense / (k * len(made)), coverage)
+
+
+def radii(x: Tensor, k: int) -> Tensor:
+    """(N,) distances of each sample to its k-th nearest neighbour."""
+    return torch.cat([d.kthvalue(k + 1, 1).values for _, d in distances(x, x)])  # the first one is the sample itself
+
+
+def distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of the distances (N, M), by matrix products, which are accurate enough in float64."""
+    middle = y.double().mean(0)  # smaller numbers, smaller rounding errors
+    x, y = x.double() - middle, y.double() - middle
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
+        yield rows, torch.cdist(x[rows], y, compute_mode="use_mm_for_euclid_dist")
+
+
+def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance of each of (N, D) to the nearest of (M, D), and its index."""
+    found = [d.min(1) for _, d in distances(x, y)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
