@@ -402,7 +402,7 @@ def test_a_low_resolution_condition_without_an_autoencoder_has_a_factor(tmp_path
     assert not np.array_equal(one, other)
     for factor in ({}, {"factor": 1}):
         wrong = {**config, "conditioner": {"type": "low_resolution", **factor}}
-        with pytest.raises(InputError, match=r"conditioner.factor: not smaller than the picture .* got 1; expected 2"):
+        with pytest.raises(InputError, match=r"conditioner\.factor: not smaller than the picture .* got 1; expected 2"):
             assemble.model(assemble.configure(wrong, "test"))
 
 
@@ -417,7 +417,7 @@ def test_a_backbone_that_cannot_read_the_condition_is_refused():
         "spacing": {"type": "trailing", "steps": 2},
         "solver": {"type": "ddim"},
     }
-    with pytest.raises(InputError, match=r"backbone.type: this backbone takes no pooled .* got MLP"):
+    with pytest.raises(InputError, match=r"backbone\.type: this backbone takes no pooled .* got MLP"):
         assemble.model(assemble.configure(config, "test"))
 
 

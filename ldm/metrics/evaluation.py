@@ -15,7 +15,8 @@ from ldm import pictures
 from ldm.data.derived import DERIVED, with_derived
 from ldm.data.loader import Data
 from ldm.data.sampler import SampleId, evenly_spaced
-from ldm.diffusion.bound import NoiseVar, bits_per_dim
+from ldm.diffusion.bound import bits_per_dim
+from ldm.diffusion.posterior import NoiseVar
 from ldm.diffusion.prediction import LearnedRange
 from ldm.distributed import Rows, concatenate
 from ldm.draws import mix32, stream
