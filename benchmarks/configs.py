@@ -45,27 +45,22 @@ SUSTAINED = 100  # TFLOP/s, for which days are told
 HEAD = f"""# What the configurations cost
 
 Written by `python -m benchmarks.configs --out docs/configs.md`. **Computed, not measured**: the networks are built on
-the meta device,
-which needs no memory, and the operations of a training step are counted there, as `ldm doctor` counts them on your
-machine.
+the meta device, which needs no memory, and the operations of a training step are counted there, as `ldm doctor` counts
+them on your machine. `finetune` is not listed: it takes its networks from a checkpoint.
 
 - *trained*: trainable parameters of all networks.
 - *GFLOP*: operations per sample, forward and backward; a multiplication and an addition are two operations. Frozen
-  encoders and the
-  perceptual loss are included. The most expensive phase is counted. What checkpointing and fused attention recompute
-  is not.
+  encoders and the perceptual loss are included. The most expensive phase is counted. What checkpointing and fused
+  attention recompute is not.
 - *latents*: the part of GFLOP that encodes the picture, which a [cache](latent_diffusion.md#from-a-cache) saves.
 - *memory*: weights, gradients, optimiser moments and averages of one process in float32, unsharded. Activations come
-  on top: they
-  depend on the device and the precision, and `ldm doctor` measures them.
+  on top: they depend on the device and the precision, and `ldm doctor` measures them.
 - *checkpoint*: size of one checkpoint on disk, with the exported model. The newest `trainer.keep` are kept while the
   next is written.
 - *EFLOP*: 1e18 operations, for all steps and phases of the configuration. On N devices that sustain X TFLOP/s each,
-  they take
-  EFLOP / (0.0864 X N) days.
+  they take EFLOP / (0.0864 X N) days.
 - *days*: for X = {SUSTAINED} and N = 1. The log of a run shows what your device sustains (`tflops_per_second`).
-  Validation and checkpoints
-  come on top."""
+  Validation and checkpoints come on top."""
 
 
 class Source:
@@ -205,8 +200,14 @@ def encoding(loop: Loop) -> int:
 # ------------------------------------------------------------------------------------------------------- the page
 
 
+def files(folder: str) -> list[Path]:
+    """The configurations that have networks of their own: not those that take them from a checkpoint."""
+    found = sorted((ROOT / folder).glob("*.yaml"))
+    return [file for file in found if {"autoencoder", "backbone"} & yaml.safe_load(file.read_text()).keys()]
+
+
 def page(names: Sequence[str]) -> Iterator[str]:
-    """The explanation, and a table of each stage."""
+    """The explanation, and a table for each stage."""
     yield HEAD
     columns = [
         "configuration",
@@ -222,7 +223,7 @@ def page(names: Sequence[str]) -> Iterator[str]:
     ]
     for folder, title in STAGES.items():
         rows = []
-        for file in sorted((ROOT / folder).glob("*.yaml")):
+        for file in files(folder):
             if not names or file.stem in names:
                 loop = first_stage(file) if folder == "autoencoder" else second_stage(file)
                 rows.append(row(file.stem, cost_of(loop)))

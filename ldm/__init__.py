@@ -4,11 +4,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-LAZY = {"load": "ldm.pipeline", "Pipeline": "ldm.pipeline"}  # names that cost an import of torch
+LAZY = {"load": "ldm.pipeline", "Pipeline": "ldm.pipeline"}  # names whose modules import torch
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is asked for."""
+    """Import a lazy name when it is first used."""
     if name not in LAZY:
         raise AttributeError(f"module 'ldm' has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""Where networks compute and in what precision, or one line that says why not."""
+"""Devices and precisions of networks."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def placement(device: str, precision: str) -> tuple[torch.device, torch.dtype | None]:
-    """A device and the precision that suits it, or why not."""
+    """The device and the dtype of autocast (None: float32) by their names; `auto` picks the best available."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
-        torch.empty(0, device=where)
+        placed = (
+            torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
+        )
+        torch.empty(0, device=placed)
     except (RuntimeError, AssertionError) as error:
         raise InputError("device: cannot be used here", "", device, "auto, cpu, cuda or mps", "cpu") from error
     if precision == "auto":
-        native = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = placed.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
     if precision not in DTYPES:
         raise InputError("precision: unknown", "", precision, f"auto, {', '.join(DTYPES)}")
-    if where.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 is one, as a product is
-    return where, DTYPES[precision]
+    if placed.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # convolutions in full float32, like matrix products
+    return placed, DTYPES[precision]
 
 
 class Placed:
-    """Networks on a device, in a precision, for good; or, where weights are offloaded, for as long as they compute."""
+    """Networks on a device in a precision; with `offload`, their weights are there only while they compute."""
 
     def __init__(
         self,
         networks: Iterable[nn.Module | None],
         device: torch.device,
-        dtype: torch.dtype | None,  # that autocast computes in
+        dtype: torch.dtype | None,  # of autocast
         offload: bool,
     ):
         self.device, self.dtype, self.offload = device, dtype, offload
@@ -50,7 +52,7 @@ class Placed:
 
     @contextmanager
     def on_device(self, *networks: nn.Module | None) -> Iterator[None]:
-        """Where networks that are offloaded have their weights on the device."""
+        """A context in which offloaded networks have their weights on the device."""
         with ExitStack() as stack:
             for network in filter(None, networks if self.offload else ()):
                 stack.enter_context(visiting(network, self.device))
@@ -58,21 +60,21 @@ class Placed:
 
     @property
     def precision(self) -> str:
-        """What the networks compute in, by the name that `load` takes."""
+        """The name of the precision, as `load` takes it."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def to_device(self, x: Tensor) -> Tensor:
-        """On the device."""
+        """Move a tensor to the device."""
         return x.to(self.device)
 
     def autocast(self) -> AbstractContextManager:
-        """The precision that the networks compute in; the sampler's own state stays in float32."""
+        """A context of the networks' precision; the sampler's state stays in float32."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
 
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Copies of its weights on a device for a while, in the place of those that stay where they are."""
+    """Replace a module's weights by copies on a device for a while."""
     tables: list[dict[str, Any]] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
     home = [(table, name, x) for table in tables for name, x in table.items() if x is not None]
     try:

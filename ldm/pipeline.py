@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,27 +25,15 @@ from ldm.config.schema import Config
 from ldm.devices import Placed, placement
 from ldm.diffusion.inpaint import Inpainted
 from ldm.diffusion.sampler import OnStep, Sampler
-from ldm.errors import CheckpointError, DivergedError, InputError, nearest
+from ldm.errors import CheckpointError, DivergedError, InputError
 from ldm.models.empty import empty
 from ldm.models.tiling import tiled_decode, tiled_encode
 
 ConditionInput = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
-OPTIONS = {
-    "label": "--label N",
-    "image": "--init-image FILE",
-    "mask": "--mask FILE",
-    **dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE"),
-    **dict.fromkeys(("boxes", "box_labels"), "--condition FILE.json"),
-}
-OTHER_NAMES = {  # arguments of diffusers' pipelines and of our command line -> ours
-    "sampler": "solver",
-    "guidance_scale": "cfg",
-    "num_inference_steps": "steps",
-    "negative_prompt": "negative",
-    "num_images_per_prompt": "n",
-    "generator": "seed",
-}
+OPTIONS = {"label": "--label N", "image": "--init-image FILE", "mask": "--mask FILE"}
+OPTIONS |= dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE")
+OPTIONS |= dict.fromkeys(("boxes", "box_labels"), "--condition FILE.json")
 ENCODED = {"image", "mask", "source"}  # inputs that the autoencoder encodes; the others are checked on the CPU
 NOISE_LEVEL = 20  # of 1000: how noisy a low-resolution condition is made
 
@@ -114,7 +101,7 @@ class Pipeline(Placed):
         **settings: Any,
     ) -> list[Image.Image]:
         """n pictures per prompt; `settings` are those of `settings()`, such as cfg=7.5, steps=30, solver="unipc"."""
-        refuse_unknown(settings)
+        samplers.check_arguments(settings, self.__call__, self.settings)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(n)]
         requests = [Request(text, negative, label, seed + i) for i, text in enumerate(prompts)]
@@ -336,15 +323,6 @@ class Pipeline(Placed):
                 images = tiled_decode(self.autoencoder, latents, tile)
             with torch.autocast(self.device.type, enabled=False):
                 return images if images.isfinite().all() else tiled_decode(self.autoencoder, latents.float(), tile)
-
-
-def refuse_unknown(settings: Mapping[str, Any]) -> None:
-    """Answer an argument that a pipeline does not have with the name of the one that was meant."""
-    known = [*inspect.signature(Pipeline.__call__).parameters, *inspect.signature(Pipeline.settings).parameters]
-    for name in settings:
-        if name not in known:
-            meant = OTHER_NAMES.get(name) or nearest(name, known)
-            raise InputError(f"{name}: no such argument of a pipeline", hint=f"{meant}=" if meant else "")
 
 
 def load(

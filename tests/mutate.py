@@ -90,7 +90,7 @@ SABOTAGES = [
     Sabotage("names: q and k swapped", "ldm/checkpoint/unet_keys.py", '"q": "to_q", "k": "to_k"', '"q": "to_k", "k": "to_q"', "tests/checkpoint"),
     Sabotage("pipeline: every picture has the same seed", "ldm/pipeline.py", "Request(text, negative, label, seed + i)", "Request(text, negative, label, seed)", "tests/test_pipeline.py"),
     Sabotage("inpainting: mask the other way", D + "inpaint.py", "torch.lerp(self.known, prediction.x0, self.mask)", "torch.lerp(prediction.x0, self.known, self.mask)", "tests/test_pipeline.py"),
-    Sabotage("one file: the digest is not compared", "ldm/checkpoint/formats/native.py", "digest = check_ours(tensors)", "digest = tensors.metadata.get(DIGEST, '')", "tests/checkpoint"),
+    Sabotage("one file: the digest is not compared", "ldm/checkpoint/formats/native.py", "digest = check_digest(tensors.path, tensors)", "digest = tensors.metadata.get(DIGEST, '')", "tests/checkpoint"),
     Sabotage("names: left-over tensors are passed over", "ldm/checkpoint/rename.py", 'refuse("tensors without a place", [name for name in state if name not in old_names])', "pass", "tests/checkpoint"),
     Sabotage("text: the penultimate layer without its norm", M + "transformer.py", 'last if self.layer == "last" else self.norm(x)', 'last if self.layer == "last" else x', "tests/models"),
     Sabotage("text: nothing is not put in the place of what is dropped", "ldm/conditioning/conditioner.py", "return Condition.choose(drop[self.part], self.null(condition.batch_size), condition)", "return condition", "tests/conditioning"),
@@ -159,7 +159,7 @@ SABOTAGES = [
     Sabotage("hub: a missing file is asked for", "ldm/checkpoint/hub.py", " and not name.endswith(WEIGHTS)", "", "tests/test_hub.py"),
     Sabotage("hub: a folder's hash is of all that lies there", "ldm/checkpoint/latent_diffusion.py", "files = [file for part in weighted for file in folder.files(part)]", "files = sorted(folder.path.glob('*/*.safetensors'))", "tests/test_hub.py"),
     Sabotage("own first stage: its latents are not counted", "ldm/checkpoint/__init__.py", "if channels not in (None, offered):", "if False:", "tests/test_extending.py"),
-    Sabotage("captions cut off: counted by what is lost", "ldm/cli/console.py", "cut.add(message.text)", "cut.add(str(message))", "tests/cli/test_console.py"),
+    Sabotage("captions cut off: counted by what is lost", "ldm/cli/console.py", "truncated.add(message.text)", "truncated.add(str(message))", "tests/cli/test_console.py"),
 ]  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def on_gpu(value: object) -> bool:
 @pytest.fixture
 def pretended(monkeypatch):
     """A machine with a GPU, of whose values no question has an answer but yes."""
+    torch.zeros(1, requires_grad=True).sum().backward()  # autograd's first use starts a thread for each device, and
+    # with threads for the GPU that is pretended no later test could fork
     monkeypatch.setattr(FakeTensor, "__bool__", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(sampler, "check_finite", lambda *_: None)

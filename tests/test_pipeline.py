@@ -380,6 +380,48 @@ def test_what_overflows_is_decoded_again(sd1_folder, monkeypatch):
     assert halved == [True, False]
 
 
+def test_a_low_resolution_condition_without_an_autoencoder_has_a_factor(tmp_path):
+    config = {
+        "format": 1,
+        "path": {"type": "flow"},
+        "prediction": {"type": "flow"},
+        "backbone": {"type": "unet", "channels": 32, "multipliers": [1, 2], "blocks": 1, "attend": [], "heads": 1},
+        "conditioner": {"type": "low_resolution", "factor": 4},
+        "guidance": {"cfg": 1.0},
+        "spacing": {"type": "trailing", "steps": 2},
+        "solver": {"type": "ddim"},
+    }
+    model = assemble.model(assemble.configure(config, "test"))
+    parts = {"backbone": model.denoiser.backbone, "conditioner": model.conditioner}
+    state = {f"{a}.{b}": x for a, part in parts.items() for b, x in fill(part, 5).state_dict().items()}
+    checkpoint.save(tmp_path / "model.safetensors", config, state)
+    pipe = pipeline.load(tmp_path / "model.safetensors", device="cpu")
+    recipe = pipe.recipe(condition=picture(), height=32, width=48)
+    assert recipe.inputs["low_resolution"].shape == (1, 3, 8, 12)
+    assert pipe.batch([pipeline.Request()], recipe, [""])["low_resolution_noise"].shape == (1, 3, 32, 48)
+    one, other = (pipe(condition=x, height=32, width=48)[0] for x in (picture(), picture().rotate(180)))
+    assert not np.array_equal(one, other)
+    for factor in ({}, {"factor": 1}):
+        wrong = {**config, "conditioner": {"type": "low_resolution", **factor}}
+        with pytest.raises(InputError, match=r"conditioner.factor: not smaller than the picture .* got 1; expected 2"):
+            assemble.model(assemble.configure(wrong, "test"))
+
+
+def test_a_backbone_that_cannot_read_the_condition_is_refused():
+    config = {
+        "format": 1,
+        "path": {"type": "flow"},
+        "prediction": {"type": "flow"},
+        "backbone": {"type": "mlp"},
+        "conditioner": {"type": "label", "classes": 3, "null": 2},
+        "guidance": {"cfg": 1.0},
+        "spacing": {"type": "trailing", "steps": 2},
+        "solver": {"type": "ddim"},
+    }
+    with pytest.raises(InputError, match=r"backbone.type: this backbone takes no pooled .* got MLP"):
+        assemble.model(assemble.configure(config, "test"))
+
+
 def test_a_low_resolution_condition(tmp_path):
     """Its noise belongs to the picture's seed, and another small picture makes another large one."""
     config = {

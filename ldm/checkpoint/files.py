@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from hashlib import _Hash as Hash
 
 DTYPES = {  # of weights, by safetensors' names
     "F64": torch.float64,
@@ -189,39 +186,26 @@ def write_file(
     return digest.hexdigest()
 
 
-def check_digest(path: str | Path) -> str:
-    """The digest that one of our files stores, or an error if its bytes have another."""
+def check_digest(path: str | Path, tensors: Tensors | None = None) -> str:
+    """The digest that one of our files stores, or an error if its bytes have another.
+
+    With the file's `tensors` their numbers are checked too, and every byte is still read once.
+    """
     path = Path(path)
+    wrong: tuple[list[str], list[str]] = ([], [])
     with readable(path) as file:
-        digest, stored = start_digest(file, path)
-        while block := file.read(2**20):
+        stored: str = read_header(file, path)["__metadata__"][DIGEST]
+        file.seek(0)
+        text = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.sha256(text.replace(stored.encode(), BLANK.encode()))
+        if tensors is not None:
+            wrong = wrong_numbers(tensors, (*DTYPES.values(), *COUNTS), digest)
+        while tensors is None and (block := file.read(2**20)):
             digest.update(block)
-    return compare(digest, stored, path)
-
-
-def check_ours(tensors: Tensors) -> str:
-    """The digest of one of our files, or an error if its bytes or numbers are damaged; they are read once."""
-    with readable(tensors.path) as file:
-        digest, stored = start_digest(file, tensors.path)
-    wrong = wrong_numbers(tensors, (*DTYPES.values(), *COUNTS), digest)
-    compare(digest, stored, tensors.path)
-    refuse_numbers(tensors, *wrong, str(tensors.path))
-    return stored
-
-
-def start_digest(file: BinaryIO, path: Path) -> tuple[Hash, str]:
-    """The digest of a file's header without the stored one, and the stored one; the file is left behind the header."""
-    stored: str = read_header(file, path)["__metadata__"][DIGEST]
-    file.seek(0)
-    text = file.read(int.from_bytes(file.read(8), "little"))
-    return hashlib.sha256(text.replace(stored.encode(), BLANK.encode())), stored
-
-
-def compare(digest: Hash, stored: str, path: Path) -> str:
-    """The stored digest, or an error if the file has another."""
     if digest.hexdigest() != stored:
         got, hint = f"sha256 {digest.hexdigest()[:10]}", AGAIN
         raise CheckpointError("the file is damaged", str(path), got, f"{stored[:10]}, as when it was saved", hint)
+    refuse_numbers(tensors or {}, *wrong, str(path))
     return stored
 
 
@@ -268,7 +252,7 @@ def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def wrong_numbers(
-    state: Mapping[str, Tensor], legal: tuple[torch.dtype, ...], digest: Hash | None = None
+    state: Mapping[str, Tensor], legal: tuple[torch.dtype, ...], digest: Any = None
 ) -> tuple[list[str], list[str]]:
     """The tensors of another type than the legal ones, and those with NaN or infinity; adds all bytes to `digest`."""
     types, broken = [], []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.console import counting_cuts
+from ldm.cli.console import count_truncations
 from ldm.cli.sample import writable
 from ldm.config.schema import Config
 from ldm.errors import InputError
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = writable(Path(arguments.out))
     from ldm.data import latents_writer
 
-    with counting_cuts():
+    with count_truncations():
         cache = prepare(config, loaded, out, arguments)
         missing = latents_writer.write(cache, rank, ranks)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9

@@ -1,4 +1,4 @@
-"""Warnings in one line, as errors are, and many of one kind in one together."""
+"""Warnings as single lines, like errors."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 
 
 def show_warning(message: Warning | str, *details: Any, **others: Any) -> None:
-    """In one line."""
+    """Print a warning as one line."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager
-def counting_cuts() -> Iterator[None]:
-    """Warnings in one line each, but for captions that are cut off: they are counted, and it is said once."""
+def count_truncations() -> Iterator[None]:
+    """Print each warning as one line, but only the number of truncated captions."""
     from ldm.conditioning.tokenization import TruncatedText
 
-    cut: set[str] = set()
+    truncated: set[str] = set()
 
     def show(message: Warning | str, *details: Any, **others: Any) -> None:
-        """Now, or later with others."""
         if isinstance(message, TruncatedText):
-            cut.add(message.text)
+            truncated.add(message.text)
         else:
             show_warning(message)
 
@@ -34,5 +33,5 @@ def counting_cuts() -> Iterator[None]:
         try:
             yield
         finally:
-            if cut:
-                show_warning(f"captions cut off at their ends, as the text encoder reads no more: {len(cut)}")
+            if truncated:
+                show_warning(f"{len(truncated)} captions truncated to the text encoder's length")

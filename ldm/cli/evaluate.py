@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli import config_file, config_options, own_parts
-from ldm.cli.console import counting_cuts
+from ldm.cli.console import count_truncations
 from ldm.cli.sample import writable
 from ldm.config import samplers
 from ldm.config import schema as configuration
@@ -50,9 +50,7 @@ class Schema:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--ckpt", metavar="PATH", help="any checkpoint, also of an autoencoder alone; default: the shipped model"
-    )
+    parser.add_argument("--ckpt", metavar="PATH", help="any checkpoint, or an autoencoder (default: the shipped model)")
     parser.add_argument("--vae", metavar="PATH", help="another autoencoder")
     parser.add_argument("--cfg", type=float, help="guidance scale, except for `prompts`")
     parser.add_argument("--steps", type=int, help="number of sampling steps, except for `steps`")
@@ -65,37 +63,31 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that is cheap to check, then measure."""
+    """Check everything that is cheap to check; then measure part by part, and write the report after each."""
     own_parts(arguments)
     config = configuration.load(config_file(arguments.config, "evaluate"), arguments.overrides, Schema)
     check(config)
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
         return 0
-    out = writable(Path(arguments.out))
-    with counting_cuts():
-        measure(config, arguments, out)
-    return 0
-
-
-def measure(config: Config, arguments: argparse.Namespace, out: Path) -> None:
-    """Measure part by part, and write the report after each."""
     from ldm.distributed import torchrun_rank
     from ldm.metrics import report
 
-    subject, record = prepare(config, arguments)
-    evaluation: dict[str, Any] = {"about": record, "settings": config.values}
-    first, wanted = torchrun_rank().number == 0, arguments.only or PARTS
-    for name, part in parts(config, subject, wanted):
-        evaluation[name] = part
-        if first:
-            report.write(evaluation, out)
-            print(report.summary(name, part), flush=True)
+    out, wanted, first = writable(Path(arguments.out)), arguments.only or PARTS, torchrun_rank().number == 0
+    with count_truncations():
+        subject, about = prepare(config, arguments)
+        evaluation: dict[str, Any] = {"about": about, "settings": config.values}
+        for name, part in parts(config, subject, wanted):
+            evaluation[name] = part
+            if first:
+                report.write(evaluation, out)
+                print(report.summary(name, part), flush=True)
     if len(evaluation) == 2:
         expected = f"one that this model has: {', '.join(PARTS)}"
         raise InputError("nothing to measure", "--only", ", ".join(wanted), expected)
     if first:
         print(f"wrote {out / 'index.html'} and {out / 'evaluation.json'}")
+    return 0
 
 
 def check(config: Config) -> None:
@@ -195,7 +187,7 @@ def parts(config: Config, subject: Subject, wanted: Sequence[str]) -> Iterator[t
             sets = {kind: evaluation.prompt_set(kind, count, reference) for kind in reference.verifier.kinds}
             yield name, [evaluation.prompts(subject, sets, **point) for point in points]
     if config["bound"] and "bound" in wanted:
-        few = evaluation.spread(reference.data, reference.about, config["bound"], reference.seed)
+        few = evaluation.spread(reference.data, config["data"], config["bound"], reference.seed)
         yield "bound", evaluation.bound(subject, few)
 
 
@@ -203,20 +195,16 @@ def references(config: Config) -> tuple[ReferenceSet, ReferenceSet | None, Refer
     """Pictures to compare with, as many other ones if the data have them, and the training pictures."""
     from ldm.metrics.evaluation import spread
 
-    def about(node: dict[str, Any]) -> dict[str, Any]:  # the settings on which the samples depend
-        return {name: value for name, value in node.items() if name not in ("batch_size", "workers")}
-
     data, seed, count = config.build("data"), config["seed"], config["samples"]
     if len(data) < count:
         what, expected, hint = "samples: more than the data have", f"at most {len(data)}", f"samples={len(data)}"
         raise config.source.error(what, "samples", got=str(count), expected=expected, hint=hint)
-    reference, other, training = spread(data, about(config["data"]), count, seed), None, None
-    if len(data) >= 2 * count:
-        other = spread(data, reference.about, count, seed, between=True)
+    other = spread(data, config["data"], count, seed, between=True) if len(data) >= 2 * count else None
+    training = None
     if config["nearest"]:
         learned = config.build("training")
-        training = spread(learned, about(config["training"]), len(learned), config["training_seed"])
-    return reference, other, training
+        training = spread(learned, config["training"], len(learned), config["training_seed"])
+    return spread(data, config["data"], count, seed), other, training
 
 
 def curves(config: Config, subject: Subject, wanted: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

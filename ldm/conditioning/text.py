@@ -134,7 +134,7 @@ class Text(Conditioner):
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self.null_cache.clear()  # weights are moved or cast
-        return super()._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.null_cache.clear()

@@ -1,1 +1,1 @@
-"""From YAML text and overrides to checked values, and from these to objects."""
+"""Configurations: YAML text and overrides, checked values, and the objects they describe."""

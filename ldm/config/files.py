@@ -1,4 +1,4 @@
-"""A configuration file and its overrides as plain values that know who wrote them; the only importer of omegaconf."""
+"""A configuration file and its overrides as plain values, each with its origin; the only importer of omegaconf."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RENAMES: dict[int, dict[str, str]] = {}  # format n -> {dotted key in it: the sa
 
 @dataclass
 class Source:
-    """Plain values and, for each dotted key, the place that wrote it."""
+    """Plain values, and for each dotted key the file and line, or the command line, that set it."""
 
     values: dict[str, Any]
     origin: dict[str, str]
@@ -35,11 +35,11 @@ class Source:
         return self.origin[key]
 
     def rewrite(self, key: str, place: str) -> None:
-        """Another place has written the key and all below it."""
+        """Set the origin of a key and of everything below it."""
         self.origin = {k: v for k, v in self.origin.items() if not f"{k}.".startswith(f"{key}.")} | {key: place}
 
     def set(self, key: str, value: Any, place: str) -> None:
-        """Replace what stands at a top-level key."""
+        """Set a top-level key."""
         self.values[key] = value
         self.rewrite(key, place)
 
@@ -61,7 +61,7 @@ def read(file: str | Path, overrides: Sequence[str]) -> Source:
 
 
 def amend(source: Source, overrides: Sequence[str]) -> Source:
-    """Another source with its old keys renamed, the overrides in their places, and each ${KEY} by its value."""
+    """A copy with old keys renamed, overrides applied, and each ${KEY} replaced by its value."""
     source = Source(copy.deepcopy(source.values), dict(source.origin))
     _upgrade(source, RENAMES)
     for override in sorted(map(_moved, overrides), key=_rank):
@@ -84,13 +84,13 @@ def _text(file: Path) -> str:
 
 
 def _moved(override: str) -> str:
-    """An override of a key of version 0.1 with its present name."""
+    """An override with the present name of its key."""
     key, equals, value = override.partition("=")
     return f"{MOVED.get(key, key)}{equals}{value}"
 
 
 def _rank(override: str) -> tuple[int, bool]:
-    """Nodes before what is in them and types before their arguments; of the same key, the last wins."""
+    """Sort key: nodes before their contents, types before their arguments; of equal keys, the last wins."""
     key = override.partition("=")[0]
     return key.count("."), not key.endswith(".type")
 
@@ -112,7 +112,7 @@ def _override(source: Source, text: str) -> None:
 
 
 def _find(source: Source, names: list[str]) -> tuple[Any, str | int]:
-    """The node, made where it is missing, and the key or index in it that a dotted name means."""
+    """The node that contains a dotted name, created if missing, and the key or index in it."""
     node: Any = source.values
     for depth, name in enumerate(names, 1):
         if isinstance(node, list) and name.isdecimal() and int(name) < len(node):
@@ -129,7 +129,7 @@ def _find(source: Source, names: list[str]) -> tuple[Any, str | int]:
 
 
 def _resolved(source: Source) -> dict[str, Any]:
-    """Each ${KEY} by its value."""
+    """The values with each ${KEY} replaced."""
     try:
         return OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -143,7 +143,7 @@ def _resolved(source: Source) -> dict[str, Any]:
 
 
 def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
-    """Carry the values of an older format to this one; the number itself is not a setting."""
+    """Rename the keys of an older format; the format number itself is not a setting."""
     written = source.values.pop("format", FORMAT)
     newest = max([FORMAT, *(number + 1 for number in renames)])
     if type(written) is not int or not 1 <= written <= newest:
@@ -162,7 +162,7 @@ def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:
 
 
 def _take(node: Any, name: str, *below: str) -> Any:
-    """Remove what stands at a dotted name, and every node that this leaves empty."""
+    """Remove and return the value at a dotted name, and remove every node that this leaves empty."""
     if not isinstance(node, dict):
         raise KeyError(name)
     if not below:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
+from typing import Any
 
 from ldm.errors import InputError, nearest
 
@@ -152,7 +153,7 @@ GIVEN: dict[str, dict[str, str]] = {
 }
 
 
-def load(target: str):
+def load(target: str) -> Any:
     """The object behind "module:name"."""
     module, _, name = target.partition(":")
     found = importlib.import_module(module)
@@ -161,17 +162,17 @@ def load(target: str):
     return getattr(found, name)
 
 
-def find(axis: str, name: str = ""):
+def find(axis: str, name: str = "") -> Any:
     """The object of that name on an axis."""
     table = TABLES[axis]
     return load(table if isinstance(table, str) else table[name])
 
 
 def plug(module: str) -> None:
-    """Add the tables of a user's own module, PARTS = {axis: {name: "module:name"}}; only a command line names one."""
+    """Add a user's parts, PARTS = {axis: {name: "module:name"}} of a module that the command line names."""
     try:
         tables = {axis: dict(table) for axis, table in importlib.import_module(module).PARTS.items()}
-    except Exception as error:  # whatever a user's module does on import
+    except Exception as error:  # a user's module may raise anything
         raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
     for axis, table in tables.items():
         known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})

@@ -1,9 +1,10 @@
-"""Sampler names as other programs write them, "DPM++ 2M Karras": a solver and, after it, a spacing."""
+"""Other programs' names of samplers, such as "DPM++ 2M Karras", and of a pipeline's arguments."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm.config import parts
@@ -39,6 +40,24 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "ddim_uniform": {"type": "leading"},
 }
 MISSING = ("polyexponential", "beta", "kl_optimal", "align_your_steps", "ays", "turbo")  # spacings of other programs
+
+ARGUMENTS = {  # arguments of diffusers' pipelines and of our command line -> our pipeline's
+    "sampler": "solver",
+    "guidance_scale": "cfg",
+    "num_inference_steps": "steps",
+    "negative_prompt": "negative",
+    "num_images_per_prompt": "n",
+    "generator": "seed",
+}
+
+
+def check_arguments(given: Mapping[str, Any], *functions: Callable[..., Any]) -> None:
+    """Refuse arguments that none of these functions has, and name those that were probably meant."""
+    known = [name for function in functions for name in inspect.signature(function).parameters]
+    for name in given:
+        if name not in known:
+            meant = ARGUMENTS.get(name) or nearest(name, known)
+            raise InputError(f"{name}: no such argument of a pipeline", hint=f"{meant}=" if meant else "")
 
 
 def parse(name: str) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Checked configurations and the objects they describe. A part's schema is its constructor's keyword arguments."""
+"""Checked configurations, and the objects that they describe. A part's schema is its constructor's keywords."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LISTS = (list, tuple, Sequence)
 
 
 class Part:
-    """In a command's schema: a node built from the table of its key's own name."""
+    """In a command's schema: a node built from the table with the name of its key."""
 
 
 class Config:
-    """Values checked against a schema and complete with its defaults; `build` makes the objects."""
+    """Values checked against a schema, with defaults filled in; `build` makes the objects."""
 
     def __init__(self, source: files.Source, schema: type, pending: Collection[str] = ()):
         self.source, self.schema, self.pending = source, schema, pending
@@ -34,16 +34,16 @@ class Config:
         return self.values[key]
 
     def build(self, key: str, **given: Any) -> Any:
-        """The object that a top-level node describes; `given` supplies what the node may not say (parts.GIVEN)."""
+        """The object that a top-level node describes; `given` has the arguments in parts.GIVEN."""
         return self._construct(self.values[key], key, key, given)
 
     def amended(self, overrides: Sequence[str]) -> Config:
-        """The same with overrides in the place of what it says."""
+        """A copy with overrides."""
         return Config(files.amend(files.Source(self.values, self.source.origin), overrides), self.schema)
 
     @contextmanager
     def blame(self, key: str) -> Iterator[None]:
-        """Say which line of the configuration a constructor's ValueError("argument: what; got X; try Y") is about."""
+        """Add key, file and line to a constructor's ValueError("argument: what; got X; try Y")."""
         try:
             yield
         except ValueError as error:
@@ -65,14 +65,14 @@ class Config:
             return _call(target, arguments)
 
     def _argument(self, value: Any, kind: Any, table: str, key: str, given: dict[str, Any]) -> Any:
-        """Plain values as they are, nodes as objects."""
+        """The object of a node, or the objects of a list of nodes; plain values unchanged."""
         kind = _variant(kind, value)
         if get_origin(kind) in LISTS and _is_part(get_args(kind)[0]):
             return [self._construct(node, table, f"{key}.{i}", given) for i, node in enumerate(value)]
         return self._construct(value, table, key, given) if _is_part(kind) else value
 
     def _fields(self, node: dict[str, Any], target: Any, key: str, table: str) -> dict[str, Any]:
-        """Every key of a node against the target's keyword arguments, the rest from their defaults."""
+        """Check each key of a node against the target's keyword arguments, and fill in defaults."""
         owners, checked = parts.GIVEN.get(table, {}), {}
         schema = keywords(target)
         settable = [name for name in schema if name not in owners]
@@ -98,7 +98,7 @@ class Config:
         return checked
 
     def _value(self, value: Any, kind: Any, key: str, table: str) -> Any:
-        """The value in the form that its annotation asks for."""
+        """The value, converted to its annotation."""
         variant, choices = _variant(kind, value), get_args(_variant(kind, value))
         if _is_part(variant):
             return self._node(value, key, table)
@@ -134,7 +134,7 @@ class Config:
 
 
 def stored(values: dict[str, Any], origin: str, overrides: Sequence[str], schema: type) -> Config:
-    """A checked configuration of the values in a checkpoint."""
+    """The checked configuration of a checkpoint."""
     return Config(files.amend(files.Source(values, {"": origin}), overrides), schema)
 
 
@@ -157,21 +157,21 @@ def load(
 
 
 def keywords(target: Any) -> dict[str, inspect.Parameter]:
-    """The schema: the keyword-only parameters; what a partial has fixed is not for the YAML."""
+    """The schema: the keyword-only parameters that a partial has not fixed."""
     fixed = target.keywords if isinstance(target, partial) else {}
     parameters = inspect.signature(target, eval_str=True).parameters
     return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and k not in fixed}
 
 
 def _call(target: Any, arguments: dict[str, Any]) -> Any:
-    """Call a constructor; a function that wants positional arguments too, such as a solver, is for later."""
+    """Call a constructor; a function that also has positional arguments, such as a solver, becomes a partial."""
     parameters = inspect.signature(target).parameters.values()
     later = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
     return partial(target, **arguments) if later else target(**arguments)
 
 
 def _variant(kind: Any, value: Any) -> Any:
-    """Of X | Literal[...] | list[X] | None, the one that the value is meant for."""
+    """The member of X | Literal[...] | list[X] | None that fits the value."""
     if get_origin(kind) not in (Union, types.UnionType):
         return kind
     lists = [v for v in get_args(kind) if get_origin(v) in LISTS]
@@ -183,7 +183,7 @@ def _variant(kind: Any, value: Any) -> Any:
 
 
 def _is_part(kind: Any) -> bool:
-    """A class rather than a plain type: a node of the table at hand."""
+    """True for a class: such a value is a node."""
     return isinstance(kind, type) and kind not in PLAIN and get_origin(kind) is None
 
 
@@ -200,5 +200,5 @@ def describe(kind: Any) -> str:
 
 
 def _one_of(names: Collection[str], name: Any = "") -> dict[str, str]:
-    """What to say of a name that is not among these."""
+    """The words of an error about an unknown name."""
     return {"expected": f"one of {', '.join(names)}" if names else "no arguments", "hint": nearest(name, names)}

@@ -1,4 +1,4 @@
-"""YAML text as plain values, with the line of each key; the only importer of yaml."""
+"""YAML text as plain values with line numbers; the only importer of yaml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INT = r"[-+]?(0|[1-9][\d_]{0,30})$"
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as people mean it: 3e-4 is a number; `on`, `007`, `12:30` and `2024-01-01` are strings."""
+    """YAML without surprises: 3e-4 is a number; `on`, `007`, `12:30` and `2024-01-01` are strings."""
 
 
 Loader.yaml_implicit_resolvers = {}
@@ -28,7 +28,7 @@ for kind, rule in {"null": "(~|null|)$", "bool": "(true|false)$", "int": INT, "f
 
 
 def parse(text: str, file: str, origin: dict[str, str], key: str = "") -> Any:
-    """The plain values of a YAML text; `origin` learns the line of each dotted key."""
+    """The plain values of a YAML text; the line of each dotted key is added to `origin`."""
     try:
         _refuse(text, file)
         node = yaml.compose(text, Loader)
@@ -40,7 +40,7 @@ def parse(text: str, file: str, origin: dict[str, str], key: str = "") -> Any:
 
 
 def _refuse(text: str, file: str) -> None:
-    """Aliases, tags, depth and ${oc.env:HOME}: no configuration needs them, and attacks are made of them."""
+    """Refuse aliases, tags, deep nesting and ${oc.env:HOME}: attacks use them, configurations do not."""
     depth = 0
     for event in yaml.parse(text, Loader):
         where, tag = _place(file, event.start_mark), getattr(event, "tag", None)
@@ -56,7 +56,7 @@ def _refuse(text: str, file: str) -> None:
 
 
 def _invalid(error: yaml.MarkedYAMLError, text: str, file: str) -> InputError:
-    """What the parser has to say, and the line that it stumbled over."""
+    """The parser's error, and the line it is about."""
     mark: Any = error.problem_mark
     written = text[text.rfind("\n", 0, mark.index) + 1 :].partition("\n")[0]
     begun = f" begun in line {error.context_mark.line + 1}" if error.context_mark else ""

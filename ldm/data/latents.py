@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.files import DIGEST, open_file
-from ldm.conditioning.compose import Compose
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.pretrained import digest
 from ldm.conditioning.text import Text
@@ -38,6 +37,11 @@ class Pick(NamedTuple):
     row: int
     flipped: int
     caption: int
+
+    def span(self, name: str, offsets: str) -> Tensor:
+        """The caption's part of a tensor that holds all captions, one after the other."""
+        begin, end = self.shard[offsets][self.caption : self.caption + 2].tolist()
+        return self.shard[name][begin:end]
 
 
 class Latents:
@@ -124,7 +128,7 @@ class Latents:
         if self.key["texts"]:
             batch["states"] = {name: states(picks, name) for name in self.key["texts"]}
         if "caption" in self.key["keeps"]:
-            batch["caption"] = [caption(pick) for pick in picks]
+            batch["caption"] = [pick.span("text", "text.offsets").numpy().tobytes().decode() for pick in picks]
         return batch
 
     def picks(self, sample_ids: Sequence[SampleId], seed: int) -> list[Pick]:
@@ -149,22 +153,10 @@ def states(picks: Sequence[Pick], name: str) -> dict[str, Tensor]:
     dense = [field for field in fields if field != "tokens" or not masked]
     found = {field: torch.stack([pick.shard[f"{name}.{field}"][pick.caption] for pick in picks]) for field in dense}
     if masked:
-        spans = [span(pick, name) for pick in picks]
+        spans = [pick.span(f"{name}.tokens", f"{name}.offsets") for pick in picks]  # (n, C) each
         found["tokens"] = spans[0].new_zeros(*found["mask"].shape, spans[0].shape[1])  # (B, L, C)
         found["tokens"][found["mask"]] = torch.cat(spans)
     return found
-
-
-def span(pick: Pick, name: str) -> Tensor:
-    """The states (n, C) of a caption's unmasked tokens."""
-    begin, end = pick.shard[f"{name}.offsets"][pick.caption : pick.caption + 2].tolist()
-    return pick.shard[f"{name}.tokens"][begin:end]
-
-
-def caption(pick: Pick) -> str:
-    """A caption's text."""
-    begin, end = pick.shard["text.offsets"][pick.caption : pick.caption + 2].tolist()
-    return pick.shard["text"][begin:end].numpy().tobytes().decode()
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -184,26 +176,22 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def leaves(conditioner: Conditioner | None, node: Any) -> Iterator[tuple[str, Conditioner, dict[str, Any]]]:
-    """The conditioner's leaves, each with its part's name in the whole conditioner and its node."""
-    if isinstance(conditioner, Compose):
-        for member, names, inner in zip(conditioner.members, conditioner.names, node["parts"]):
-            full = dict(names)
-            yield from ((full[name], leaf, own) for name, leaf, own in leaves(member, inner))  # type: ignore[arg-type]
-    elif conditioner is not None:
-        yield conditioner.part, conditioner, node
+def leaf_nodes(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The nodes of a conditioner's leaves, in the order of `Conditioner.leaves`."""
+    return [leaf for part in node["parts"] for leaf in leaf_nodes(part)] if "parts" in node else [node]
 
 
-def frozen_texts(conditioner: Conditioner | None, node: Any) -> dict[str, tuple[Text, dict[str, Any]]]:
+def frozen_texts(conditioner: Conditioner | None, node: Any) -> dict[str, tuple[Text, Mapping[str, Any]]]:
     """The text encoders whose states can be cached, with their nodes, by part."""
-    found = leaves(conditioner, node)
-    return {name: (leaf, own) for name, leaf, own in found if isinstance(leaf, Text) and leaf.frozen}
+    found = zip(conditioner.leaves(), leaf_nodes(node), strict=True) if conditioner is not None else ()
+    return {name: (leaf, own) for (name, leaf), own in found if isinstance(leaf, Text) and leaf.frozen}
 
 
 def identities(conditioner: Conditioner | None, node: Any) -> tuple[dict[str, Any], list[str]]:
     """What each frozen text encoder's states depend on, and what the other parts read from a batch."""
     texts = frozen_texts(conditioner, node)
-    others = [key for name, leaf, _ in leaves(conditioner, node) if name not in texts for key in leaf.reads]
+    leaves = conditioner.leaves() if conditioner is not None else ()
+    others = [key for name, leaf in leaves if name not in texts for key in leaf.reads]
     return {name: identity(*text) for name, text in texts.items()}, list(dict.fromkeys(others))
 
 

@@ -69,8 +69,9 @@ class Subject:
         return reference_features(self.features, reference)["vectors"]
 
 
-def spread(data: Data, about: Mapping[str, Any], count: int, seed: int, between: bool = False) -> ReferenceSet:
-    """`count` samples at equal distances, or the ones halfway between those."""
+def spread(data: Data, node: Mapping[str, Any], count: int, seed: int, between: bool = False) -> ReferenceSet:
+    """`count` samples at equal distances, or the ones halfway between those, of data built from a node of YAML."""
+    about = {key: value for key, value in node.items() if key not in ("batch_size", "workers")}
     indices = evenly_spaced(len(data), count)
     if between:
         indices = [index + len(data) // (2 * count) for index in indices]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.configs import ONE, ROOT, cost_of, first_stage, operations, row
+from benchmarks.configs import HEAD, ONE, ROOT, cost_of, files, first_stage, operations, row
 from ldm.config import schema as configuration
 from ldm.training.cost import flops_of, size
 from ldm.training.recipe import Start
@@ -53,6 +53,10 @@ def test_bytes_are_weights_gradients_moments_and_the_average(name, moments):
 
 
 def test_the_page_has_every_configuration(scenes):
-    names = {file.stem for folder in ("autoencoder", "ldm") for file in (ROOT / folder).glob("*.yaml")}
+    assert PAGE.startswith(f"{HEAD}\n\n## ")
+    names = {file.stem for folder in ("autoencoder", "ldm") for file in files(folder)}
+    assert {file.stem for file in ROOT.glob("*/*.yaml") if file.parent.name in ("autoencoder", "ldm")} - names == {
+        "finetune"
+    }
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == names
     assert f"| {' | '.join(row('scenes', cost_of(scenes)))} |" in PAGE

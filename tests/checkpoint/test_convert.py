@@ -30,7 +30,7 @@ def test_around_through_all_formats(tmp_path, capsys):
     config, state = make("sd1_inpainting")
     names = [tmp_path / name for name in ("a.safetensors", "folder", "b.safetensors", "c.safetensors")]
     checkpoint.save(names[0], config, state, CARRIED)
-    count = f"{len(state)} tensors, {sum(x.numel() for x in state.values()) / 1e6:.1f} M numbers"
+    count = f"{len(state)} tensors, {sum(x.numel() for x in state.values()) / 1e6:.1f} M parameters"
     for source, target, layout, family in (
         (names[0], names[1], "diffusers", "ldm"),
         (names[1], names[2], "ldm", "Stable Diffusion 1, inpainting, diffusers folder"),

@@ -68,7 +68,7 @@ def test_errors_are_one_line(tmp_path):
     assert str(error.value) == "no such weights (NAME); got vgg19; expected vgg16, inception"
     with pytest.raises(InputError) as error:
         run("--file", tmp_path)
-    assert str(error.value) == "a file is of one name (--file); got 0 names; expected one"
+    assert str(error.value) == "one file has the weights of one name (--file); got 0 names; expected one"
     with pytest.raises(DataError) as error:
         run("vgg16", "--file", tmp_path / "none")
     assert str(error.value).startswith(f"cannot be fetched ({tmp_path}/none); got [Errno 2] No such file")

@@ -5,10 +5,10 @@ import warnings
 import pytest
 
 from ldm.cli import cache, evaluate, main
-from ldm.cli.console import counting_cuts
+from ldm.cli.console import count_truncations
 from tests.conditioning.conditions import small_joint
 
-SAID = "warning: captions cut off at their ends, as the text encoder reads no more: 3\n"
+SAID = "warning: 3 captions truncated to the text encoder's length\n"
 
 
 def cut_three() -> None:
@@ -20,19 +20,19 @@ def cut_three() -> None:
 
 def test_captions_that_are_cut_off_are_counted_and_said_once(capsys):
     before = warnings.showwarning
-    with counting_cuts():
+    with count_truncations():
         cut_three()
         warnings.warn("another", stacklevel=1)
         assert capsys.readouterr().err == "warning: another\n"
     assert capsys.readouterr().err == SAID
     assert warnings.showwarning is before
-    with counting_cuts():
+    with count_truncations():
         pass
     assert capsys.readouterr().err == ""
 
 
 def test_they_are_said_also_where_something_fails(capsys):
-    with pytest.raises(ZeroDivisionError), counting_cuts():
+    with pytest.raises(ZeroDivisionError), count_truncations():
         cut_three() or 1 / 0
     assert capsys.readouterr().err == SAID
 

@@ -230,7 +230,7 @@ def test_what_a_model_is_told_beside_texts_is_made_from_the_pictures(name, tmp_p
             ["--config", "images", "data.root=photos", "features.type=judge"],
             "error: no such folder or file (data.root)",
         ),
-        (["--sampler", "fast"], "error: --sampler: unknown"),
+        (["--sampler", "fast"], "error: sampler: unknown"),
         (["--ckpt", "nowhere.safetensors"], "error: "),
     ],
 )

@@ -211,6 +211,9 @@ def test_what_a_batch_lacks_is_keyed_by_number():
     )
     assert whole["image"].min() >= -1
     assert with_derived(batch | {"mask": 0}, ("mask", "image"), x0, 3)["mask"] == 0
+    pixels = with_derived(batch, reads, torch.zeros(6, 3, 16, 16), 3, 4)  # without an autoencoder
+    assert torch.equal(pixels["low_resolution"], whole["low_resolution"])
+    assert pixels["low_resolution_noise"].shape == (6, 3, 16, 16)
 
 
 CONDITIONS = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoint.checkpoint import Checkpoint
-from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_ours, rounded, write_file
+from ldm.checkpoint.files import AGAIN, DIGEST, Tensors, check_digest, rounded, write_file
 from ldm.checkpoint.networks import check_sizes, fingerprint
 from ldm.errors import CheckpointError
 
@@ -53,7 +53,7 @@ def read_native(tensors: Tensors) -> Checkpoint:
     where, number = str(tensors.path), tensors.metadata[MARK]
     if missing := {"config", DIGEST} - tensors.metadata.keys():
         raise CheckpointError("incomplete metadata", where, f"no {min(missing)}", hint=AGAIN)
-    digest = check_ours(tensors)
+    digest = check_digest(tensors.path, tensors)
     if not number.isdecimal() or int(number) > FORMAT:
         raise CheckpointError("written by a newer version", where, f"format {number}", str(FORMAT), "a newer ldm")
     config = json.loads(tensors.metadata["config"])
