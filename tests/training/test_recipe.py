@@ -18,10 +18,11 @@ from ldm.conditioning.tokenizer import BPE
 from ldm.config import parts
 from ldm.config.schema import Part
 from ldm.data.sampler import SampleId
+from ldm.distributed import full_state
 from ldm.draws import draw, stream
 from ldm.training import cost
 from ldm.training.loop import Loop
-from ldm.training.recipe import Network, Recipe, TrainingSchema, full_state
+from ldm.training.recipe import Network, Recipe, TrainingSchema
 from ldm.training.setup import prepare
 from tests.training import second_stage
 from tests.training.killing import manifest
