@@ -171,7 +171,19 @@ def sabotage(tree: Path, change: Sabotage) -> str:
         raise SystemExit(f"{change.name}: its line stands {text.count(change.old)} times in {change.file}")
     file.write_text(text.replace(change.old, change.new))
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", change.tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--no-header",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            change.tests,
+        ]
         output = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900).stdout
     finally:
         file.write_text(text)

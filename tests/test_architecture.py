@@ -241,7 +241,7 @@ def secrets(root: Path) -> Iterator[str]:
 
 RULES = [arrows, top, circles, owners, sizes, names, package_size, lightning_private]
 UNDER_WAY = pytest.mark.xfail(strict=False, reason="restructuring under way")
-LATER = {arrows, top, circles, package_size, lightning_private}
+LATER = {package_size}
 
 
 @pytest.mark.parametrize(
