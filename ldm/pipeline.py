@@ -216,7 +216,7 @@ class Pipeline(Placed):
         x = denoiser.kept(x) if isinstance(denoiser, Inpainted) else x
         images = self.decode(x, settings.tile).float()  # (B, 3, H, W)
         if not images.isfinite().all():
-            raise DivergedError("decoding left the finite numbers", hint="--precision fp32, or a smaller cfg")
+            raise DivergedError("decoding produced NaN or infinity", hint="--precision fp32, or a smaller cfg")
         if settings.image is not None and settings.mask is not None:  # outside the mask nothing changes
             images = torch.lerp(settings.image.to(images), images, settings.mask.to(images))
         return pictures.to_pil(images)
@@ -253,7 +253,7 @@ class Pipeline(Placed):
         for name, key, given in (("prompt", "caption", texts), ("label", "label", labels)):
             if given and key not in self.reads:
                 expected = f"only {', '.join(self.reads)}" if self.reads else "no condition at all"
-                raise InputError(f"{name}: this model reads none", expected=expected)
+                raise InputError(f"{name}: not used by this model", expected=expected)
 
     def negative(self, requests: Sequence[Request], settings: SamplingSettings) -> Condition | None:
         """The condition that guidance moves away from: a negative prompt, else the null of each part."""
@@ -284,7 +284,7 @@ class Pipeline(Placed):
             batch["low_resolution_noise"] = torch.stack([torch.randn(shape, generator=g) for g in sources])
         for name in self.reads:
             if name not in batch:
-                raise InputError(f"{name}: this model needs one", hint=OPTIONS.get(name, ""))
+                raise InputError(f"{name}: required by this model", hint=OPTIONS.get(name, ""))
         for name in ENCODED & batch.keys():
             batch[name] = self.to_device(batch[name])
         return batch
@@ -338,12 +338,12 @@ def load(
     loaded = path if isinstance(path, Checkpoint) else checkpoint.open(SHIPPED if path is None else path, vae=vae)
     origin = str(loaded.files[0] if isinstance(path, Checkpoint | None) else path)
     if loaded.config.get("backbone") is None:
-        raise CheckpointError("a first stage alone makes no pictures", origin, "an autoencoder", hint="it as --vae")
+        raise CheckpointError("this file has only an autoencoder", origin, "an autoencoder", hint="it as --vae")
     config = assemble.configure(loaded.config, origin, overrides)
     channels = checkpoint.latent_channels(loaded)
     if config["autoencoder"] is None and channels not in (None, config["channels"]):
         got = f"a backbone for {channels} channels"
-        raise CheckpointError("no first stage inside to make pictures of latents", origin, got, hint="--vae PATH")
+        raise CheckpointError("no autoencoder in this file", origin, got, hint="--vae PATH")
     with empty():
         model = assemble.model(config)
     assemble.fill(model, loaded)

@@ -91,7 +91,7 @@ SABOTAGES = [
     Sabotage("pipeline: every picture has the same seed", "ldm/pipeline.py", "Request(text, negative, label, seed + i)", "Request(text, negative, label, seed)", "tests/test_pipeline.py"),
     Sabotage("inpainting: mask the other way", D + "inpaint.py", "torch.lerp(self.known, prediction.x0, self.mask)", "torch.lerp(prediction.x0, self.known, self.mask)", "tests/test_pipeline.py"),
     Sabotage("one file: the digest is not compared", "ldm/checkpoint/formats/native.py", "digest = check_digest(tensors.path, tensors)", "digest = tensors.metadata.get(DIGEST, '')", "tests/checkpoint"),
-    Sabotage("names: left-over tensors are passed over", "ldm/checkpoint/rename.py", 'refuse("tensors without a place", [name for name in state if name not in old_names])', "pass", "tests/checkpoint"),
+    Sabotage("names: left-over tensors are passed over", "ldm/checkpoint/rename.py", 'refuse("unexpected tensors", [name for name in state if name not in old_names])', "pass", "tests/checkpoint"),
     Sabotage("text: the penultimate layer without its norm", M + "transformer.py", 'last if self.layer == "last" else self.norm(x)', 'last if self.layer == "last" else x', "tests/models"),
     Sabotage("text: nothing is not put in the place of what is dropped", "ldm/conditioning/conditioner.py", "return Condition.choose(drop[self.part], self.null(condition.batch_size), condition)", "return condition", "tests/conditioning"),
     Sabotage("edit: scaled latents", "ldm/assemble.py", 'for name in ("encode", "posterior", "latent_channels")}', 'for name in ("encode", "latent_channels")}', "tests/test_pipeline.py"),

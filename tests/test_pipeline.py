@@ -449,7 +449,7 @@ def test_a_low_resolution_condition(tmp_path):
         noises.append(pipe.batch(requests, settings, [""] * len(seeds))["low_resolution_noise"])
     assert torch.equal(noises[0][1], noises[1][0])
     assert not torch.equal(*noises[0])
-    with pytest.raises(InputError, match="low_resolution: this model needs one"):
+    with pytest.raises(InputError, match="low_resolution: required by this model"):
         pipe(seed=4, **SIZE)
 
 

@@ -131,7 +131,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "
 def fit(state: Mapping[str, Tensor], network: nn.Module, what: str) -> None:
     """Refuse tensors that are not exactly a network's: missing, left over, or of another shape."""
     own = network.state_dict()
-    problems = ("tensors are missing in the ", "tensors without a place in the ", "tensors of another shape in the ")
+    problems = ("missing tensors in the ", "unexpected tensors in the ", "tensors of another shape in the ")
     for problem, names in zip(problems, misfits(own, state).values()):
         if names:
             shaped = problem == problems[-1]

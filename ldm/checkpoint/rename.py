@@ -52,7 +52,7 @@ class KeyMap:
     def split(self, theirs: Mapping[str, Tensor]) -> State:
         """Their tensors with each joint matrix split into its parts."""
         state = dict(theirs)
-        refuse("tensors are missing", [joint.name for joint in self.joints if joint.name not in state])
+        refuse("missing tensors", [joint.name for joint in self.joints if joint.name not in state])
         for name, parts, heads in self.joints:
             x, rows = state.pop(name), heads * len(parts)
             if x.ndim == 0 or len(x) % rows:
@@ -73,8 +73,8 @@ def rename(state: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> Sta
     An old name in two pairs is written twice; two old names that become one must hold equal numbers.
     """
     old_names = {old for old, _ in pairs}
-    refuse("tensors are missing", [old for old in dict.fromkeys(old for old, _ in pairs) if old not in state])
-    refuse("tensors without a place", [name for name in state if name not in old_names])
+    refuse("missing tensors", [old for old in dict.fromkeys(old for old, _ in pairs) if old not in state])
+    refuse("unexpected tensors", [name for name in state if name not in old_names])
     renamed: State = {}
     for old, new in pairs:
         if new in renamed and not torch.equal(renamed[new], state[old]):

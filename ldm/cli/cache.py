@@ -27,7 +27,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the cache; an unfinished one is resumed")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the stored numbers (default bf16)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of the encoding (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--rank", type=int, help="this process's rank (default: torchrun's, or 0)")
     parser.add_argument("--ranks", type=int, help="number of processes that share the work (default: torchrun's, or 1)")
@@ -77,9 +77,9 @@ def check(config: Config) -> None:
     if config["autoencoder"] is None:
         raise error("autoencoder: pixels need no cache", "autoencoder", expected="a checkpoint's path")
     if data["type"] == "latents":
-        raise error("data.type: is a cache already", "data.type", got="latents", hint="images")
+        raise error("data.type: already a cache", "data.type", got="latents", hint="images")
     if data.get("crop") == "random":
-        what, hint = "data.crop: random crops are too many to cache", "center"
+        what, hint = "data.crop: random crops cannot be cached", "center"
         raise error(what, "data.crop", got="random", expected="center", hint=hint)
     if not 0 <= config["seed"] < 2**32:
         raise error("seed: out of range", "seed", got=str(config["seed"]), expected="0 to below 2**32")

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     sampled = [words for words in arguments.overrides if words.startswith(SAMPLED)]
     encoders = [words for words in arguments.overrides if words not in sampled]
     if encoders and not loaded.config.get("left_out"):
-        raise InputError("SRC leaves no encoder out", arguments.source, encoders[0])
+        raise InputError("SRC contains all its encoders", arguments.source, encoders[0])
     if sampled:
         loaded = with_sampling(loaded, sampled)
     if layout != "ldm" or encoders:
@@ -68,7 +68,7 @@ def with_sampling(loaded: Checkpoint, overrides: list[str]) -> Checkpoint:
 
     source = str(loaded.files[0])
     if not loaded.config.get("backbone"):
-        raise InputError("a first stage alone is not sampled", source, overrides[0])
+        raise InputError("an autoencoder has no sampling settings", source, overrides[0])
     config = assemble.configure(loaded.config, source, overrides)
     assemble.sampler(config, config.build("path"))  # refuses settings that cannot be built
     return replace(loaded, config={**loaded.config, **{name: config[name] for name in SAMPLED}})

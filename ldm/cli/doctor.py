@@ -30,9 +30,9 @@ STAGES = {1: "autoencoder", 2: "diffusion"}
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser)
-    help = "for a name that both stages have, which one is meant (default 1)"
+    help = "the stage to check, if both have a configuration of this name (default 1)"
     parser.add_argument("--stage", type=int, choices=STAGES, help=help)
-    parser.add_argument("--run", metavar="DIR", help="where the run will be (default as for training)")
+    parser.add_argument("--run", metavar="DIR", help="run folder (default: as for training)")
     parser.add_argument("--init-from", metavar="CKPT", help="start from the weights of this checkpoint")
     parser.add_argument("--minutes", type=float, default=5.0, help="about how long this may take (default 5)")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
@@ -64,7 +64,9 @@ def read_plan(arguments: argparse.Namespace) -> train.Plan:
     names = [*words, *filter(None, [arguments.config])]
     if len(names) != 1:
         expected = "one configuration: a YAML file, or the name of a shipped one"
-        raise InputError("which configuration?", "command line", ", ".join(names) or "none", expected, "scenes")
+        raise InputError(
+            "exactly one configuration is needed", "command line", ", ".join(names) or "none", expected, "scenes"
+        )
     arguments.config = names[0]
     arguments.overrides = [word for word in arguments.overrides if word not in words]
     if arguments.stage is None:
@@ -129,7 +131,7 @@ def data_rows(report: Report) -> Rows:
     yield "data", f"{found.samples} samples{scanned}; {height}x{width}" + f" and {more} other sizes" * (more > 0)
     mean, std = (" ".join(f"{x:.2f}" for x in numbers) for numbers in (found.mean, found.std))
     values = f"{found.least:.2f} to {found.most:.2f}, mean {mean}, standard deviation {std}"
-    yield "", f"{found.looked_at} looked at: {values}"
+    yield "", f"{found.looked_at} samples: {values}"
     words = "no words"
     if found.words:
         words = f"{found.words[0]:g} to {found.words[2]:g} words, median {found.words[1]:g}"
@@ -138,7 +140,7 @@ def data_rows(report: Report) -> Rows:
         yield "", f"{captions.truncated} are truncated to {captions.max_tokens} tokens"
     if captions and captions.drops:
         yield "dropped", ", ".join(f"{part} {rate:.0%}" for part, rate in captions.drops.items()) + " of samples"
-    yield "loader", f"{found.images_per_second:.1f} images/s for each process, with nothing else to do"
+    yield "loader", f"{found.images_per_second:.1f} images/s per process, without training"
 
 
 def cost_rows(report: Report) -> Rows:
@@ -148,16 +150,16 @@ def cost_rows(report: Report) -> Rows:
         return
     if z := found.latents:
         values = f"{z.least:.2f} to {z.most:.2f}, mean {z.mean:.3f}, standard deviation {z.std:.3f}"
-        yield "latents", f"{z.samples} looked at: {values}"
+        yield "latents", f"{z.samples} samples: {values}"
     parts = ", ".join(f"{name} {amount(count)}" for name, count in vars(found.needs).items())
-    yield "memory", f"{amount(found.needs.total)} for each process: {parts}"
-    yield "", f"{amount(found.peak)} at most in real steps, {amount(found.before)} before them"
+    yield "memory", f"{amount(found.needs.total)} per process: {parts}"
+    yield "", f"peak {amount(found.peak)} in real steps ({amount(found.before)} before them)"
     images = report.batch_size / settings.ranks
     for phase in found.phases:
-        speed = f"{images / phase.seconds:.1f} images/s, {phase.seconds:.3g} s a step"
-        yield "steps", f"{phase.steps} from {phase.first} ({phase.name}): {speed}, for each process"
+        speed = f"{images / phase.seconds:.1f} images/s, {phase.seconds:.3g} s per step"
+        yield "steps", f"{phase.steps} from {phase.first} ({phase.name}): {speed}, per process"
         step, image = phase.flops / 1e12, phase.flops / images / 1e9
-        yield "", f"{image:.4g} GFLOP an image, {step:.3g} TFLOP a step: {step / phase.seconds:.3g} TFLOP/s"
+        yield "", f"{image:.4g} GFLOP per image, {step:.3g} TFLOP per step: {step / phase.seconds:.3g} TFLOP/s"
     yield "validation", f"{found.validation_seconds:.1f} s every {settings.validate_every} steps"
     yield "checkpoint", f"{found.checkpoint_seconds:.1f} s every {settings.save_every} steps"
     hours = report.seconds / 3600

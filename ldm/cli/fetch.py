@@ -84,4 +84,4 @@ def check(weights: Weights, digest: str, place: object) -> None:
     """Refuse a file with the wrong sha256."""
     if digest != weights.sha256:
         got, expected = f"sha256 {digest[:10]}", f"{weights.sha256[:10]}"
-        raise DataError("other weights than the published ones", str(place), got, expected, "remove it and fetch again")
+        raise DataError("not the published weights", str(place), got, expected, "remove it and fetch again")

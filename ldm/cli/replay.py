@@ -59,6 +59,6 @@ def read_record(image: Any, file: str) -> tuple[dict[str, Any], sample.Order]:
 def check_input(file: str, digest: str) -> None:
     """Refuse an input file that is gone or has changed."""
     if not Path(file).is_file():
-        raise InputError("an input of this picture is not there", file)
+        raise InputError("an input file of this picture is missing", file)
     if sample.file_digest(file) != digest:
-        raise InputError("an input of this picture has changed", file, hint="the original file")
+        raise InputError("an input file of this picture has changed", file, hint="the original file")

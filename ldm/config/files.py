@@ -121,7 +121,7 @@ def _find(source: Source, names: list[str]) -> tuple[Any, str | int]:
             slot = name
         else:
             got = f"{'.'.join(names[: depth - 1])}={shown(node)}"
-            raise InputError(f"{'.'.join(names)}: nothing to override there", COMMAND_LINE, got=got)
+            raise InputError(f"{'.'.join(names)}: does not exist, so it cannot be overridden", COMMAND_LINE, got=got)
         if depth < len(names):
             source.origin.setdefault(".".join(names[:depth]), COMMAND_LINE)
             node = node.setdefault(slot, {}) if isinstance(node, dict) else node[int(name)]
@@ -136,10 +136,10 @@ def _resolved(source: Source) -> dict[str, Any]:
         key = str(error.full_key).replace("[", ".").replace("]", "")
         node, slot = _find(source, key.split("."))
         if "Recursive" in str(error):
-            raise source.error(f"{key}: refers to itself", key, got=shown(node[slot])) from None
+            raise source.error(f"{key}: circular reference", key, got=shown(node[slot])) from None
         meant = nearest(node[slot].strip("${}"), [name for name in source.origin if name != key])
         hint = f"${{{meant}}}" if meant else ""
-        raise source.error(f"{key}: refers to nothing", key, got=shown(node[slot]), hint=hint) from None
+        raise source.error(f"{key}: unknown reference", key, got=shown(node[slot]), hint=hint) from None
 
 
 def _upgrade(source: Source, renames: dict[int, dict[str, str]]) -> None:

@@ -177,7 +177,7 @@ def plug(module: str) -> None:
     for axis, table in tables.items():
         known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})
         if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):
-            raise InputError(f"its {axis} would replace ours", module, ", ".join(table), hint="another name")
+            raise InputError(f"{axis}: this name is taken", module, ", ".join(table), hint="another name")
         known.update(table)
 
 

@@ -50,7 +50,7 @@ def _refuse(text: str, file: str) -> None:
         if tag:
             raise InputError("YAML tags are refused", where, got=tag.replace("tag:yaml.org,2002:", "!!"))
         if isinstance(event, yaml.ScalarEvent) and RESOLVER.search(event.value):
-            raise InputError("only ${KEY} is resolved", where, got=shown(event.value))
+            raise InputError("only ${KEY} references are allowed", where, got=shown(event.value))
         if depth > DEPTH:
             raise InputError(f"YAML is nested deeper than {DEPTH} levels", where)
 
@@ -80,7 +80,7 @@ def _plain(node: yaml.Node, file: str, origin: dict[str, str], key: str) -> Any:
     for name, value in node.value:
         where = _place(file, name.start_mark)
         if not isinstance(name, yaml.ScalarNode) or not NAME.fullmatch(name.value):
-            raise InputError("a key is a plain name", where, got=shown(_plain(name, file, {}, "")))
+            raise InputError("keys must be plain names", where, got=shown(_plain(name, file, {}, "")))
         full = f"{key}.{name.value}".lstrip(".")
         if name.value in values:
             raise InputError(f"{full}: written twice", where, got=f"the first at {origin[full]}")

@@ -177,9 +177,9 @@ def source_of(root: Any, image: str | None, caption: str | None) -> Source:
         if files := sorted(Path(file) for file in found if file.endswith(suffixes)):
             return kind(files, image, caption)
     if not path.is_dir():
-        raise InputError("no source of pictures", "data.root", str(root), "a folder, .tar or .parquet files")
+        raise InputError("unsupported data source", "data.root", str(root), "a folder, .tar or .parquet files")
     if image is not None:
-        raise InputError("a folder of pictures has no columns", "data.image", image, hint="leaving it out")
+        raise InputError("data.image: a folder of pictures has no columns", "data.image", image, hint="leaving it out")
     return Folder(path, caption)
 
 

@@ -77,7 +77,7 @@ class Order:
         k, rest = divmod(position, self.batch_size)
         if rest:
             multiple = f"a multiple of {self.batch_size} samples"
-            raise InputError("with buckets, a batch cannot begin here", f"position {position}", expected=multiple)
+            raise InputError("position is not a multiple of the batch size", f"position {position}", expected=multiple)
         epoch = position // self.length  # has begun by then: earlier epochs have at most length / B batches each
         while self.batches_before(epoch + 1) <= k:
             epoch += 1

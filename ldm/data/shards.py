@@ -93,7 +93,7 @@ def members(file: Path) -> Iterator[tarfile.TarInfo]:
             yield from archive
             check_end(archive, file)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        hint = "uncompressing it, as members are read in place" if file.suffix in (".gz", ".tgz", ".zst") else ""
+        hint = "decompressing it to .tar first" if file.suffix in (".gz", ".tgz", ".zst") else ""
         raise DataError("cannot read the shard", str(file), str(error), "a complete tar file", hint) from error
 
 
@@ -103,7 +103,7 @@ def check_end(archive: tarfile.TarFile, file: Path) -> None:
         raw.seek(archive.offset)
         while block := raw.read(2**20):
             if block.strip(b"\0"):
-                raise tarfile.ReadError(f"a damaged header at byte {archive.offset}, or more behind the archive's end")
+                raise tarfile.ReadError(f"damaged header, or data after the end, at byte {archive.offset}")
 
 
 def split(name: str) -> tuple[str, str]:

@@ -68,4 +68,4 @@ def check_finite(finite: Tensor, grid: Level) -> None:
         if not good:
             row = grid.rows()[number]
             place = f"step {number + 1} of {len(finite)}, sigma {row.sigma:.4g}, t {row.t:.4g}"
-            raise DivergedError("sampling left the finite numbers", place, hint="--precision fp32, or a smaller cfg")
+            raise DivergedError("sampling produced NaN or infinity", place, hint="--precision fp32, or a smaller cfg")

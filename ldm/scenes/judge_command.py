@@ -77,7 +77,7 @@ def train(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
         raise InputError(
-            "not a name for a file of weights", "--out", str(out), "NAME.safetensors in a folder that exists"
+            "--out: the name must end in .safetensors", "--out", str(out), "NAME.safetensors in a folder that exists"
         )
 
     from ldm.scenes import judge_training as training

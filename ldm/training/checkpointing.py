@@ -204,7 +204,7 @@ def check_threads(folder: Path, manifest: Mapping[str, Any], loop: Loop) -> None
     """Warn if the number of threads changed, which changes how sums are rounded."""
     threads = torch.get_num_threads()
     if loop.device.type == "cpu" and manifest.get("threads", threads) != threads:
-        text = f"{manifest['threads']} threads until {folder.name}, {threads} from now on: sums are rounded differently"
+        text = f"the number of threads changed from {manifest['threads']} to {threads}; results may differ by rounding"
         warnings.warn(text, stacklevel=2)
 
 

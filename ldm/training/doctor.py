@@ -112,7 +112,7 @@ class Report:
     def out_of_memory(self, message: str) -> Finding:
         """What it means that a GPU is too small: with sharded weights, one process alone proves little."""
         if self.settings.strategy == "fsdp2" and self.settings.ranks > 1:
-            text = "memory: one process cannot hold all weights, and sharded ones were not tried"
+            text = "memory: the weights do not fit in one process; sharding was not tried"
             return Finding("warning", f"{text}; {message}")
         hint = "try a larger trainer.accumulate, a smaller data.batch_size or data.resolution"
         return Finding("error", f"memory: a step does not fit on the GPU; {message}; {hint}", 2)
@@ -204,7 +204,7 @@ def check_data(report: Report, found: Survey) -> None:
         raise DataError("data: not all values are finite", "", f"standard deviations {found.std}", "finite numbers")
     flat = [str(channel) for channel, std in enumerate(found.std) if std < FLAT]
     text = f"data: values from {found.least:.2f} to {found.most:.2f}"
-    report.add(text, not flat, f"channel {', '.join(flat)} hardly varies: are these the right pictures?")
+    report.add(text, not flat, f"channel {', '.join(flat)} is almost constant; check the pictures")
     if found.counts.get("skipped"):
         text = f"data: {found.counts['skipped']} of {found.counts['seen']} samples are skipped"
         report.add(text, False, "skipped.jsonl beside their manifest lists them")
@@ -217,7 +217,7 @@ def check_captions(report: Report, found: Survey) -> None:
     if captions.max_tokens and found.captions:
         text = f"captions: {found.empty} of {found.captions} are empty, {captions.truncated} longer than "
         text += f"{captions.max_tokens} tokens"
-        why = "empty captions teach no words, and the ends of long ones are not read"
+        why = "empty captions teach nothing; long ones are truncated"
         report.add(text, max(found.empty, captions.truncated) <= FEW * found.captions, why)
     if captions.drops:
         rates = ", ".join(f"{part} of {rate:.0%} of samples" for part, rate in captions.drops.items())
@@ -239,8 +239,8 @@ def check_costs(report: Report, found: Trial) -> None:
     report.add(text, used < ROOM * found.memory, "little is left: try a larger trainer.accumulate")
     if report.survey:
         made, trained = report.survey.images_per_second, report.images_per_second / report.settings.ranks
-        text = f"loader: {made:.0f} images/s alone, training takes {trained:.0f}"
-        report.add(text, made > MARGIN * trained, "training waits for it: try more data.workers, or smaller files")
+        text = f"loader: {made:.0f} images/s, training needs {trained:.0f}"
+        report.add(text, made > MARGIN * trained, "training waits for it; try more data.workers or smaller files")
 
 
 def check_disk(report: Report, found: Trial, run: Path) -> None:
@@ -262,13 +262,13 @@ def check_resume(report: Report, straight: State, resumed: State) -> None:
         raise CheckpointError("resume: a step from a checkpoint is different", "", got, "the same, bit for bit")
     text = "resume: a step from a checkpoint is the same, bit for bit"
     text += f", except {len(different)} of {len(straight)} tensors" * bool(different)
-    report.add(text, not different, "a GPU may sum in another order each time")
+    report.add(text, not different, "sums on a GPU are not deterministic")
 
 
 def check_losses(report: Report, name: str) -> None:
     """A model that can learn overfits one batch."""
     first, last = (statistics.mean(part) for part in (report.losses[:LEAST], report.losses[-LEAST:]))
     text = f"one batch: {name} from {first:.4g} to {last:.4g} in {len(report.losses)} steps"
-    why = "it should fall by at least a fifth: the learning rate is too low or too high, or something is disconnected"
+    why = "it should fall by at least a fifth: the learning rate is too low or too high, or a part gets no gradient"
     few = "too few steps to tell"
     report.add(text, last < FALL * first, why if len(report.losses) >= OVERFIT // 2 else few)

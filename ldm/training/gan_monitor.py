@@ -33,12 +33,12 @@ def judge(rows: Iterable[Mapping[str, float]]) -> str:
     gaps = [abs(row["loss/logits_real"] - row["loss/logits_fake"]) for row in rows]
     if max(losses) < OVERPOWERS:
         return (
-            f"the discriminator overpowers the autoencoder (its loss is {max(losses):.2g} and less): it tells every "
-            "reconstruction from its image; try a lower discriminator_optimizer.lr or a later loss.start"
+            f"the discriminator overpowers the autoencoder (its loss is at most {max(losses):.2g}): it recognises "
+            "every reconstruction; try a lower discriminator_optimizer.lr or a later loss.start"
         )
     if max(gaps) < COLLAPSES:
         return (
-            f"the discriminator has collapsed (logits differ by less than {COLLAPSES}): it tells nothing apart, and "
-            "the adversarial loss teaches nothing; try another discriminator_optimizer.lr or discriminator.layers"
+            f"the discriminator has collapsed (logits differ by less than {COLLAPSES}): it cannot tell images from "
+            "reconstructions, so the adversarial loss has no effect; try another discriminator_optimizer.lr"
         )
     return ""

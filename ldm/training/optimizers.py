@@ -60,7 +60,7 @@ def cosine(
     """A line up to 1, then half a cosine down to `final` at the last step (Loshchilov and Hutter 2017, eq. 5)."""
     check_warmup(warmup)
     if not 0 <= final <= 1:
-        raise ValueError(f"final: a part of the learning rate; got {final}; expected 0 to 1; try 0")
+        raise ValueError(f"final: must be a fraction of the learning rate; got {final}; expected 0 to 1; try 0")
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -85,4 +85,4 @@ def checked(betas: Sequence[float]) -> tuple[float, float]:
 def check_warmup(warmup: int) -> None:
     """Refuse a warm-up that ends before it begins."""
     if warmup < 0:
-        raise ValueError(f"warmup: a number of steps; got {warmup}; expected >= 0; try 0")
+        raise ValueError(f"warmup: must be a number of steps; got {warmup}; expected >= 0; try 0")

@@ -80,12 +80,12 @@ def summary(loop: Loop, folder: Path, found: Found | None) -> str:
     groups = {name: sum(p.numel() for _, p in group) for name, group in loop.recipe.groups().items()}
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in groups.items())
     scanned = ", ".join(f"{count} {what}" for what, count in getattr(data, "counts", {}).items())
-    samples = f"{len(data)} samples an epoch" + f" ({scanned})" * bool(scanned)
+    samples = f"{len(data)} samples per epoch" + f" ({scanned})" * bool(scanned)
     lines = [
         f"trained: {sizes} parameters",
-        f"data: {samples}, {data.batch_size} a step in {settings.accumulate * settings.ranks} parts",
+        f"data: {samples}, batch {data.batch_size} in {settings.accumulate * settings.ranks} micro-batches",
         f"plan: {settings.steps} steps on {settings.hardware}",
-        f"run: {folder}, {bytes_needed(loop) / 1e6:.0f} MB a checkpoint",
+        f"run: {folder}, {bytes_needed(loop) / 1e6:.0f} MB per checkpoint",
     ]
     if note := check_same_kind(data, loop.recipe.validation_data):
         lines.append(note)
@@ -127,13 +127,13 @@ def check_config(folder: Path, loop: Loop, config: dict[str, Any], resumed: bool
             hint = (
                 f"--init-from {weights} and another --run, which starts from its weights; or --config {file} to resume"
             )
-        raise InputError("--run: started with another configuration", str(file), got, hint=hint)
+        raise InputError("--run: this run has another configuration", str(file), got, hint=hint)
 
 
 def check_data(loop: Loop, checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Refuse other data than the run started with; a source without a digest is compared by its length."""
     now = checkpointing.data_of(loop.recipe)
-    for name, words in (("samples", "{} samples an epoch"), ("data", "sha256 {:.10}")):
+    for name, words in (("samples", "{} samples per epoch"), ("data", "sha256 {:.10}")):
         before = manifest.get(name)
         if None not in (before, now[name]) and before != now[name]:
             got, expected = words.format(now[name]), f"{words.format(before)}, as before"

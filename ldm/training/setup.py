@@ -33,7 +33,7 @@ def check_launcher(config: Config) -> None:
         check_slurm(config, settings)
     elif settings.nodes > 1 and not BY_HAND & os.environ.keys():
         key, expected = "trainer.nodes", "a launcher that starts this command on every node"
-        what, hint = f"{key}: the other nodes would be waited for", "torchrun or srun, as docs/first_stage.md has it"
+        what, hint = f"{key}: several nodes need a launcher", "torchrun or srun, as in docs/first_stage.md"
         raise config.source.error(what, key, got=f"{settings.nodes} and no launcher", expected=expected, hint=hint)
 
 
@@ -49,7 +49,7 @@ def check_slurm(config: Config, settings: TrainerSettings) -> None:
     check_started(config, settings, "SLURM", "SLURM_NTASKS")
     if settings.ranks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         got, hint = f"SLURM_NTASKS {settings.ranks} alone", f"--ntasks-per-node={settings.devices_per_node}"
-        raise InputError("SLURM: tasks are not counted by node", "environment", got, "SLURM_NTASKS_PER_NODE too", hint)
+        raise InputError("SLURM: --ntasks-per-node is not set", "environment", got, "SLURM_NTASKS_PER_NODE too", hint)
 
 
 def check_started(config: Config, settings: TrainerSettings, launcher: str, name: str) -> None:

@@ -41,7 +41,7 @@ class TrainerSettings:
             check_positive(devices=self.devices)
         if self.keep < 2:
             raise ValueError(
-                f"keep: the newest one may be incomplete after a crash; got {self.keep}; expected >= 2; try 2"
+                f"keep: at least 2, because a crash can damage the newest; got {self.keep}; expected >= 2; try 2"
             )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip: a norm; got {self.clip}; expected > 0; try 1.0")

@@ -82,12 +82,10 @@ def test_rename_refuses_missing_extra_and_unequal_tensors():
     assert swap(pairs) == [("x", "a"), ("y", "b")]
     with pytest.raises(CheckpointError) as error:
         rename({}, [(f"k{i}", "x") for i in range(7)])
-    assert str(error.value) == (
-        "tensors are missing; got 7: k0, k1, k2, k3, k4, ...; expected none; try another layout"
-    )
+    assert str(error.value) == ("missing tensors; got 7: k0, k1, k2, k3, k4, ...; expected none; try another layout")
     with pytest.raises(CheckpointError) as error:
         rename({"a": one, "b": two, "c": one}, pairs)
-    assert str(error.value) == "tensors without a place; got 1: c; expected none; try another layout"
+    assert str(error.value) == "unexpected tensors; got 1: c; expected none; try another layout"
     with pytest.raises(CheckpointError) as error:
         rename({"a": one, "b": two}, [("a", "x"), ("b", "x")])
     assert str(error.value) == "copies of x differ; got other numbers in b; expected equal copies"

@@ -124,7 +124,7 @@ def test_ldm_is_read_from_its_moving_average_and_stable_diffusion_is_not(tmp_pat
         loaded = checkpoint.open(tmp_path / "averaged.safetensors")
         expected = make(name)[1]["backbone.out.weight"] + averaged
         assert torch.equal(loaded.state["backbone.out.weight"], expected)
-        note = "read from the moving average of the weights, as this family is published"
+        note = "using the EMA weights, as published"
         assert (note in loaded.notes) is averaged
 
 
@@ -222,16 +222,16 @@ MODEL = "model.diffusion_model."
     [
         (
             {f"{MODEL}out.2.bias": None, f"{MODEL}out.0.bias": None},
-            "tensors are missing; got 2: out.0.bias, out.2.bias; expected none; try another layout",
+            "missing tensors; got 2: out.0.bias, out.2.bias; expected none; try another layout",
         ),
         (
             {f"{MODEL}adapter.{n}": torch.ones(1) for n in range(7)},
-            "tensors without a place; got 7: adapter.0, adapter.1, adapter.2, adapter.3, adapter.4, ...; "
+            "unexpected tensors; got 7: adapter.0, adapter.1, adapter.2, adapter.3, adapter.4, ...; "
             "expected none; try another layout",
         ),
         (
             {"lora.up": torch.ones(1)},
-            "tensors without a place; got 1: lora.up; expected none; try another layout",
+            "unexpected tensors; got 1: lora.up; expected none; try another layout",
         ),
         (
             {f"{MODEL}time_embed.2.bias": torch.ones(5)},
@@ -239,7 +239,7 @@ MODEL = "model.diffusion_model."
         ),
         (
             {"first_stage_model.quant_conv.weight": None},
-            "tensors are missing; got 1: quant_conv.weight; expected none; try another layout",
+            "missing tensors; got 1: quant_conv.weight; expected none; try another layout",
         ),
         (
             {"cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias": torch.ones(3)},
@@ -262,7 +262,7 @@ def test_a_first_stage_with_something_else_beside_it_is_refused(tmp_path):
     save_file(tensors | {"backbone.weight": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(tmp_path / "x.safetensors")
-    assert str(error.value) == ("tensors without a place; got 1: backbone.weight; expected none; try another layout")
+    assert str(error.value) == ("unexpected tensors; got 1: backbone.weight; expected none; try another layout")
 
 
 def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
@@ -340,8 +340,8 @@ def test_strict_loading_into_a_module():
     checkpoint.load_weights(empty, good, "a.")
     assert empty.weight.data_ptr() == good["a.weight"].data_ptr()
     for bad, message in (
-        ({"a.weight": good["a.weight"]}, "tensors are missing in the a; got 1: bias; expected none"),
-        (good | {"a.more": torch.ones(1)}, "tensors without a place in the a; got 1: more; expected none"),
+        ({"a.weight": good["a.weight"]}, "missing tensors in the a; got 1: bias; expected none"),
+        (good | {"a.more": torch.ones(1)}, "unexpected tensors in the a; got 1: more; expected none"),
         (
             good | {"a.bias": torch.ones(4)},
             "tensors of another shape in the a; got 1: bias (4,) for (3,); expected none",

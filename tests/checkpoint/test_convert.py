@@ -61,11 +61,11 @@ def test_how_a_file_is_sampled_may_change(tmp_path):
     assert same(changed.state, state)
     with pytest.raises(InputError, match=r"guidance\.rescale: must lie between 0 and 1"):
         run(source, target, "guidance.rescale=2")
-    with pytest.raises(InputError, match="SRC leaves no encoder out"):
+    with pytest.raises(InputError, match="SRC contains all its encoders"):
         run(source, target, "guidance.cfg=3", "size=256")
     first = {name: x for name, x in state.items() if name.startswith("autoencoder.")}
     checkpoint.save(tmp_path / "first.safetensors", {"format": 1, "autoencoder": config["autoencoder"]}, first)
-    with pytest.raises(InputError, match="a first stage alone is not sampled"):
+    with pytest.raises(InputError, match="an autoencoder has no sampling settings"):
         run(tmp_path / "first.safetensors", target, "guidance.cfg=3")
 
 

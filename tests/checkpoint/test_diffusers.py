@@ -344,7 +344,7 @@ def test_a_folder_of_pickles_and_one_without_a_weight(tmp_path):
     tensors = load_file(weights)
     del tensors["conv_out.bias"]
     save_file(tensors, weights)
-    expected = "tensors are missing; got 1: conv_out.bias; expected none; try another layout"
+    expected = "missing tensors; got 1: conv_out.bias; expected none; try another layout"
     assert refusal(partial(checkpoint.open, folder)) == expected
     weights.rename(weights.with_suffix(".bin"))
     assert refusal(partial(checkpoint.open, folder)) == (

@@ -56,7 +56,7 @@ def test_other_weights_never_get_there(cache, tmp_path):
     with pytest.raises(DataError) as error:
         run("vgg16", "--file", tmp_path / "download")
     assert str(error.value) == (
-        f"other weights than the published ones ({tmp_path}/download); got sha256 {digest}; expected {expected}; "
+        f"not the published weights ({tmp_path}/download); got sha256 {digest}; expected {expected}; "
         "try remove it and fetch again"
     )
     assert list(cache.iterdir()) == []

@@ -80,9 +80,15 @@ def test_a_name_means_the_first_stage_that_has_it(name, stage, folder, recipe):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ([], "error: which configuration? (command line); got none; expected one"),
-        (["toy.yaml", "scenes"], "error: which configuration? (command line); got toy.yaml, scenes; expected one"),
-        (["toy.yaml", "--config", "scenes"], "error: which configuration? (command line); got toy.yaml, scenes;"),
+        ([], "error: exactly one configuration is needed (command line); got none; expected one"),
+        (
+            ["toy.yaml", "scenes"],
+            "error: exactly one configuration is needed (command line); got toy.yaml, scenes; expected one",
+        ),
+        (
+            ["toy.yaml", "--config", "scenes"],
+            "error: exactly one configuration is needed (command line); got toy.yaml, scenes;",
+        ),
         (
             ["nothing"],
             "error: no such configuration (nothing); expected a .yaml file, or one of celebahq_vq4",

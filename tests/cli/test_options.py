@@ -39,7 +39,7 @@ def test_fetch_looks_at_what_is_there_already(tmp_path, monkeypatch):
     target = fetch.cached(fetch.DOWNLOADS["vgg16"])
     target.parent.mkdir(parents=True)
     target.write_bytes(b"half of it")
-    with pytest.raises(DataError, match="other weights than the published ones"):
+    with pytest.raises(DataError, match="not the published weights"):
         fetch.fetch(fetch.DOWNLOADS["vgg16"])
 
 

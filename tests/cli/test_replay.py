@@ -105,9 +105,9 @@ def test_another_checkpoint_is_refused(no_sampling, replay, models):
 
 def test_an_input_that_changed_or_went_is_refused(no_sampling, replay):
     init_image(size=20)
-    refused_here(replay(no_sampling), 2, "an input of this picture has changed", "init.png")
+    refused_here(replay(no_sampling), 2, "an input file of this picture has changed", "init.png")
     Path("init.png").unlink()
-    refused_here(replay(no_sampling), 2, "an input of this picture is not there", "init.png")
+    refused_here(replay(no_sampling), 2, "an input file of this picture is missing", "init.png")
 
 
 @pytest.mark.parametrize("out", ["no_such_folder/new.png", "new.jpg", "outputs"])

@@ -295,7 +295,7 @@ def test_a_t5_that_lacks_a_weight_is_refused(tmp_path):
     fast(unigram()).save_pretrained(tmp_path)
     del state["encoder.final_layer_norm.weight"], state["encoder.embed_tokens.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    expected = "tensors are missing; got 1: encoder.final_layer_norm.weight; expected none; try another layout"
+    expected = "missing tensors; got 1: encoder.final_layer_norm.weight; expected none; try another layout"
     assert refusal(lambda: t5(**T5_NUMBERS, weights=str(tmp_path))) == expected
 
 
@@ -348,7 +348,7 @@ def test_weights_that_do_not_fit_are_refused(published, tmp_path):
     expected += "try its width, length, vocabulary"
     assert refusal(lambda: clip(**{**CLIP, "width": 24}, weights=str(folder / "text_encoder"))) == expected
     message = refusal(lambda: clip(**{**CLIP, "layers": 3}, weights=file))
-    assert message.startswith("tensors are missing; got 16: text_model.encoder.layers.2.layer_norm1.weight, ")
+    assert message.startswith("missing tensors; got 16: text_model.encoder.layers.2.layer_norm1.weight, ")
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02}q\x00.")
     message = refusal(lambda: clip(**CLIP, weights=str(tmp_path / "model.ckpt")))
     assert message.startswith(f"not a safetensors file ({tmp_path}/model.ckpt); got ")

@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_read_is_answered_in_one_line(name, message, capsy
     ("change", "message"),
     [
         ('seed: 0 => seed: !!python/object/apply:os.system ["touch owned"]', "YAML tags are refused (c.yaml:1); "),
-        ("seed: 0 => env: oc\\nseed: ${${env}.env:SECRET}", "only ${KEY} is resolved (c.yaml:2); "),
+        ("seed: 0 => env: oc\\nseed: ${${env}.env:SECRET}", "only ${KEY} references are allowed (c.yaml:2); "),
         ("steps: 2 => stepz: 2", "stepz: unknown key (c.yaml:8); "),
         ("steps: 4 => steps: 0", "spacing.steps: must be at least 1 (c.yaml:7); "),
     ],

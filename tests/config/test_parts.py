@@ -255,8 +255,16 @@ def test_a_configuration_cannot_plug_in_anything(capsys):
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ("own_mlp", 'PARTS = {"backbone": {"mlp": "x:Y"}}', "its backbone would replace ours (own_mlp); got mlp"),
-        ("own_cfg", 'PARTS = {"guidance": {"cfg": "x:Y"}}', "its guidance would replace ours (own_cfg); got cfg"),
+        (
+            "own_mlp",
+            'PARTS = {"backbone": {"mlp": "x:Y"}}',
+            "backbone: this name is taken (own_mlp); got mlp",
+        ),
+        (
+            "own_cfg",
+            'PARTS = {"guidance": {"cfg": "x:Y"}}',
+            "guidance: this name is taken (own_cfg); got cfg",
+        ),
         ("own_none", "", "cannot plug in (own_none); got module 'own_none' has no attribute 'PARTS'"),
         ("own_oops", "import own_gone", "cannot plug in (own_oops); got No module named 'own_gone'"),
     ],

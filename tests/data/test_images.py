@@ -295,10 +295,10 @@ def place(path, *names):
     ("make", "options", "error", "said"),
     [
         (lambda p: p / "nowhere", {}, InputError, r"no such folder or file \(data.root\)"),
-        (lambda p: p / "*.tar", {}, InputError, "no source of pictures"),
+        (lambda p: p / "*.tar", {}, InputError, "unsupported data source"),
         (lambda p: place(p / "set"), {}, DataError, "no pictures"),
         (lambda p: place(p / "set", "a.txt"), {}, DataError, "no pictures"),
-        (lambda p: place(p / "set", "a.jpg") / "a.jpg", {}, InputError, "no source of pictures"),
+        (lambda p: place(p / "set", "a.jpg") / "a.jpg", {}, InputError, "unsupported data source"),
         (lambda p: place(p / "set", "a.jpg"), {}, DataError, "1 of 1: 1 no caption.*try data.captions=optional"),
         (lambda p: place(p / "set", "a.jpg"), {"captions": "optional", "batch_size": 2}, DataError, "smaller than one"),
         (lambda p: place(p / "set", "a.jpg"), {"image": "photo"}, InputError, r"no columns \(data.image\)"),
@@ -308,7 +308,7 @@ def place(path, *names):
             InputError,
             r"pictures and packed files together.*pictures and x.tar",
         ),
-        (lambda p: place(p / "set", "x.tar.gz"), {}, DataError, "cannot read the shard.*try uncompressing it"),
+        (lambda p: place(p / "set", "x.tar.gz"), {}, DataError, "cannot read the shard.*try decompressing it"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said_in_one_line(make, options, error, said, tmp_path):

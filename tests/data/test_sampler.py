@@ -222,7 +222,7 @@ def test_a_stream_begins_where_it_is_told():
         ),
         (
             lambda: MicroBatches(Order(40, 10, 0, np.arange(40) % 2), position=15),
-            "with buckets, a batch cannot begin here (position 15); expected a multiple of 10 samples",
+            "position is not a multiple of the batch size (position 15); expected a multiple of 10 samples",
         ),
     ],
 )

@@ -118,5 +118,5 @@ def test_looks_where_fetch_puts_it_and_says_how_to_go_without(file, tmp_path, mo
 
 def test_refuses_other_files(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"tensors are missing in the LPIPS; got 25: trunk.0.bias"):
+    with pytest.raises(CheckpointError, match=r"missing tensors in the LPIPS; got 25: trunk.0.bias"):
         lpips(tmp_path / "other.pth")

@@ -56,8 +56,8 @@ def test_it_says_what_it_sees(tmp_path, capsys):
         (["--steps", "0"], "error: out of range (--steps); got 0; expected"),
         (["--renders", "0"], "error: out of range (--renders); got 0; expected"),
         (["--seed", "-1"], "error: out of range (--seed); got -1; expected"),
-        (["--out", "judge.pt"], "error: not a name for a file of weights (--out); got judge.pt"),
-        (["--out", "nowhere/judge.safetensors"], "error: not a name for a file of weights (--out)"),
+        (["--out", "judge.pt"], "error: --out: the name must end in .safetensors (--out); got judge.pt"),
+        (["--out", "nowhere/judge.safetensors"], "error: --out: the name must end in .safetensors (--out)"),
         (["--read", "nothing.png"], "error: no such picture (nothing.png)"),
     ],
 )

@@ -324,7 +324,7 @@ def test_keys_of_version_0_1_still_work(tmp_path, capsys):
     assert main([*argv[:-1], "--dry-run"]) == 2
     assert f"error: recipe.revive: there are no codes ({file}:4)" in capsys.readouterr().err
     assert main([*argv[:-1], "--dry-run", "revive=0", "sample_from=-1"]) == 2
-    assert "error: recipe.sample_from: a number of steps (command line); got -1" in capsys.readouterr().err
+    assert "error: recipe.sample_from: must be a number of steps (command line); got -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

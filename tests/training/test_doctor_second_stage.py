@@ -81,7 +81,7 @@ def test_all_is_well(examined):
     assert [(phase.name, phase.first, phase.steps) for phase in report.trial.phases] == [("training", 0, 10)]
     rows = dict(row for row in (*command.data_rows(report), *command.cost_rows(report)) if row[0])
     assert rows["dropped"] == "caption 30% of samples"
-    assert rows["latents"].startswith("8 looked at: -")
+    assert rows["latents"].startswith("8 samples: -")
 
 
 def test_a_cache_is_examined_alike(examined, tmp_path):

@@ -223,7 +223,7 @@ def test_other_data_are_refused(tmp_path, capsys):
     assert main([*argv[:-1], "trainer.steps=6"]) == 2
     error = capsys.readouterr().err
     assert "started with other data" in error
-    assert "got 40 samples an epoch; expected 41 samples an epoch, as before" in error
+    assert "got 40 samples per epoch; expected 41 samples per epoch, as before" in error
 
 
 def pictures(folder, caption: str = "a ball") -> str:

@@ -68,4 +68,4 @@ def test_a_run_without_a_name_is_called_by_its_configuration(tmp_path, monkeypat
 
 def test_a_condition_that_is_never_dropped_is_told(tmp_path, capsys):
     assert main([*second_stage.command(tmp_path / "run", "conditioner.drop=0")[:-1], "--dry-run"]) == 0
-    assert "dropped: nothing, so only cfg 1 works\n" in capsys.readouterr().out
+    assert "dropped: 0%, so only cfg 1 works\n" in capsys.readouterr().out

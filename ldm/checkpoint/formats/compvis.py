@@ -77,7 +77,7 @@ def averaged(tensors: Tensors, notes: list[str]) -> State:
     }
     if not all(average in tensors for average in flat.values()):
         return under(tensors, UNET)
-    notes.append("read from the moving average of the weights, as this family is published")
+    notes.append("using the EMA weights, as published")
     return {name.removeprefix(UNET): tensors[average] for name, average in flat.items()}
 
 

@@ -82,7 +82,7 @@ class AutoencoderRecipe(Recipe):
         super().__init__(setup)
         for name, value in {"sample_from": sample_from, "revive": revive}.items():
             if value < 0:
-                raise ValueError(f"{name}: a number of steps; got {value}; expected 0 or more")
+                raise ValueError(f"{name}: must be a number of steps; got {value}; expected 0 or more")
         self.autoencoder, self.discriminator, self.criterion = autoencoder, discriminator, criterion
         self.decoder_only = train == "decoder"
         self.sample_from, self.two_forwards, self.revive = sample_from, two_forwards, revive

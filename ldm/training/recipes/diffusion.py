@@ -199,7 +199,7 @@ class DiffusionRecipe(Recipe):
         if self.drops:
             rates = ", ".join(f"{part} {rate:.0%}" for part, rate in self.drops.items())
             dropped = any(self.drops.values())
-            yield f"dropped: {rates} of samples" if dropped else "dropped: nothing, so only cfg 1 works"
+            yield f"dropped: {rates} of samples" if dropped else "dropped: 0%, so only cfg 1 works"
         if note := unguided(self.conditioner, self.sampler.guidance.cfg):
             yield f"guidance: {note}"
         size, sizes = self.config["size"], self.data.sizes
