@@ -99,7 +99,7 @@ def load(folder: str, numbers: dict[str, Any]) -> Any:
             got, expected = getattr(config, name, None), f"{value}, as configured"
             raise ValueError(f"weights: another T5; got {name} = {got} in {folder}; expected {expected}")
     model, report = from_pretrained(T5EncoderModel, folder, output_loading_info=True)
-    refuse("tensors are missing", sorted(report["missing_keys"]))
+    refuse("missing tensors", sorted(report["missing_keys"]))
     return model.float()  # transformers keeps the type of the file
 
 

@@ -65,6 +65,7 @@ class Text(Conditioner):
             got, expected = f"{tokenizer.end} of {tokenizer.size} ids", "the highest, where the pooled vector is read"
             raise ValueError(f"projection: wrong id of the end token; got {got}; expected {expected}; try none")
         self.tokenizer = tokenizer
+        self.null_ids = self.tokenize([""])  # (1, L)
         self.null_cache.clear()
 
     def learn(self, captions: Iterable[str]) -> None:
@@ -110,7 +111,8 @@ class Text(Conditioner):
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
         if self.null_policy == "zeros":
             return self.zeros().repeat(count)
-        return (self.cached_null() if self.frozen else self.encode(self.tokenize([""]))).repeat(count)
+        self.require_tokenizer()
+        return (self.cached_null() if self.frozen else self.encode(self.null_ids)).repeat(count)
 
     def zeros(self) -> Condition:
         """Zeros in place of one text, all of which count."""
@@ -129,7 +131,7 @@ class Text(Conditioner):
         key = (weight.device, weight.dtype, torch.get_autocast_dtype(kind) if mixed else None)
         if key not in self.null_cache:
             with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them later
-                self.null_cache[key] = self.encode(self.tokenize([""]))
+                self.null_cache[key] = self.encode(self.null_ids)
         return self.null_cache[key]
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:

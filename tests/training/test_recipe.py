@@ -223,7 +223,7 @@ def test_batches_are_prepared_in_the_workers(workers, tmp_path, monkeypatch):
                 step(loop, batch, index)
 
     monkeypatch.setattr(draws, "keyed", lambda *given: drawn.append(given) or keyed(*given))
-    monkeypatch.setattr(BPE, "encode", lambda self, text: (text and read.append(text)) or encode(self, text))
+    monkeypatch.setattr(BPE, "encode", lambda self, text: read.append(text) or encode(self, text))
     monkeypatch.setattr(Loop, "training_step", watched)
     monkeypatch.setattr(cost, "flops_by_phase", lambda loop: {})  # takes a sample before the first step
     plan = (f"data.workers={workers}", "trainer.steps=4", "trainer.validate_every=9")
