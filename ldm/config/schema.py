@@ -81,7 +81,9 @@ class Config:
             if name in owners:
                 raise self.source.error(f"{full}: is set by {owners[name]}, not here", full, hint="leaving it out")
             if name not in settable:
-                raise self.source.error(f"{full}: unknown key", full, **_one_of(settable, name))
+                hint = getattr(target, "hints", {}).get(name)
+                words = _one_of(settable, name) | ({"hint": hint} if hint else {})
+                raise self.source.error(f"{full}: unknown key", full, **words)
         for name in settable:
             full, default = f"{key}.{name}".lstrip("."), schema[name].default
             if schema[name].annotation is Part and isinstance(default, str):  # the name of a part

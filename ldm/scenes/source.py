@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Scenes:
     `complete` of the captions names every attribute, so that rare words are learned sooner. A scene has at most
     `objects` objects, and a share `full` of scenes has exactly as many.
     """
+
+    hints: ClassVar = {"root": "--config small data.root=DIR, which trains on your own pictures"}  # for wrong keys
 
     def __init__(
         self,

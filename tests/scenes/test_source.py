@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.cli import main
 from ldm.config import parts
 from ldm.scenes import FLOORS as DESCRIBED
 from ldm.scenes import MATERIALS, SIZES, Scenes, captions, draw, edit, render
@@ -148,3 +149,10 @@ def test_wrong_numbers_are_refused(arguments, message):
 
 def test_an_epoch_has_its_size():
     assert len(Scenes(resolution=8, batch_size=1)) == math.prod([1000, 1000])
+
+
+def test_a_folder_of_pictures_is_pointed_to_the_configuration_for_it(capsys):
+    assert main(["train-ldm", "--config", "scenes", "data.root=pictures"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.root: unknown key (command line); ")
+    assert error.endswith("; try --config small data.root=DIR, which trains on your own pictures\n")
