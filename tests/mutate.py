@@ -184,10 +184,12 @@ def sabotage(tree: Path, change: Sabotage) -> str:
             "no:cacheprovider",
             change.tests,
         ]
-        output = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900).stdout
+        ended = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900)
     finally:
         file.write_text(text)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if ended.returncode not in (0, 1):  # neither passed nor failed
+        raise SystemExit(f"{change.name}: the tests did not run\n{ended.stdout}{ended.stderr}")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
     return failed[1].split("::")[-1] if failed else ""
 
 
