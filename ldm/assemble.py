@@ -91,7 +91,9 @@ def load(
             if isinstance(name := source.values.get(key), str):
                 loaded[key] = checkpoint.open(name)
                 if not loaded[key].config.get(key):
-                    raise CheckpointError(f"{key}: none inside", name, loaded[key].family, "a checkpoint with one")
+                    raise CheckpointError(
+                        f"{key}: not in this checkpoint", name, loaded[key].family, "a checkpoint with one"
+                    )
                 source.set(key, loaded[key].config[key], name)
         if "backbone" in loaded:
             fill_in(source, loaded["backbone"], DENOISER)

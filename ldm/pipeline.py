@@ -198,7 +198,9 @@ class Pipeline(Placed):
         steps = len(grid.t) - 1
         first = steps - min(int(steps * strength), steps)
         if first == steps:
-            raise InputError("strength: leaves no step", got=f"{strength} of {steps} steps", hint="more steps")
+            raise InputError(
+                "strength: too small for a single step", got=f"{strength} of {steps} steps", hint="more steps"
+            )
         sampler = replace(settings.sampler, grid=grid.map(lambda column: column[first:]))
         return replace(settings, image=pixels, mask=region, sampler=sampler)
 

@@ -317,7 +317,7 @@ def function(name: str, lines: int) -> str:
         (lightning_private, "training/a.py", "def f(self, trainer): self._x(trainer.__dict__)", None),
         (package_size, "a.py", "x = 1\n" * (LONGEST_PACKAGE + 1), f"ldm: {LONGEST_PACKAGE + 1} lines"),
         (package_size, "a.py", "x = 1\n" * LONGEST_PACKAGE, None),
-        (package_size, "scenes/a.py", "x = 1\n" * 15_501, None),
+        (package_size, "scenes/a.py", "x = 1\n" * (LONGEST_PACKAGE + 1), None),
         (owners, "data/a.py", "import lightning.pytorch as pl", "ldm/data/a.py:1: lightning belongs to training"),
         (
             owners,

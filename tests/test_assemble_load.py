@@ -104,7 +104,7 @@ def test_a_node_without_type_changes_single_settings(load, models):
 def test_what_is_missing_is_still_missing(load, models):
     with pytest.raises(InputError, match=r"path: missing \(.*c.yaml.*\)"):
         load(BACKBONE)
-    with pytest.raises(CheckpointError, match=r"conditioner: none inside \(.*plain.safetensors\)"):
+    with pytest.raises(CheckpointError, match=r"conditioner: not in this checkpoint \(.*plain.safetensors\)"):
         load(f"conditioner: {models['plain']}\n{BACKBONE}")
 
 

@@ -117,7 +117,7 @@ def test_a_first_stage_of_other_latents_is_refused(plugged, tmp_path, capsys):
         "a cube",
     ]
     assert main(sample) == 4
-    assert "error: another model's first stage" in (said := capsys.readouterr().err)
+    assert "error: the autoencoder has other latent channels" in (said := capsys.readouterr().err)
     assert "got 3 latent channels; expected 4" in said
 
 

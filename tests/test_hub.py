@@ -86,9 +86,7 @@ def test_shards_a_first_stage_and_a_file_of_ours(served, sd1_folder):
 
 def test_a_repository_without_any_of_them_is_refused(served):
     (served / "anything-v3.safetensors").touch()
-    said = (
-        r"no model in that repository that its id can open \(some/body\); got anything-v3.safetensors; try downloading"
-    )
+    said = r"no supported file in this repository \(some/body\); got anything-v3.safetensors; try downloading"
     with pytest.raises(CheckpointError, match=said):
         checkpoint.open("some/body")
 

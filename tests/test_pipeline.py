@@ -312,7 +312,7 @@ def test_numbers_that_run_away_name_the_step(sd1):
         ({"solver": "eular"}, "euler"),
         ({"image": picture(), "strength": 0.0}, "strength: out of range"),
         ({"image": picture(), "strength": 1.1}, "strength: out of range"),
-        ({"image": picture(), "strength": 0.05}, "strength: leaves no step"),
+        ({"image": picture(), "strength": 0.05}, "strength: too small for a single step"),
         ({"mask": mask()}, "mask"),
         ({"condition": picture()}, "condition: this model reads no picture"),
     ],
@@ -402,7 +402,7 @@ def test_a_low_resolution_condition_without_an_autoencoder_has_a_factor(tmp_path
     assert not np.array_equal(one, other)
     for factor in ({}, {"factor": 1}):
         wrong = {**config, "conditioner": {"type": "low_resolution", **factor}}
-        with pytest.raises(InputError, match=r"conditioner\.factor: not smaller than the picture .* got 1; expected 2"):
+        with pytest.raises(InputError, match=r"conditioner\.factor: too small .* got 1; expected 2"):
             assemble.model(assemble.configure(wrong, "test"))
 
 

@@ -49,7 +49,7 @@ def with_first_stage(loaded: Checkpoint, other: Checkpoint) -> Checkpoint:
     offered = build_autoencoder(node).latent_channels
     if channels not in (None, offered):
         where, got = str(other.files[0]), f"{offered} latent channels"
-        raise CheckpointError("another model's first stage", where, got, str(channels))
+        raise CheckpointError("the autoencoder has other latent channels", where, got, str(channels))
     state = {name: x for name, x in loaded.state.items() if not name.startswith("autoencoder.")}
     state |= {name: x for name, x in other.state.items() if name.startswith("autoencoder.")}
     config, notes = {**loaded.config, "autoencoder": node}, [note for note in loaded.notes if "--vae" not in note]

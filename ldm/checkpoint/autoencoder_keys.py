@@ -47,7 +47,7 @@ def compvis_layer(row: Row, side: str, levels: int) -> str:
 def autoencoder_keys(autoencoder: Autoencoder, layout: str) -> KeyMap:
     """All tensors but the latents' shift and scale, which others keep in a config."""
     if autoencoder.stem != 1:
-        what, got = "autoencoder.stem: others have none", str(autoencoder.stem)
+        what, got = "autoencoder.stem: other programs do not support it", str(autoencoder.stem)
         raise CheckpointError(what, layout, got, "1", "our own format")
     compvis = layout == "compvis"
     layer_name, norm_out = (compvis_layer, "norm_out") if compvis else (diffusers_layer, "conv_norm_out")

@@ -131,8 +131,9 @@ def stage_to_write(
     fit(weights, build_autoencoder(node), "first stage")
     if weights["scale"].ndim or weights["shift"].count_nonzero():
         if node["type"] != "kl" or keep_latents:
-            what = "others have no shift of latents" if node["type"] == "kl" else "others have no shift of codes"
-            raise CheckpointError(what, "autoencoder.shift", hint="our own format")
+            which = "latents" if node["type"] == "kl" else "codes"
+            what = f"other programs cannot store a shift of the {which}"
+            raise CheckpointError(what, "autoencoder.shift", hint="ldm's own format")
         weights = fold_statistics(weights) | {"shift": torch.zeros(()), "scale": torch.ones(())}
         notes.append("the latents' shift and scale are now inside the first stage's convolutions")
         node = {name: value for name, value in node.items() if name != "per_channel"}

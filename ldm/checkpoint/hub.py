@@ -42,8 +42,8 @@ def download(identity: str, choose: Callable[[list[str]], list[str]]) -> Path:
         except Exception:
             raise not_found(identity, error) from error
     if not (chosen := choose(names)):
-        got, hint = ", ".join(names[:5]) or "no files", "downloading one of its files, and its path"
-        raise CheckpointError("no model in that repository that its id can open", identity, got, hint=hint)
+        got, hint = ", ".join(names[:5]) or "no files", "downloading one of its files and giving its path"
+        raise CheckpointError("no supported file in this repository", identity, got, hint=hint)
     try:
         return Path(snapshot_download(identity, allow_patterns=chosen))
     except Exception as error:

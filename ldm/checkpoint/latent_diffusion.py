@@ -73,8 +73,8 @@ class TextEncoder:
         width, layers = numbers["width"], int(settings.get("num_hidden_layers") or numbers["layers"])
         hidden = settings.get("intermediate_size", 4 * width)
         if hidden != 4 * width:
-            expected = "feed-forward layers four times the width"
-            raise CheckpointError("another text encoder", where, f"{hidden} for {width}", expected)
+            expected = "an MLP four times as wide"
+            raise CheckpointError("unsupported text encoder", where, f"{hidden} for {width}", expected)
         if layers > numbers["layers"]:
             raise CheckpointError("more layers than weights", where, str(layers), f"at most {numbers['layers']}")
         others = {"heads": settings.get("num_attention_heads", numbers["heads"]), **self.policy}

@@ -79,7 +79,7 @@ def build(function: Any, arguments: Mapping[str, Any], what: str) -> Any:
         with empty():
             return function(**arguments)
     except (ValueError, TypeError, ZeroDivisionError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"no {what} has such numbers", got=str(error)) from error
+        raise CheckpointError(f"not a valid {what}", got=str(error)) from error
 
 
 def build_backbone(node: Mapping[str, Any], given: Mapping[str, Any], what: str = "U-Net") -> Any:

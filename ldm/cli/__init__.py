@@ -40,7 +40,7 @@ COMMANDS = {
     "demo": Command("ldm.cli.demo", "learn a swiss roll in a minute, show the scenes, or remake the docs' pictures"),
 }
 MEMORY = "the device has too little memory"
-SMALLER = "a smaller data.batch_size, trainer.accumulate, backbone.checkpointing=true; --batch-size 1, --offload"
+SMALLER = "a smaller data.batch_size or larger trainer.accumulate; when sampling, --batch-size 1 or --offload"
 CHOICE = re.compile(r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)")
 
 

@@ -75,7 +75,9 @@ def check(config: Config) -> None:
     """Refuse what cannot be cached."""
     data, error = config["data"], config.source.error
     if config["autoencoder"] is None:
-        raise error("autoencoder: pixels need no cache", "autoencoder", expected="a checkpoint's path")
+        raise error(
+            "autoencoder: missing, so there are no latents to cache", "autoencoder", expected="a checkpoint's path"
+        )
     if data["type"] == "latents":
         raise error("data.type: already a cache", "data.type", got="latents", hint="images")
     if data.get("crop") == "random":

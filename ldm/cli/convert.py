@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     sampled = [words for words in arguments.overrides if words.startswith(SAMPLED)]
     encoders = [words for words in arguments.overrides if words not in sampled]
     if encoders and not loaded.config.get("left_out"):
-        raise InputError("SRC contains all its encoders", arguments.source, encoders[0])
+        raise InputError("SRC already contains all its encoders", arguments.source, encoders[0])
     if sampled:
         loaded = with_sampling(loaded, sampled)
     if layout != "ldm" or encoders:

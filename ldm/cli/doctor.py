@@ -1,4 +1,4 @@
-"""Find out in minutes what a training will cost, whether it can work, and what stands in its way."""
+"""Check in minutes what a training run will cost, whether it can work, and what would stop it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ PARTS = ("first_stage", "samples", "prompts", "steps", "bound")
 class Schema:
     """The configuration of an evaluation."""
 
-    seed: int = 1  # of noise, and of data that are drawn
+    seed: int = 1  # seed of noise and generated data
     data: Part
     training: Part | None = None  # the training data, for `nearest`
     training_seed: int = 0  # seed of the training run
@@ -41,9 +41,9 @@ class Schema:
     clip: Part | None = None
     samples: int  # pictures to sample, and to compare with
     nearest: int = 0  # samples shown beside their nearest training pictures
-    prompts: int = 0  # of each kind, for data with a verifier, such as scenes
+    prompts: int = 0  # number of prompts of each kind, for data with a verifier, such as scenes
     cfg: list[float] = (1.0,)  # type: ignore[assignment]  # guidance scales for `prompts`
-    solvers: list[str] = ()  # type: ignore[assignment]  # to compare
+    solvers: list[str] = ()  # type: ignore[assignment]  # solvers to compare
     steps: list[int] = ()  # type: ignore[assignment]  # numbers of steps of each solver
     bound: int = 0  # pictures for the bound on bits per dimension
 
@@ -233,7 +233,7 @@ def check_model(config: Config, subject: Subject, reference: ReferenceSet, wante
         raise error("bound: this model has none", "bound", got=got, expected=expected, hint="bound=0")
     batch = reference.data.batch([SampleId(index, index, 0)], reference.seed)
     if lacking := [name for name in subject.reads if name not in {*batch, *DERIVED}]:
-        what, expected = "data: lack a condition of this model", "data with it"
+        what, expected = "data: missing a condition that this model reads", "data with it"
         raise error(what, "data", got=f"no {', '.join(lacking)}", expected=expected)
     if subject.clip is not None and not (subject.captioned and any(batch["caption"])):
         raise error("clip: needs captions", "clip", got="none", hint="clip=null")

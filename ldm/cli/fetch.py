@@ -1,4 +1,4 @@
-"""Download the weights that metrics need, VGG16 and Inception, into torch's cache."""
+"""Download the weights that LPIPS and FID need, VGG16 and Inception, into torch's cache."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from ldm.errors import InputError, nearest
 SETTINGS = """# Settings
 
 Written by `ldm reference --out docs/reference.md`, from the code that reads the settings. The first tables list the
-keys of each kind of configuration. A key that has a section is a node, `{type: NAME, ...}`, of one of that section's
-parts, or without `type` if the section has a single part. A node inside a part is of the same section. Any other key
-is refused."""
+keys of each kind of configuration. A key with its own section takes a node, `{type: NAME, ...}`, that names one of that
+section's parts. A section with a single part needs no `type`. A node inside a part names a part of the same section.
+Any other key is refused."""
 COMMENT = re.compile(r"^\s+(\w+): [^#\n]*(?:  # type: ignore\S*)?  # (?!type: )(.+)$", re.MULTILINE)
 OPTIONS = """# Commands
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print or write a page."""
     own_parts(arguments)
     if arguments.commands and arguments.name:
-        raise InputError("--commands: prints all of them", "NAME", arguments.name, hint="either")
+        raise InputError("--commands: cannot be combined with NAME", "NAME", arguments.name, hint="one of the two")
     page = commands() if arguments.commands else named(arguments.name) if arguments.name else everything()
     text = "\n\n".join(page)
     if not arguments.out:

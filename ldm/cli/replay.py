@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = sample.open_pipeline(order, arguments.device, checkpoint=arguments.ckpt)
     if pipe.loaded is not None and pipe.loaded.hash != record["checkpoint"]:
         got, expected = pipe.loaded.hash[:10], record["checkpoint"][:10]
-        raise CheckpointError("another checkpoint", str(pipe.loaded.files[0]), got, expected, "--ckpt PATH")
+        raise CheckpointError(
+            "not the checkpoint that made this picture", str(pipe.loaded.files[0]), got, expected, "--ckpt PATH"
+        )
     settings, (request,), (index, size) = (
         sample.read_settings(pipe, order),
         sample.read_requests(order),

@@ -68,7 +68,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--prompt", dest="prompts", metavar="PROMPT", action="append", default=[], help="may be given several times")
     add("--prompts-file", metavar="F", help="a text file with one prompt per line")
     add("--label", type=int, metavar="N", help="the class, for class-conditional models")
-    add("--negative", default="", help="what guidance moves away from")
+    add("--negative", default="", help="negative prompt: what the picture should not show")
     add("--condition", metavar="FILE", help="a picture, or boxes in JSON, for models that read one")
     add("--init-image", metavar="F", help="a picture to start from")
     add("--strength", type=float, default=0.8, help="how much of it changes, at most 1 (default 0.8)")
@@ -78,20 +78,20 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--ckpt",
         dest="checkpoint",
         metavar="PATH",
-        help="our file, a Stable Diffusion or DiT .safetensors, a diffusers folder, or a repository on the Hub",
+        help="a file of ldm, Stable Diffusion or DiT (.safetensors), a diffusers folder, or a repository on the Hub",
     )
     add("--vae", metavar="PATH", help="another checkpoint, whose autoencoder (VAE) is used")
     add("--cfg", type=float, help="guidance scale; 1 is no guidance")
     add("--steps", type=int, help="number of sampling steps")
     add("--sampler", metavar="NAME", help='one of the samplers below, or another program\'s name: "DPM++ 2M Karras"')
-    add("--seed", type=int, default=0, help="picture i of a call starts from the noise of seed + i (default 0)")
+    add("--seed", type=int, default=0, help="seed of the first picture; picture i uses seed + i (default 0)")
     add("-n", "--n", type=int, default=1, help="pictures per prompt (default 1); with torchrun, write -n")
     add("--height", type=int, help="in pixels")
     add("--width", type=int, help="in pixels")
     add = parser.add_argument_group("where").add_argument
     add("--out", default="outputs", help="the folder for the pictures (default outputs)")
     add("--batch-size", type=int, default=4, help="pictures per batch (default 4)")
-    add("--tile", type=int, metavar="N", help="decode large pictures in tiles of N latents a side")
+    add("--tile", type=int, metavar="N", help="decode large pictures in tiles of N x N latents")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--offload", action="store_true", help="keep weights in main memory until they are needed on the GPU")

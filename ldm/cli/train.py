@@ -48,7 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run_options(parser: argparse.ArgumentParser, default: str) -> None:
     """What every training command understands."""
-    help = f"the run folder (default {default}, after the configuration); with torchrun, write --run-dir"
+    help = f"the run folder (default {default}, where NAME is the configuration's name); with torchrun, write --run-dir"
     parser.add_argument("--run", "--run-dir", metavar="DIR", help=help)
     parser.add_argument("--init-from", metavar="CKPT", help="start from the weights of this checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="build and check everything, then stop")

@@ -63,7 +63,7 @@ class Compose(Conditioner):
         labels = [member.classes for member in parts if member.classes is not None]
         if len(labels) + bool(pooled) > 1:
             got = f"{len(labels)} with labels, {len(pooled)} with pooled vectors"
-            raise ValueError(f"parts: labels and pooled vectors exclude each other; got {got}; try a width for labels")
+            raise ValueError(f"parts: labels and pooled vectors cannot be combined; got {got}; try a width for labels")
         self.pooled, self.classes = sum(pooled) or None, labels[0] if labels else None
         self.concat_channels = sum(member.concat_channels for member in parts)
         vectors = [(name, vector) for member in parts for name, vector in member.vectors.items()]

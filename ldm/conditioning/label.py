@@ -37,7 +37,9 @@ class Label(Conditioner):
             nearest = min(max(null, 0), classes - 1)
             raise ValueError(f"null: no such row; got {null}; expected 0 to {classes - 1} or null; try {nearest}")
         if null is None and self.drop:
-            raise ValueError(f"drop: needs a null row; got {self.drop}; expected 0; try null={classes}")
+            raise ValueError(
+                f"drop: needs a null row; got {self.drop}; expected 0; try drop=0, or one more class and null={classes}"
+            )
         self.rows, self.row = classes, null
         self.classes = classes if width is None else None
         self.context = width

@@ -106,7 +106,7 @@ def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     if not isinstance(boxes, list | tuple) or not isinstance(labels, list | tuple) or len(boxes) != len(labels):
         counts = [len(x) if isinstance(x, list | tuple) else "no list of" for x in (boxes, labels)]
         got = f"{counts[0]} boxes and {counts[1]} labels"
-        raise InputError("condition: not a label for each box", file, got, "two lists of one length")
+        raise InputError("condition: the numbers of boxes and labels differ", file, got, "two lists of the same length")
     for box in boxes:
         if (
             not isinstance(box, list | tuple)
@@ -117,7 +117,7 @@ def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
             raise InputError("condition: not a box", file, shown(box), expected)
     for label in labels:
         if type(label) is not int or not 0 <= label < 2**31:
-            raise InputError("condition: not a class", file, shown(label), "an integer from 0 on")
+            raise InputError("condition: not a class", file, shown(label), "a non-negative integer")
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4),
         "box_labels": torch.tensor(labels, dtype=torch.long).reshape(1, -1),

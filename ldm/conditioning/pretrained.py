@@ -40,7 +40,13 @@ def load_text(transformer: TextTransformer, weights: str) -> None:
     for name, parameter in transformer.state_dict().items():
         if state[name].shape != parameter.shape:
             got, expected = f"{name} of shape {tuple(state[name].shape)}", str(tuple(parameter.shape))
-            raise CheckpointError("another encoder's weights", weights, got, expected, "its width, length, vocabulary")
+            raise CheckpointError(
+                "the weights do not fit this text encoder",
+                weights,
+                got,
+                expected,
+                "the width, length and vocabulary of the weights",
+            )
     transformer.load_state_dict(state, assign=any(x.is_meta for x in transformer.parameters()))
 
 

@@ -128,7 +128,7 @@ class LowResolution(Spatial):
         factor = latent_factor if factor is None else factor
         if factor < 2:
             expected = "2 or more, as there is no autoencoder" if latent_factor == 1 else "2 or more"
-            raise ValueError(f"factor: not smaller than the picture; got {factor}; expected {expected}; try 4")
+            raise ValueError(f"factor: too small; got {factor}; expected {expected}; try 4")
         if not 0 < start <= end < 1:
             raise ValueError(f"start: not a noise schedule; got {start} to end {end}; expected 0 < start <= end < 1")
         super().__init__("low_resolution", channels, drop)

@@ -59,11 +59,13 @@ class Text(Conditioner):
     def use(self, tokenizer: Tokenizer) -> None:
         """Set the tokenizer."""
         if tokenizer.size > self.vocabulary:
-            got, limit = f"{tokenizer.size} ids", self.vocabulary
-            raise ValueError(f"vocabulary: too small for the tokenizer; got {got}; expected at most {limit}; try more")
+            size, got = tokenizer.size, self.vocabulary
+            raise ValueError(
+                f"vocabulary: smaller than the tokenizer's; got {got}; expected {size} or more; try {size}"
+            )
         if self.pooled and tokenizer.end != tokenizer.size - 1:
-            got, expected = f"{tokenizer.end} of {tokenizer.size} ids", "the highest, where the pooled vector is read"
-            raise ValueError(f"projection: wrong id of the end token; got {got}; expected {expected}; try none")
+            end, expected = tokenizer.end, tokenizer.size - 1  # the pooled vector is read at the highest id
+            raise ValueError(f"projection: the end token must have the highest id; got {end}; expected {expected}")
         self.tokenizer = tokenizer
         self.null_ids = self.tokenize([""])  # (1, L)
         self.null_cache.clear()
@@ -75,7 +77,9 @@ class Text(Conditioner):
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer, or an error if there is none yet."""
         if self.tokenizer is None:
-            raise InputError("caption: no tokenizer yet", hint="training one on captions, or the folder of one")
+            raise InputError(
+                "caption: no tokenizer yet", hint="conditioner.tokenizer=FOLDER, or learning one from captions"
+            )
         return self.tokenizer
 
     @property
@@ -205,7 +209,9 @@ def open_clip(
     `layers` counts the published layers; the last one is not used and not built.
     """
     if layers < 2:
-        raise ValueError(f"layers: the last one is not used; got {layers}; expected 2 or more; try 24")
+        raise ValueError(
+            f"layers: too few, because the last layer is not used; got {layers}; expected 2 or more; try 24"
+        )
     transformer = TextTransformer(
         vocabulary=vocabulary, length=length, width=width, layers=layers - 1, heads=heads, activation="gelu"
     )

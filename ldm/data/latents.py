@@ -167,7 +167,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         started = next(root.glob("*.safetensors"), None) is not None
         what = "the cache is not finished" if started else "no cache"
-        raise DataError(what, str(root), expected=MANIFEST, hint="`ldm cache --out` this folder") from None
+        raise DataError(what, str(root), expected=MANIFEST, hint=f"`ldm cache --out {root}`") from None
     except (OSError, ValueError) as error:
         raise DataError("the cache's manifest is damaged", str(path), str(error), hint="`ldm cache` again") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None

@@ -113,7 +113,7 @@ def is_complete(cache: Cache, number: int) -> bool:
     try:
         check_digest(path)
     except CheckpointError as error:
-        warnings.warn(f"written again: {error}", stacklevel=2)
+        warnings.warn(f"encoding a damaged shard again: {error}", stacklevel=2)
         return False
     return np.array_equal(open_file(path)["index"], cache.shards[number][1])
 

@@ -34,7 +34,7 @@ class Guidance:
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale: must lie between 0 and 1, got {self.rescale}")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
-            raise ValueError(f"interval: must rise from at least 0, got {list(self.interval)}")
+            raise ValueError(f"interval: must be two increasing numbers, not negative, got {list(self.interval)}")
 
     def __call__(self, denoiser: AnyDenoiser, negative: Condition | None) -> Guided:
         """The guided denoiser; `negative` is the condition to move away from: the null or a negative prompt."""

@@ -51,7 +51,9 @@ def ddim_step(
         variance = eta**2 * noise_variance(noise_var, now, next, prediction.frac)
     if prediction.shift is not None:
         if eta == 0:
-            raise ValueError("eta: guidance of the mean needs a stochastic solver; try ddpm, or the form 'score'")
+            raise ValueError(
+                "eta: classifier guidance with form='mean' needs a stochastic solver; try ddpm or form='score'"
+            )
         mean = mean + prediction.shift * variance
     if next.sigma == 0 or eta == 0:
         return Step(mean, mean, 0.0, prediction)

@@ -39,7 +39,7 @@ class Spacing:
         falling = grid.log_snr.diff() > 0
         if not falling.all():
             row = int((~falling).nonzero()[0])
-            raise ValueError(f"steps: the noise does not fall from row {row} to {row + 1} of the grid; try fewer steps")
+            raise ValueError(f"steps: the noise level does not decrease from step {row} to {row + 1}; try fewer steps")
         return grid
 
 
@@ -146,7 +146,7 @@ class Explicit(Spacing):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.times or any(later >= earlier for earlier, later in pairwise(self.times)):
-            raise ValueError(f"times: must be numbers that fall, got {self.times}")
+            raise ValueError(f"times: must be strictly decreasing, got {self.times}")
 
     def levels(self, path: Path) -> Level:
         """The levels at these times."""

@@ -51,7 +51,7 @@ class Loss(nn.Module):
         check_weights(perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight)
         check_weights(adaptive_limit=adaptive_limit, start=start, warmup=warmup)
         if l1 == l2 == 0:
-            raise ValueError("l1: no pixel loss; got 0 and l2 0; expected either above 0; try 1.0")
+            raise ValueError("l1: no pixel loss; got l1=0 and l2=0; expected one of them above 0; try l1=1.0")
         self.l1, self.l2, self.gradient, self.penalty_weight = l1, l2, gradient, penalty_weight
         self.perceptual_weight = perceptual_weight
         self.perceptual = perceptual_distance(perceptual, vgg) if perceptual_weight else None

@@ -123,7 +123,9 @@ class Autoencoder(nn.Module):
         check_positive(in_channels=in_channels, blocks=blocks)
         check_numbers(channels, multipliers, attend, stem)
         if per_channel and isinstance(bottleneck, VectorQuantizer):
-            raise ValueError("per_channel: VQ has one shift and scale; got True; expected False; try False")
+            raise ValueError(
+                "per_channel: not supported for VQ, which has one shift and scale; got True; expected False; try False"
+            )
         self.in_channels, self.stem = in_channels, stem
         self.factor = stem * 2 ** (len(multipliers) - 1)
         self.latent_channels = bottleneck.channels
@@ -203,9 +205,11 @@ def check_numbers(channels: int, multipliers: Sequence[int], attend: Sequence[in
     check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
     if not multipliers or min(multipliers) < 1:
         got = list(multipliers)
-        raise ValueError(f"multipliers: one for each level; got {got}; expected integers >= 1; try [1, 2, 4, 4]")
+        raise ValueError(
+            f"multipliers: must be positive, one for each level; got {got}; expected integers >= 1; try [1, 2, 4, 4]"
+        )
     if stem not in (1, 2):
-        raise ValueError(f"stem: only pixel-unshuffles of 2 are known; got {stem}; expected 1 or 2; try 2")
+        raise ValueError(f"stem: only a pixel unshuffle by 2 is supported; got {stem}; expected 1 or 2; try 2")
     factors = [stem * 2**level for level in range(len(multipliers))]
     for factor in attend:
         if factor not in factors:

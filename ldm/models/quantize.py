@@ -67,7 +67,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         check_positive(codes=codes, channels=channels)
         if commitment < 0:
-            raise ValueError(f"commitment: a weight is never negative; got {commitment}; expected >= 0; try 0.25")
+            raise ValueError(f"commitment: must not be negative; got {commitment}; expected >= 0; try 0.25")
         self.channels = self.moments = channels
         self.commitment = commitment
         self.codebook = nn.Parameter(torch.empty(codes, channels))

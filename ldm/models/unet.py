@@ -218,7 +218,9 @@ class UNet(nn.Module):
         for factor in attend:
             if factor not in factors:
                 nearest = min(factors, key=lambda legal: abs(legal - factor))
-                raise ValueError(f"attend: no level there; got {factor}; expected some of {factors}; try {nearest}")
+                raise ValueError(
+                    f"attend: no level has this factor; got {factor}; expected some of {factors}; try {nearest}"
+                )
         if len(depth) != len(multipliers):
             got, levels = f"{len(depth)} numbers", len(multipliers)
             raise ValueError(f"depth: not one number per level; got {got}; expected {levels}; try {[1] * levels}")

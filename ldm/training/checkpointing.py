@@ -107,7 +107,9 @@ def incomplete(error: Exception, run: Path) -> CheckpointError:
         last = newest_valid(run)
     kept = f"the last valid checkpoint is {last[0]}" if last else "there is no checkpoint before it"
     what = str(error) if isinstance(error, CheckpointError) else f"cannot be written ({run}); got {error}"
-    return CheckpointError(f"{what}; {kept}", hint="free some space there and run the same command again")
+    return CheckpointError(
+        f"{what}; {kept}", hint="running the same command again, after freeing disk space if the disk is full"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- finding

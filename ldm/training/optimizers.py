@@ -70,9 +70,9 @@ def cosine(
 def check_rate(lr: float, weight_decay: float) -> None:
     """Refuse what no optimiser here can mean."""
     if lr < 0:
-        raise ValueError(f"lr: never negative; got {lr}; expected >= 0; try 1e-4")
+        raise ValueError(f"lr: must not be negative; got {lr}; expected >= 0; try 1e-4")
     if weight_decay < 0:
-        raise ValueError(f"weight_decay: never negative; got {weight_decay}; expected >= 0; try 0.01")
+        raise ValueError(f"weight_decay: must not be negative; got {weight_decay}; expected >= 0; try 0.01")
 
 
 def checked(betas: Sequence[float]) -> tuple[float, float]:

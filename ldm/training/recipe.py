@@ -31,7 +31,7 @@ CPU_ONLY = ("number", "index")  # of a batch: numpy arrays, so that DDP leaves t
 class TrainingSchema:
     """The keys that every training YAML has; a recipe's own schema adds its axes."""
 
-    seed: int = 0  # of everything random
+    seed: int = 0  # seed of all random numbers
     recipe: Part
     optimizer: Part
     schedule: Part

@@ -127,7 +127,7 @@ def check_config(folder: Path, loop: Loop, config: dict[str, Any], resumed: bool
             hint = (
                 f"--init-from {weights} and another --run, which starts from its weights; or --config {file} to resume"
             )
-        raise InputError("--run: this run has another configuration", str(file), got, hint=hint)
+        raise InputError("--run: the configuration differs from this run's", str(file), got, hint=hint)
 
 
 def check_data(loop: Loop, checkpoint: Path, manifest: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ def check_data(loop: Loop, checkpoint: Path, manifest: dict[str, Any]) -> None:
         before = manifest.get(name)
         if None not in (before, now[name]) and before != now[name]:
             got, expected = words.format(now[name]), f"{words.format(before)}, as before"
-            raise InputError("--run: started with other data", str(checkpoint), got, expected, "another --run")
+            raise InputError("--run: the data differ from this run's", str(checkpoint), got, expected, "another --run")
 
 
 def check_space(folder: Path, loop: Loop) -> None:
@@ -192,7 +192,9 @@ def locked(folder: Path) -> Iterator[None]:
         deadline = time.monotonic() + PATIENCE
         while not take_lock(lock.fileno()):
             if time.monotonic() > deadline:
-                raise InputError("--run: another process trains here", str(folder), hint="another --run, or wait")
+                raise InputError(
+                    "--run: another process is training in this folder", str(folder), hint="another --run, or wait"
+                )
             time.sleep(0.2)
         yield
 

@@ -41,19 +41,19 @@ class TrainerSettings:
             check_positive(devices=self.devices)
         if self.keep < 2:
             raise ValueError(
-                f"keep: at least 2, because a crash can damage the newest; got {self.keep}; expected >= 2; try 2"
+                f"keep: too small, because a crash can damage the newest one; got {self.keep}; expected >= 2; try 2"
             )
         if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip: a norm; got {self.clip}; expected > 0; try 1.0")
+            raise ValueError(f"clip: must be positive; got {self.clip}; expected > 0; try 1.0")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("accelerator: there is no GPU here; got gpu; try cpu")
         if self.on_gpu and self.devices != "auto" and self.devices > torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ValueError(f"devices: more than there are; got {self.devices}; expected at most {count}; try {count}")
         if self.precision == "16-mixed" and self.strategy == "fsdp2" and self.ranks > 1:
-            raise ValueError("precision: FSDP2 has no scale for float16's gradients; got 16-mixed; try bf16-mixed")
+            raise ValueError("precision: FSDP2 does not support float16 gradient scaling; got 16-mixed; try bf16-mixed")
         if self.on_gpu and self.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(False):
-            raise ValueError("precision: this GPU has no bfloat16; got bf16-mixed; try 32-true")
+            raise ValueError("precision: this GPU does not support bfloat16; got bf16-mixed; try 32-true")
 
     @property
     def on_gpu(self) -> bool:

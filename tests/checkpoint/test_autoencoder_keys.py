@@ -72,7 +72,9 @@ def test_per_channel_statistics_fold_into_the_convolutions():
 def test_a_stem_cannot_be_written_for_others():
     with pytest.raises(CheckpointError) as error:
         autoencoder_keys(small(bottleneck=Gaussian, stem=2), "diffusers")
-    assert str(error.value) == ("autoencoder.stem: others have none (diffusers); got 2; expected 1; try our own format")
+    assert str(error.value) == (
+        "autoencoder.stem: other programs do not support it (diffusers); got 2; expected 1; try our own format"
+    )
 
 
 def test_rename_refuses_missing_extra_and_unequal_tensors():

@@ -180,7 +180,9 @@ def test_what_other_readers_take_for_eps_is_told(tmp_path):
 def test_latents_that_are_read_before_their_shift_keep_it(write, tmp_path):
     config, state = make("sd1_edit")
     state = state | {"autoencoder.shift": torch.tensor(0.3)}
-    with pytest.raises(CheckpointError, match=r"others have no shift of latents \(autoencoder.shift\)"):
+    with pytest.raises(
+        CheckpointError, match=r"other programs cannot store a shift of the latents \(autoencoder.shift\)"
+    ):
         write(tmp_path / "x.safetensors", config, state)
 
 
@@ -197,7 +199,9 @@ def test_another_first_stage_takes_the_place_of_ones_own(tmp_path):
     write(tmp_path, "vq")
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(tmp_path / "dit.safetensors", vae=tmp_path / "vq.safetensors")
-    expected = f"another model's first stage ({tmp_path}/vq.safetensors); got 3 latent channels; expected 4"
+    expected = (
+        f"the autoencoder has other latent channels ({tmp_path}/vq.safetensors); got 3 latent channels; expected 4"
+    )
     assert str(error.value) == expected
 
 
@@ -270,15 +274,13 @@ def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(tmp_path / "x.safetensors")
     assert str(error.value) == (
-        f"another architecture's file ({tmp_path}/x.safetensors); got 2 tensors: blocks.0.weight, head; "
+        f"unknown architecture ({tmp_path}/x.safetensors); got 2 tensors: blocks.0.weight, head; "
         "expected our own format, DiT, Stable Diffusion 1, Stable Diffusion 2, LDM text-to-image, "
         "LDM class-conditional, LDM unconditional, VQ, LDM unconditional, KL, a first stage"
     )
     tensors = load_file(write(tmp_path, "sd1"))
     save_file(tensors | {"conditioner.embedders.0.weight": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"another architecture's file \(.*\); got Stable Diffusion XL; expected "
-    ):
+    with pytest.raises(CheckpointError, match=r"unknown architecture \(.*\); got Stable Diffusion XL; expected "):
         checkpoint.open(tmp_path / "x.safetensors")
     save_file({key: x for key, x in tensors.items() if key.startswith(MODEL)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError) as error:
@@ -311,7 +313,7 @@ def test_what_cannot_be_recognised_says_what_could_be(tmp_path):
         (
             "sd1",
             {f"{MODEL}input_blocks.0.0.weight": torch.ones(48, 4, 3, 3)},
-            "no U-Net has such numbers; got channels: cannot be split into 32 norm groups; got 48; ",
+            "not a valid U-Net; got channels: cannot be split into 32 norm groups; got 48; ",
         ),
     ],
 )
@@ -327,7 +329,10 @@ def test_learned_positions_of_a_dit_are_refused(tmp_path):
     path = write(tmp_path, "dit", pos_embed=torch.randn(1, 256, 128))
     with pytest.raises(CheckpointError) as error:
         checkpoint.open(path)
-    assert str(error.value) == f"positions that were learned ({path}: pos_embed); expected DiT's fixed sines"
+    assert (
+        str(error.value)
+        == f"learned position embeddings are not supported ({path}: pos_embed); expected fixed sine-cosine embeddings"
+    )
 
 
 def test_strict_loading_into_a_module():

@@ -61,7 +61,7 @@ def test_how_a_file_is_sampled_may_change(tmp_path):
     assert same(changed.state, state)
     with pytest.raises(InputError, match=r"guidance\.rescale: must lie between 0 and 1"):
         run(source, target, "guidance.rescale=2")
-    with pytest.raises(InputError, match="SRC contains all its encoders"):
+    with pytest.raises(InputError, match="SRC already contains all its encoders"):
         run(source, target, "guidance.cfg=3", "size=256")
     first = {name: x for name, x in state.items() if name.startswith("autoencoder.")}
     checkpoint.save(tmp_path / "first.safetensors", {"format": 1, "autoencoder": config["autoencoder"]}, first)

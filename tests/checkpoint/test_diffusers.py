@@ -314,12 +314,12 @@ def test_folders_that_are_refused(tmp_path):
         (
             "text_encoder",
             {"act_fn": "silu", "intermediate_size": 37},
-            "another text encoder ({}/text_encoder); got 37 for 64; expected feed-forward layers four times the width",
+            "unsupported text encoder ({}/text_encoder); got 37 for 64; expected an MLP four times as wide",
         ),
         (
             "index",
             {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]},
-            "another kind of pipeline ({}); got StableDiffusionXLPipeline with text_encoder_2; "
+            "unsupported pipeline ({}); got StableDiffusionXLPipeline with text_encoder_2; "
             "expected Stable Diffusion 1 or 2, LDM or DiT",
         ),
     ):

@@ -189,7 +189,7 @@ def test_another_cache_is_not_mixed_in(more, said, command, tmp_path, capsys):
         (["autoencoder.type=vq"], "autoencoder.type: does not exist, so it cannot be overridden"),
         (["autoencoder={type: kl}"], "autoencoder: has no weights"),
         (["path=vp"], "path: wrong value"),
-        (["conditioner=STAGE"], "conditioner: none inside (STAGE); got ldm"),
+        (["conditioner=STAGE"], "conditioner: not in this checkpoint (STAGE); got ldm"),
         (["conditioner={type: segmentation, classes: 3}"], "conditioner: reads segmentation, which is not cached"),
         (["data={type: latents, root: x, batch_size: 4}"], "data.type: already a cache"),
         (["data.resolution=15"], "data.resolution: not divisible"),

@@ -245,5 +245,5 @@ def test_pictures_without_what_a_model_reads_are_refused(tmp_path, capsys):
     words = ["--out", str(tmp_path / "report"), "--only", "samples", "samples=2", "nearest=0", "prompts=0"]
     assert main(["evaluate", "--ckpt", file, *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: data: lack a condition of this model (")
+    assert said.startswith("error: data: missing a condition that this model reads (")
     assert said.endswith("; got no label; expected data with it")

@@ -100,7 +100,13 @@ def no_sampling(run, monkeypatch):
 
 
 def test_another_checkpoint_is_refused(no_sampling, replay, models):
-    refused_here(replay(no_sampling, "--ckpt", models["clip"]), 4, "another checkpoint", "clip.safetensors", "--ckpt")
+    refused_here(
+        replay(no_sampling, "--ckpt", models["clip"]),
+        4,
+        "not the checkpoint that made this picture",
+        "clip.safetensors",
+        "--ckpt",
+    )
 
 
 def test_an_input_that_changed_or_went_is_refused(no_sampling, replay):

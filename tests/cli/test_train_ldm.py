@@ -27,7 +27,7 @@ def one_process(monkeypatch):
     [
         (["autoencoder=missing.safetensors"], 4, "no such file (missing.safetensors)"),
         (["autoencoder={type: kl}"], 2, "autoencoder: has no weights"),
-        (["conditioner=CKPT"], 4, "conditioner: none inside"),
+        (["conditioner=CKPT"], 4, "conditioner: not in this checkpoint"),
         (["path={type: scaled_linear, zero_terminal_snr: true}", "prediction.type=eps"], 2, "prediction.type: eps"),
         (
             ["prediction={type: learned_range, of: {type: eps}}", "path.type=cosine", "weight.type=min_snr"],

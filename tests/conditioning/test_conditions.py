@@ -350,7 +350,7 @@ REFUSALS = [
     (lambda: Label(classes=7, null=7), "null: no such row; got 7; expected 0 to 6 or null; try 6"),
     (
         lambda: Label(classes=7, null=None, drop=0.1),
-        "drop: needs a null row; got 0.1; expected 0; try null=7",
+        "drop: needs a null row; got 0.1; expected 0; try drop=0, or one more class and null=7",
     ),
     (lambda: Label(drop=1.5), "drop: out of range; got 1.5; expected 0 <= drop < 1; try 0.1"),
     (lambda: Label(drop=float("nan")), "drop: out of range; got nan; expected 0 <= drop < 1; try 0.1"),
@@ -402,7 +402,7 @@ REFUSALS = [
     ),
     (
         lambda: LowResolution(latent_factor=1),
-        "factor: not smaller than the picture; got 1; expected 2 or more, as there is no autoencoder; try 4",
+        "factor: too small; got 1; expected 2 or more, as there is no autoencoder; try 4",
     ),
     (
         lambda: Compose(parts=[Label(), upscaler()]),
@@ -452,7 +452,7 @@ REFUSALS = [
     ),
     (
         lambda: Compose(parts=[Label(), Label()]),
-        "parts: labels and pooled vectors exclude each other; got 2 with labels, 0 with pooled vectors; "
+        "parts: labels and pooled vectors cannot be combined; got 2 with labels, 0 with pooled vectors; "
         "try a width for labels",
     ),
     (

@@ -342,10 +342,8 @@ def test_weights_that_are_not_there_are_refused(tmp_path, hub, monkeypatch):
 def test_weights_that_do_not_fit_are_refused(published, tmp_path):
     folder, _ = published
     file = str(folder / "text_encoder" / "model.safetensors")
-    expected = (
-        f"another encoder's weights ({folder}/text_encoder); got positions of shape (77, 12); expected (77, 24); "
-    )
-    expected += "try its width, length, vocabulary"
+    expected = f"the weights do not fit this text encoder ({folder}/text_encoder); got positions of shape (77, 12); "
+    expected += "expected (77, 24); try the width, length and vocabulary of the weights"
     assert refusal(lambda: clip(**{**CLIP, "width": 24}, weights=str(folder / "text_encoder"))) == expected
     message = refusal(lambda: clip(**{**CLIP, "layers": 3}, weights=file))
     assert message.startswith("missing tensors; got 16: text_model.encoder.layers.2.layer_norm1.weight, ")
@@ -365,19 +363,18 @@ def test_texts_and_numbers_that_make_no_sense_are_refused(tmp_path):
     assert refusal(lambda: ours({"caption": ["word " * 10_000]})) == expected
     expected = "caption: not a list of texts; got 'a cat'; expected a list of str; try [caption]"
     assert refusal(lambda: ours({"caption": "a cat"})) == expected
-    expected = "caption: no tokenizer yet; try training one on captions, or the folder of one"
+    expected = "caption: no tokenizer yet; try conditioner.tokenizer=FOLDER, or learning one from captions"
     assert refusal(lambda: joint_text(width=12, layers=1, heads=2)({"caption": ["a"]})) == expected
-    expected = "vocabulary: too small for the tokenizer; got 530 ids; expected at most 520; try more"
+    expected = "vocabulary: smaller than the tokenizer's; got 520; expected 530 or more; try 530"
     assert (
         refusal(lambda: joint_text(width=12, layers=1, heads=2, vocabulary=520).use(BPE.train(CAPTIONS, 530)))
         == expected
     )
-    expected = "projection: wrong id of the end token; got 3 of 8 ids; expected the highest, where the pooled vector "
-    expected += "is read; try none"
+    expected = "projection: the end token must have the highest id; got 3; expected 7"
     assert refusal(lambda: small_joint(projection=4).use(bert(tmp_path))) == expected
     assert refusal(lambda: clip(**CLIP, length=2)) == "length: too short for a word; got 2; expected 3 or more; try 77"
     assert refusal(lambda: clip(**CLIP, chunks=0)) == "chunks: too small; got 0; expected 1 or more; try 1"
     assert refusal(lambda: clip(**{**CLIP, "heads": 0})) == "heads: too small; got 0; expected 1 or more; try 1"
-    expected = "layers: the last one is not used; got 1; expected 2 or more; try 24"
+    expected = "layers: too few, because the last layer is not used; got 1; expected 2 or more; try 24"
     assert refusal(lambda: open_clip(width=12, layers=1, heads=2)) == expected
     assert refusal(lambda: t5(**{**T5_NUMBERS, "length": 0})) == "length: too small; got 0; expected 1 or more; try 1"

@@ -260,7 +260,10 @@ def test_whole_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monkeypa
     assert made == []
     for damage in (before[path.name][:-9], before[path.name][:-1] + b"\x7f", b"", b"{"):
         path.write_bytes(damage)
-        with pytest.warns(UserWarning, match="written again: the file is|written again: not a safetensors"):
+        with pytest.warns(
+            UserWarning,
+            match="encoding a damaged shard again: the file is|encoding a damaged shard again: not a safetensors",
+        ):
             write(cache(tmp_path))
         assert files(tmp_path) == before
     assert made == 4 * [[8, 9, 10, 11], [12, 13, 14, 15]]

@@ -129,7 +129,7 @@ def test_the_learned_variance_is_the_conditional_branchs():
     [
         ({"cfg": float("nan")}, "cfg: must be finite, got nan"),
         ({"rescale": 1.5}, "rescale: must lie between 0 and 1, got 1.5"),
-        ({"interval": (2.0, 1.0)}, "interval: must rise from at least 0, got [2.0, 1.0]"),
+        ({"interval": (2.0, 1.0)}, "interval: must be two increasing numbers, not negative, got [2.0, 1.0]"),
     ],
 )
 def test_impossible_numbers(numbers, message):

@@ -283,7 +283,7 @@ def test_holds_no_weight_that_learns():
     [
         ({"penalty_weight": -1.0}, "penalty_weight: must not be negative; got -1.0; expected 0 or more; try 0"),
         ({"start": -1}, "start: must not be negative; got -1; expected 0 or more; try 0"),
-        ({"l1": 0.0}, "l1: no pixel loss; got 0 and l2 0; expected either above 0; try 1.0"),
+        ({"l1": 0.0}, "l1: no pixel loss; got l1=0 and l2=0; expected one of them above 0; try l1=1.0"),
     ],
 )
 def test_bad_numbers(arguments, message):

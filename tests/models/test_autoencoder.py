@@ -215,16 +215,22 @@ def gradients_and_kept(ours: Autoencoder, x: torch.Tensor) -> tuple[list[torch.T
 
 BAD_NUMBERS = [
     ({"channels": 40}, "channels: cannot be split into 32 norm groups; got 40; expected a multiple of 32; try 32"),
-    ({"multipliers": []}, "multipliers: one for each level; got []; expected integers >= 1; try [1, 2, 4, 4]"),
-    ({"multipliers": [1, 0]}, "multipliers: one for each level; got [1, 0]; expected integers >= 1; try [1, 2, 4, 4]"),
+    (
+        {"multipliers": []},
+        "multipliers: must be positive, one for each level; got []; expected integers >= 1; try [1, 2, 4, 4]",
+    ),
+    (
+        {"multipliers": [1, 0]},
+        "multipliers: must be positive, one for each level; got [1, 0]; expected integers >= 1; try [1, 2, 4, 4]",
+    ),
     ({"blocks": 0}, "blocks: too small; got 0; expected 1 or more; try 1"),
     ({"attend": [3]}, "attend: no level has this factor; got 3; expected any of [1, 2, 4]; try 2"),
     ({"attend": [1], "stem": 2}, "attend: no level has this factor; got 1; expected any of [2, 4, 8]; try 2"),
-    ({"stem": 3}, "stem: only pixel-unshuffles of 2 are known; got 3; expected 1 or 2; try 2"),
+    ({"stem": 3}, "stem: only a pixel unshuffle by 2 is supported; got 3; expected 1 or 2; try 2"),
     ({"in_channels": 0}, "in_channels: too small; got 0; expected 1 or more; try 1"),
     (
         {**VQ, "per_channel": True},
-        "per_channel: VQ has one shift and scale; got True; expected False; try False",
+        "per_channel: not supported for VQ, which has one shift and scale; got True; expected False; try False",
     ),
 ]
 

@@ -196,7 +196,7 @@ BAD_NUMBERS = [
         {"head_width": 16},
         "heads: give either heads or head_width; got heads=4, head_width=16; expected one of them; try heads=8",
     ),
-    ({"attend": (2, 8)}, "attend: no level there; got 8; expected some of [1, 2]; try 2"),
+    ({"attend": (2, 8)}, "attend: no level has this factor; got 8; expected some of [1, 2]; try 2"),
     ({"depth": [1]}, "depth: not one number per level; got 1 numbers; expected 2; try [1, 1]"),
     ({"depth": 0}, "depth: too small; got 0; expected 1 or more; try 1"),
     ({"depth": []}, "depth: too small; got 0; expected 1 or more; try 1"),

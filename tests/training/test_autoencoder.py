@@ -339,7 +339,10 @@ def test_keys_of_version_0_1_still_work(tmp_path, capsys):
         (["data.batch_size=41"], "the set is smaller than one batch"),
         (["trainer.precision=16-mixed"], "trainer.precision: two losses overflow float16"),
         (["recipe.revive=5"], "recipe.revive: there are no codes"),
-        (["recipe.two_forwards=true", "trainer.accumulate=2"], "trainer.accumulate: two turns need the whole batch"),
+        (
+            ["recipe.two_forwards=true", "trainer.accumulate=2"],
+            "trainer.accumulate: recipe.two_forwards needs the whole batch",
+        ),
         (["discriminator_optimizer={type: adamw, lr: -1}"], "discriminator_optimizer.lr: never negative"),
         (["trainer.accelerator=gpu"], "trainer.accelerator: there is no GPU here"),
         (["trainer.keep=1"], "trainer.keep"),
@@ -375,7 +378,7 @@ def test_bfloat16_where_there_is_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
     assert main(command(tmp_path / "run", "trainer.precision=bf16-mixed")[:-1]) == 2
-    assert "trainer.precision: this GPU has no bfloat16" in capsys.readouterr().err
+    assert "trainer.precision: this GPU does not support bfloat16" in capsys.readouterr().err
     assert main(command(tmp_path / "run", "trainer.devices=2")[:-1]) == 2
     assert "trainer.devices: more than there are" in capsys.readouterr().err
 

@@ -174,7 +174,7 @@ def test_other_programs_get_it_whole(tmp_path, capsys):
         assert all(torch.equal(state[f"conditioner.{key}"], x) for key, x in expected.items())
         assert states(str(tmp_path / name)).equal(states(file, where))
     again = ("convert", str(tmp_path / "folder"), str(tmp_path / "again.safetensors"), where)
-    assert "SRC contains all its encoders" in refusal(capsys, *again, code=2)
+    assert "SRC already contains all its encoders" in refusal(capsys, *again, code=2)
     pipe = ldm.load(file, overrides=[where], device="cpu").to_diffusers()
     assert pipe.text_encoder.config.hidden_size == CLIP["width"]
 

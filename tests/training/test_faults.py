@@ -59,7 +59,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
     await_step(tmp_path / "run", 1, pid)
     monkeypatch.setattr("ldm.training.run.PATIENCE", 0.3)
     assert main(argv[:-1]) == 2
-    assert "another process trains here" in capsys.readouterr().err
+    assert "another process is training in this folder" in capsys.readouterr().err
     os.kill(pid, signal.SIGTERM)
     assert wait([pid]) == [143]
 
@@ -222,7 +222,7 @@ def test_other_data_are_refused(tmp_path, capsys):
     said.write_text(said.read_text().replace('"samples": 40', '"samples": 41'))
     assert main([*argv[:-1], "trainer.steps=6"]) == 2
     error = capsys.readouterr().err
-    assert "started with other data" in error
+    assert "the data differ from this run's" in error
     assert "got 40 samples per epoch; expected 41 samples per epoch, as before" in error
 
 
@@ -247,7 +247,7 @@ def test_other_pictures_are_refused_though_they_are_as_many(tmp_path, monkeypatc
     for more in (["trainer.steps=3"], ["--dry-run"]):
         assert main([*argv, other, *more]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: --run: started with other data")
+        assert error.startswith("error: --run: the data differ from this run's")
         assert f"expected sha256 {digest[:10]}, as before" in error
 
 

@@ -87,7 +87,7 @@ def test_another_cache_and_other_scenes_are_refused_though_they_are_as_many(tmp_
     assert main([*argv, before]) == 0
     assert main([*argv, before, "--dry-run"]) == 0
     assert main([*argv, other, "--dry-run"]) == 2
-    assert "--run: started with other data" in capsys.readouterr().err
+    assert "--run: the data differ from this run's" in capsys.readouterr().err
     scenes = [*command(tmp_path / "scenes", "trainer.steps=1")[:-1]]
     assert main(scenes) == 0
     assert main([*scenes, "data.split=validation", "--dry-run"]) == 2

@@ -36,7 +36,7 @@ def read_file(tensors: Tensors) -> Checkpoint:
             return family.read(tensors)
     got = other or f"{len(tensors)} tensors: {', '.join(sorted(tensors)[:5])}"
     expected = f"our own format, {', '.join(dict.fromkeys(family.name for family in known))}"
-    raise CheckpointError("another architecture's file", str(tensors.path), got, expected)
+    raise CheckpointError("unknown architecture", str(tensors.path), got, expected)
 
 
 def read_folder(folder: Folder) -> Checkpoint:
@@ -51,7 +51,7 @@ def read_folder(folder: Folder) -> Checkpoint:
         raise CheckpointError(f"a folder without {INDEX}", str(folder.path), got, expected)
     strange = [name for name in folder.parts if name not in folder_parts()]
     got = f"{kind} with {', '.join(strange or folder.parts)}"
-    raise CheckpointError("another kind of pipeline", str(folder.path), got, "Stable Diffusion 1 or 2, LDM or DiT")
+    raise CheckpointError("unsupported pipeline", str(folder.path), got, "Stable Diffusion 1 or 2, LDM or DiT")
 
 
 def folder_parts() -> list[str]:

@@ -160,7 +160,11 @@ def grid_side(positions: Tensor, where: str) -> int:
     side, width = math.isqrt(positions.shape[-2]), positions.shape[-1]
     fixed = sincos_positions(width, side, side, positions.device)
     if fixed.shape != positions.shape or not torch.allclose(positions.float(), fixed, atol=1e-3):
-        raise CheckpointError("positions that were learned", where, expected="DiT's fixed sines")
+        raise CheckpointError(
+            "learned position embeddings are not supported",
+            where,
+            expected="fixed sine-cosine embeddings",
+        )
     return side
 
 

@@ -53,7 +53,7 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 class Schema(TrainingSchema):
     """A YAML that trains a first stage; its `autoencoder` node is stored with the weights."""
 
-    recipe: Part = "autoencoder"  # type: ignore[assignment]  # the name of a part is its default
+    recipe: Part = "autoencoder"  # type: ignore[assignment]  # which recipe trains the model
     autoencoder: Part
     loss: Part
     discriminator: Part | None = None
@@ -302,9 +302,9 @@ def check(config: Config, settings: TrainerSettings, autoencoder: Autoencoder) -
         )
     if node["two_forwards"] and settings.accumulate > 1:
         key, got = "trainer.accumulate", f"{settings.accumulate} with two_forwards"
-        raise config.source.error(f"{key}: two turns need the whole batch", key, got=got, expected="1")
+        raise config.source.error(f"{key}: recipe.two_forwards needs the whole batch", key, got=got, expected="1")
     if settings.precision == "16-mixed":
-        key, why = "trainer.precision", "two losses overflow float16 at different scales"
+        key, why = "trainer.precision", "float16 is not supported, because the two losses need different loss scales"
         raise config.source.error(f"{key}: {why}", key, got="16-mixed", expected="32-true or bf16-mixed")
     if settings.strategy == "fsdp2" and settings.ranks > 1 and vq:
         key = "trainer.strategy"

@@ -63,8 +63,8 @@ Weight = Callable[[Target, Level], Tensor]
 class Schema(TrainingSchema, assemble.Schema):
     """A YAML that trains a second stage; the model's part of it is stored with the weights."""
 
-    recipe: Part = "diffusion"  # type: ignore[assignment]  # the name of a part is its default
-    draw: Part  # of training levels
+    recipe: Part = "diffusion"  # type: ignore[assignment]  # which recipe trains the model
+    draw: Part  # distribution of noise levels in training
     weight: Part
 
 
