@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm import assemble, checkpoint, pictures, pipeline
+from ldm import checkpoint, pictures, pipeline
 from ldm.checkpoint.schedules import read_scheduler
 from ldm.errors import CheckpointError, DivergedError, InputError
 from tests import small_models
-from tests.models.first_stages import fill
 
 PROMPT, NEGATIVE, SEED, STEPS = "a shiny red sphere", "blue", 3, 10
 SIZE = {"height": 16, "width": 24}
@@ -377,80 +376,6 @@ def test_what_overflows_is_decoded_again(sd1_folder, monkeypatch):
     monkeypatch.setattr(half.autoencoder, "decode", overflowing)
     assert half.decode(torch.ones(1, 4, 8, 8)).isfinite().all()
     assert halved == [True, False]
-
-
-def test_a_low_resolution_condition_without_an_autoencoder_has_a_factor(tmp_path):
-    config = {
-        "format": 1,
-        "path": {"type": "flow"},
-        "prediction": {"type": "flow"},
-        "backbone": {"type": "unet", "channels": 32, "multipliers": [1, 2], "blocks": 1, "attend": [], "heads": 1},
-        "conditioner": {"type": "low_resolution", "factor": 4},
-        "guidance": {"cfg": 1.0},
-        "spacing": {"type": "trailing", "steps": 2},
-        "solver": {"type": "ddim"},
-    }
-    model = assemble.model(assemble.configure(config, "test"))
-    parts = {"backbone": model.denoiser.backbone, "conditioner": model.conditioner}
-    state = {f"{a}.{b}": x for a, part in parts.items() for b, x in fill(part, 5).state_dict().items()}
-    checkpoint.save(tmp_path / "model.safetensors", config, state)
-    pipe = pipeline.load(tmp_path / "model.safetensors", device="cpu")
-    recipe = pipe.recipe(condition=picture(), height=32, width=48)
-    assert recipe.inputs["low_resolution"].shape == (1, 3, 8, 12)
-    assert pipe.batch([pipeline.Request()], recipe, [""])["low_resolution_noise"].shape == (1, 3, 32, 48)
-    one, other = (pipe(condition=x, height=32, width=48)[0] for x in (picture(), picture().rotate(180)))
-    assert not np.array_equal(one, other)
-    for factor in ({}, {"factor": 1}):
-        wrong = {**config, "conditioner": {"type": "low_resolution", **factor}}
-        with pytest.raises(InputError, match=r"conditioner\.factor: too small .* got 1; expected 2"):
-            assemble.model(assemble.configure(wrong, "test"))
-
-
-def test_a_backbone_that_cannot_read_the_condition_is_refused():
-    config = {
-        "format": 1,
-        "path": {"type": "flow"},
-        "prediction": {"type": "flow"},
-        "backbone": {"type": "mlp"},
-        "conditioner": {"type": "label", "classes": 3, "null": 2},
-        "guidance": {"cfg": 1.0},
-        "spacing": {"type": "trailing", "steps": 2},
-        "solver": {"type": "ddim"},
-    }
-    with pytest.raises(InputError, match=r"backbone\.type: this backbone takes no pooled .* got MLP"):
-        assemble.model(assemble.configure(config, "test"))
-
-
-def test_a_low_resolution_condition(tmp_path):
-    """Its noise belongs to the picture's seed, and another small picture makes another large one."""
-    config = {
-        "format": 1,
-        "path": {"type": "cosine"},
-        "prediction": {"type": "v"},
-        "backbone": {"type": "unet", "channels": 32, "multipliers": [1, 2], "blocks": 1, "attend": [], "heads": 1},
-        "conditioner": {"type": "low_resolution"},
-        "autoencoder": {"type": "kl", "latent": 4, "channels": 32, "multipliers": [1, 2], "blocks": 1},
-        "guidance": {"cfg": 1.0},
-        "spacing": {"type": "trailing", "steps": 3},
-        "solver": {"type": "ddim"},
-    }
-    model = assemble.model(assemble.configure(config, "test"))
-    parts = {"backbone": model.denoiser.backbone, "conditioner": model.conditioner, "autoencoder": model.autoencoder}
-    state = {f"{a}.{b}": x for a, part in parts.items() for b, x in fill(part, 5).state_dict().items()}
-    checkpoint.save(tmp_path / "model.safetensors", config, state)
-    pipe = pipeline.load(tmp_path / "model.safetensors", device="cpu")
-    one, again = (pipe(seed=4, condition=picture(), **SIZE)[0] for _ in range(2))
-    assert np.array_equal(one, again)
-    other = pipe(seed=4, condition=picture().rotate(180), **SIZE)[0]
-    assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() > 3
-    settings, noises = pipe.settings(condition=picture(), **SIZE), []
-    for seeds in ([4, 5], [5]):
-        requests = [pipeline.Request(seed=seed) for seed in seeds]
-        noises.append(pipe.batch(requests, settings, [""] * len(seeds))["low_resolution_noise"])
-    assert torch.equal(noises[0][1], noises[1][0])
-    assert not torch.equal(*noises[0])
-    with pytest.raises(InputError, match="low_resolution: required by this model"):
-        pipe(seed=4, **SIZE)
 
 
 def test_a_model_without_its_first_stage_asks_for_one(sd1, tmp_path):

@@ -81,9 +81,10 @@ def summary(loop: Loop, folder: Path, found: Found | None) -> str:
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in groups.items())
     scanned = ", ".join(f"{count} {what}" for what, count in getattr(data, "counts", {}).items())
     samples = f"{len(data)} samples per epoch" + f" ({scanned})" * bool(scanned)
+    micro = settings.accumulate * settings.ranks
     lines = [
         f"trained: {sizes} parameters",
-        f"data: {samples}, batch {data.batch_size} in {settings.accumulate * settings.ranks} micro-batches",
+        f"data: {samples}, batch {data.batch_size}" + f" in {micro} micro-batches" * (micro > 1),
         f"plan: {settings.steps} steps on {settings.hardware}",
         f"run: {folder}, {bytes_needed(loop) / 1e6:.0f} MB per checkpoint",
     ]

@@ -273,7 +273,7 @@ def test_a_plugin_that_does_not_fit_is_refused(module, source, message, capsys):
     Path(f"{module}.py").write_text(source, encoding="utf-8")
     before = copy.deepcopy(parts.TABLES)
     assert main(["demo", "--plugin", module, "--print-config"]) == 2
-    hint = "try another name" if "replace" in message else "expected a module with PARTS = {axis: {...}}"
+    hint = "try another name" if "taken" in message else "expected a module with PARTS = {axis: {...}}"
     assert capsys.readouterr().err == f"error: {message}; {hint}\n"
     assert before == parts.TABLES
 

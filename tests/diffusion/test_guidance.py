@@ -184,7 +184,7 @@ def test_algorithm_one_converges_to_the_conditional_distribution():
 
 def test_algorithm_one_needs_noise():
     guided = ClassifierGuided(Exact(MIXTURE), log_share(0), form="mean")
-    with pytest.raises(ValueError, match="guidance of the mean needs a stochastic solver"):
+    with pytest.raises(ValueError, match="classifier guidance with form='mean' needs a stochastic solver"):
         last(solvers.ddim(guided, X, COSINE))
     with pytest.raises(ValueError, match="form: must be score or mean, got logit"):
         ClassifierGuided(Exact(MIXTURE), log_share(0), form="logit")

@@ -92,7 +92,7 @@ def test_the_trunk_is_vgg16s(file):
     assert [tuple(m.shape) for m in network.features(torch.zeros(1, 3, 33, 48))] == [
         (1, 64, 33, 48), (1, 128, 16, 24), (1, 256, 8, 12), (1, 512, 4, 6), (1, 512, 2, 3),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"x: VGG16 cannot read it; got shape \(1, 3, 15, 64\)"):
+    with pytest.raises(ValueError, match=r"x: not a picture for VGG16; got shape \(1, 3, 15, 64\)"):
         network.features(torch.zeros(1, 3, 15, 64))
 
 

@@ -98,8 +98,9 @@ class DiffusionRecipe(Recipe):
         """
         first = start.exported or start.init_from
         initial = checkpoint.open(first) if first else None
-        if initial and "autoencoder" not in loaded and initial.config.get("autoencoder") == config["autoencoder"]:
-            loaded = {**loaded, "autoencoder": initial}
+        if initial and "autoencoder" not in loaded and initial.config.get("autoencoder"):
+            if assemble.configure(initial.config, str(first))["autoencoder"] == config["autoencoder"]:
+                loaded = {**loaded, "autoencoder": initial}
         assemble.check_first_stage(config, loaded)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config["seed"], "init"))
