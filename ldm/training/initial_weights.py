@@ -20,6 +20,12 @@ class Meaning:
     prediction: Part
 
 
+def has_autoencoder(loaded: Checkpoint, config: Config) -> bool:
+    """Whether a whole model's autoencoder is the one of a configuration."""
+    whole = loaded.config.get("backbone") and loaded.config.get("autoencoder")
+    return bool(whole) and assemble.configure(loaded.config, "")["autoencoder"] == config["autoencoder"]
+
+
 def load_initial_weights(model: Model, loaded: Checkpoint, fingerprint: str | None, file: str, resumed: bool) -> None:
     """Give the denoiser, and the conditioner if the file has one, the weights of a checkpoint.
 

@@ -49,8 +49,8 @@ class ReconstructionMetrics:
                 moments.append((self.moments(x), self.moments(y)))
             if turn == 0:
                 first_process(partial(draw_reconstructions, x[:SHOWN], y[:SHOWN], file), rank)
-        found = averages(sums, self.count, rank)
-        return found | {"val/frechet": distance(moments, rank)} if self.count > 1 else found  # a covariance needs two
+        enough = self.count > 1  # a covariance needs two
+        return averages(sums, self.count, rank) | ({"val/frechet": distance(moments, rank)} if enough else {})
 
     def moments(self, x: Tensor) -> Moments:
         """Mean and covariance of the features of pictures."""

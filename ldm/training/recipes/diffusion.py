@@ -36,7 +36,7 @@ from ldm.models.tiling import sliced
 from ldm.models.transformer import TextTransformer
 from ldm.pictures import to_float
 from ldm.training import captions
-from ldm.training.initial_weights import config_notes, load_initial_weights
+from ldm.training.initial_weights import config_notes, has_autoencoder, load_initial_weights
 from ldm.training.recipe import (
     CaptionReport,
     Network,
@@ -98,9 +98,8 @@ class DiffusionRecipe(Recipe):
         """
         first = start.exported or start.init_from
         initial = checkpoint.open(first) if first else None
-        if initial and "autoencoder" not in loaded and initial.config.get("autoencoder"):
-            if assemble.configure(initial.config, str(first))["autoencoder"] == config["autoencoder"]:
-                loaded = {**loaded, "autoencoder": initial}
+        if initial and "autoencoder" not in loaded and has_autoencoder(initial, config):
+            loaded = {**loaded, "autoencoder": initial}
         assemble.check_first_stage(config, loaded)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config["seed"], "init"))
