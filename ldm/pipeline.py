@@ -20,6 +20,7 @@ from ldm.conditioning.conditioner import unguided
 from ldm.conditioning.external import restore
 from ldm.conditioning.layout import read_boxes
 from ldm.conditioning.text import Text, text_in
+from ldm.conditioning.values import read_values
 from ldm.config import parts, samplers
 from ldm.config.schema import Config
 from ldm.devices import Placed, placement
@@ -29,7 +30,7 @@ from ldm.errors import CheckpointError, DivergedError, InputError
 from ldm.models.empty import empty
 from ldm.models.tiling import tiled_decode, tiled_encode
 
-ConditionInput = Image.Image | Mapping[str, Any] | str | Path  # a picture, boxes with labels, or the file of either
+ConditionInput = Image.Image | Mapping[str, Any] | str | Path  # a picture, numbers such as boxes, or a file
 SHIPPED = Path(__file__).parent / "pretrained" / "scenes.safetensors"
 OPTIONS = {"label": "--label N", "image": "--init-image FILE", "mask": "--mask FILE"}
 OPTIONS |= dict.fromkeys(("segmentation", "source", "low_resolution"), "--condition FILE")
@@ -157,12 +158,12 @@ class Pipeline(Placed):
         return settings if image is None else self.from_image(settings, image, strength, mask)
 
     def inputs(self, condition: ConditionInput, size: tuple[int, int]) -> dict[str, Tensor]:
-        """A picture or boxes, under the name that this model's conditioner reads."""
-        if "boxes" in self.reads and not isinstance(condition, Image.Image):
-            return read_boxes(condition)
-        if isinstance(condition, Mapping):
-            raise InputError("condition: this model reads no boxes", expected=", ".join(self.reads) or "nothing")
+        """A picture, boxes or other numbers, under the names that this model's conditioner reads."""
         if not isinstance(condition, Image.Image):
+            if "boxes" in self.reads:
+                return read_boxes(condition)
+            if isinstance(condition, Mapping) or str(condition).endswith(".json"):
+                return read_values(condition, self.reads)
             condition = pictures.read(condition)
         if "segmentation" in self.reads:
             return {"segmentation": pictures.to_classes(condition, size)}
@@ -286,7 +287,7 @@ class Pipeline(Placed):
             batch["low_resolution_noise"] = torch.stack([torch.randn(shape, generator=g) for g in sources])
         for name in self.reads:
             if name not in batch:
-                raise InputError(f"{name}: required by this model", hint=OPTIONS.get(name, ""))
+                raise InputError(f"{name}: required by this model", hint=OPTIONS.get(name, "--condition FILE.json"))
         for name in ENCODED & batch.keys():
             batch[name] = self.to_device(batch[name])
         return batch

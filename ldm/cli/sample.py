@@ -69,7 +69,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--prompts-file", metavar="F", help="a text file with one prompt per line")
     add("--label", type=int, metavar="N", help="the class, for class-conditional models")
     add("--negative", default="", help="negative prompt: what the picture should not show")
-    add("--condition", metavar="FILE", help="a picture, or boxes in JSON, for models that read one")
+    add("--condition", metavar="FILE", help="a picture, or numbers such as boxes in JSON, for models that read them")
     add("--init-image", metavar="F", help="a picture to start from")
     add("--strength", type=float, default=0.8, help="how much of it changes, at most 1 (default 0.8)")
     add("--mask", metavar="F", help="a picture that is white where the init image is repainted")

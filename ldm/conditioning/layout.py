@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.values import parsed
 from ldm.errors import InputError, shown
 from ldm.models.layers import check_positive
 
@@ -98,7 +98,7 @@ class Layout(Conditioner):
 def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     """One picture's boxes as a batch, from a dictionary or a JSON file of the form SHAPE."""
     file = "" if isinstance(given, Mapping) else str(given)
-    node = given if isinstance(given, Mapping) else parsed(Path(given))
+    node = given if isinstance(given, Mapping) else parsed(Path(given), SHAPE)
     if not isinstance(node, Mapping) or set(node) != {"boxes", "labels"}:
         got = f"the keys {', '.join(map(str, node)) or 'none'}" if isinstance(node, Mapping) else shown(node)
         raise InputError("condition: not boxes with labels", file, got, SHAPE)
@@ -122,13 +122,3 @@ def read_boxes(given: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4),
         "box_labels": torch.tensor(labels, dtype=torch.long).reshape(1, -1),
     }
-
-
-def parsed(file: Path) -> Any:
-    """The content of a JSON file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError("condition: cannot be read", str(file), error.strerror or "", "boxes in JSON") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise InputError("condition: not JSON", str(file), str(error), SHAPE) from None

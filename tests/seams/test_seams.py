@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm import pipeline
 from ldm.cli import main
 from ldm.config import parts
+from ldm.errors import InputError
 from tests.seams import toy_conditioner, toy_family, toy_recipe
 from tests.training import killing, second_stage
 
@@ -68,6 +70,29 @@ def test_a_conditioner_trains_saves_opens_and_samples(tmp_path, capsys):
     parts.TABLES["conditioner"] = fresh
     assert main(["sample", "--ckpt", str(file), "--prompt", "a cube"]) == 2
     assert "conditioner.type: unknown name" in capsys.readouterr().err
+
+
+def test_a_conditioner_is_given_its_own_numbers(tmp_path, capsys):
+    plugin = ["--plugin", toy_conditioner.__name__]
+    argv = second_stage.command(tmp_path / "run", "conditioner={type: corner}", "optimizer.lr=1e-2")[:-1]
+    assert main([*argv, *plugin]) == 0
+    file, made = tmp_path / "run" / "model.safetensors", []
+    for name, node in {"near": {"crop": [1, 2]}, "far": {"crop": [90, 2]}, "same": {"crop": [1, 2]}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(node))
+        made.append(sampled(file, tmp_path / name, "--condition", str(tmp_path / f"{name}.json"), *plugin))
+    assert np.abs(made[0] - made[1]).max() > 0
+    assert np.abs(made[0] - made[2]).max() == 0
+    pipe = pipeline.load(file, device="cpu")
+    (picture,) = pipe(condition={"crop": [1, 2]}, seed=0)
+    assert np.array_equal(picture, made[0])
+    with pytest.raises(InputError, match=r"crop: required by this model; try --condition FILE\.json"):
+        pipe()
+    for wrong, why in (
+        ({"corp": 1}, "got the keys corp; expected a mapping of crop"),
+        ({"crop": ["a"]}, "not numbers"),
+    ):
+        with pytest.raises(InputError, match=f"condition: .*{why}"):
+            pipe(condition=wrong)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A conditioner in one file: how many words a caption has, as a number that joins the time embedding."""
+"""Conditioners in one file: how many words a caption has, and where the picture was cropped, as numbers."""
 
 from __future__ import annotations
 
@@ -32,4 +32,20 @@ class Words(Conditioner):
         return Condition(vectors={"words": self.gain * torch.tensor(counts, device=self.gain.device).float()})  # (B,)
 
 
-PARTS = {"conditioner": {"words": f"{__name__}:Words"}}
+class Corner(Words):
+    """The corner of the crop, of which the null is outside the picture."""
+
+    reads = ("crop",)
+
+    def __init__(self, *, drop: float = 0.1):
+        super().__init__(drop=drop)
+        self.vectors = {"words": Vector("numbers", 2)}
+
+    def read(self, batch: Mapping[str, Any]) -> Condition:
+        return self.counted(batch["crop"].tolist())
+
+    def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
+        return self.counted([[-1, -1]] * count)
+
+
+PARTS = {"conditioner": {name: f"{__name__}:{name.title()}" for name in ("words", "corner")}}
