@@ -344,7 +344,7 @@ def test_a_class_is_needed_where_the_model_has_classes(loaded):
 
 def test_a_first_stage_alone(tmp_path):
     small_models.autoencoder().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="first stage alone"):
+    with pytest.raises(CheckpointError, match="this file has only an autoencoder"):
         pipeline.load(tmp_path)
 
 
@@ -386,7 +386,9 @@ def test_a_model_without_its_first_stage_asks_for_one(sd1, tmp_path):
     alone = {name: x for name, x in tensors.items() if name.startswith("first_stage_model.")}
     save_file({name: x for name, x in tensors.items() if name not in alone}, tmp_path / "model.safetensors")
     save_file({name.removeprefix("first_stage_model."): x for name, x in alone.items()}, tmp_path / "vae.safetensors")
-    with pytest.raises(CheckpointError, match=r"no first stage inside.*got a backbone for 4 channels; try --vae PATH"):
+    with pytest.raises(
+        CheckpointError, match=r"no autoencoder in this file.*got a backbone for 4 channels; try --vae PATH"
+    ):
         pipeline.load(tmp_path / "model.safetensors", device="cpu")
     with_vae = pipeline.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors", device="cpu")
     assert with_vae.autoencoder is not None

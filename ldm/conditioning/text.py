@@ -50,6 +50,7 @@ class Text(Conditioner):
         self.length, self.vocabulary = transformer.length, transformer.tokens.num_embeddings
         self.context = self.width = transformer.tokens.embedding_dim
         self.tokenizer: Tokenizer | None = None
+        self.empty: Tensor | None = None
         self.null_cache: dict[tuple[Any, ...], Condition] = {}  # of a frozen encoder, by device and precision
         if isinstance(transformer.projection, nn.Linear):
             self.pooled = transformer.projection.out_features
@@ -67,7 +68,7 @@ class Text(Conditioner):
             end, expected = tokenizer.end, tokenizer.size - 1  # the pooled vector is read at the highest id
             raise ValueError(f"projection: the end token must have the highest id; got {end}; expected {expected}")
         self.tokenizer = tokenizer
-        self.null_ids = self.tokenize([""])  # (1, L)
+        self.empty = None
         self.null_cache.clear()
 
     def learn(self, captions: Iterable[str]) -> None:
@@ -115,8 +116,13 @@ class Text(Conditioner):
     def null(self, count: int, size: tuple[int, int] = (1, 1)) -> Condition:
         if self.null_policy == "zeros":
             return self.zeros().repeat(count)
-        self.require_tokenizer()
-        return (self.cached_null() if self.frozen else self.encode(self.null_ids)).repeat(count)
+        return (self.cached_null() if self.frozen else self.encode(self.null_ids())).repeat(count)
+
+    def null_ids(self) -> Tensor:
+        """The ids of the empty text, (1, L); made once."""
+        if self.empty is None:
+            self.empty = self.tokenize([""])
+        return self.empty
 
     def zeros(self) -> Condition:
         """Zeros in place of one text, all of which count."""
@@ -135,7 +141,7 @@ class Text(Conditioner):
         key = (weight.device, weight.dtype, torch.get_autocast_dtype(kind) if mixed else None)
         if key not in self.null_cache:
             with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them later
-                self.null_cache[key] = self.encode(self.null_ids)
+                self.null_cache[key] = self.encode(self.null_ids())
         return self.null_cache[key]
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:

@@ -103,7 +103,7 @@ def test_an_unknown_name_is_told_the_nearest(name, meant, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["unet", "--commands"], "--commands: cannot be combined with NAME (NAME); got unet; try either"),
+        (["unet", "--commands"], "--commands: cannot be combined with NAME (NAME); got unet; try one of the two"),
         (["--out", "no/page.md"], "--out: cannot be written to (no/page.md); got No such file or directory"),
     ],
 )

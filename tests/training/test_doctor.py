@@ -139,7 +139,7 @@ def test_a_gpu_without_room_is_a_finding(plan, kind, code, examined, monkeypatch
     assert report.survey
     finding = report.findings[-1]
     assert (finding.kind, finding.code) == (kind, code)
-    assert ("one process cannot hold all weights" if plan else "a step does not fit on the GPU") in finding.text
+    assert ("the weights do not fit in one process" if plan else "a step does not fit on the GPU") in finding.text
     assert finding.text.endswith("Tried to allocate 2 GiB." if plan else "or data.resolution")
 
 

@@ -106,7 +106,7 @@ def test_how_pictures_are_made_may_change_and_the_file_has_it(tmp_path, monkeypa
     assert config["solver"]["type"] == "ddim"
     assert config["size"] == 32
     assert main([*argv, "trainer.steps=3", "weight.type=min_snr"]) == 2
-    assert "started with another configuration" in capsys.readouterr().err
+    assert "the configuration differs from this run's" in capsys.readouterr().err
 
 
 def test_a_run_says_how_it_is_resumed(tmp_path, monkeypatch, capsys):

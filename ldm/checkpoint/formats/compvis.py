@@ -65,7 +65,7 @@ def stored_prediction(tensors: Tensors) -> str:
 def ignore(tensors: Tensors, *prefixes: str) -> list[str]:
     """Notes of what the file holds beside the parts with these prefixes; unknown tensors are refused."""
     others = [name for name in tensors if not name.startswith(prefixes) and name != SCALE]
-    refuse("tensors without a place", [name for name in others if not name.startswith(tuple(IGNORED))])
+    refuse("unexpected tensors", [name for name in others if not name.startswith(tuple(IGNORED))])
     found = {what for name in others for prefix, what in IGNORED.items() if name.startswith(prefix)}
     return [f"left out: {what}" for what in sorted(found)]
 
