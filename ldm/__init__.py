@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 LAZY = {"load": "ldm.pipeline", "Pipeline": "ldm.pipeline"}  # names whose modules import torch
 
