@@ -2,9 +2,10 @@
 
     python -m benchmarks.feeding [--batch 256] [--workers 2] [--rounds 10] [--steps 20]
 
-Data are a made-up cache of 4x32x32 latents with captions. A step takes the loader's next batch, adds keyed uniforms,
-keyed noise and token ids, and copies every tensor to the device (on a CPU: into other memory). Uniforms, noise and ids
-are made in the loader's workers, or in the training process as in version 0.1; both must give the same batch first.
+Data are a made-up cache of 4x32x32 latents with captions. A step takes the loader's next batch, with what the
+diffusion recipe prepares (noise, levels, weights, dropped parts and token ids), and copies every tensor to the device
+(on a CPU: into other memory). These are made in the loader's workers, or in the training process as in version 0.1;
+both must give the same batch first.
 
 Times are CPU seconds of the training process, so that waiting for workers does not count and a busy machine matters
 less. The ratio is the time of version 0.1 over ours, from rounds of ours, theirs, theirs, ours.
@@ -27,11 +28,15 @@ from torch import Tensor
 from benchmarks.data import write_cache
 from benchmarks.networks import verdict
 from ldm.condition import to_device
-from ldm.conditioning.text import tokenize
+from ldm.conditioning.tokenization import Tokenization
 from ldm.conditioning.tokenizer import BPE
 from ldm.data.latents import Latents
 from ldm.data.loader import loader
-from ldm.draws import draw, stream
+from ldm.diffusion.path import Flow
+from ldm.diffusion.prediction import Flow as FlowPrediction
+from ldm.diffusion.times import Uniform
+from ldm.diffusion.weights import Constant
+from ldm.training.recipes.diffusion import Preparation
 
 SEED, LENGTH, VOCABULARY, CHANNELS, SIDE = 0, 64, 1024, 4, 32
 SAMPLES = 8192
@@ -42,16 +47,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], object]
 
 
-class Prepare:
-    """Keyed uniforms (B, 2) and noise, and the captions' token ids, added to a batch."""
-
-    def __init__(self, tokenizer: BPE):
-        self.tokenizer = tokenizer
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        u, noise = draw(stream(SEED, "loss"), batch["number"].tolist(), 2, (CHANNELS, SIDE, SIDE))
-        ids = torch.tensor(tokenize(self.tokenizer, batch["caption"], LENGTH))
-        return {**batch, "u": u, "noise": noise, "ids": {"caption": ids}}
+def preparation(tokenizer: BPE) -> Preparation:
+    """What the diffusion recipe adds to a batch: draws, levels, weights, flags of dropped parts and token ids."""
+    return Preparation(
+        seed=SEED,
+        channels=CHANNELS,
+        factor=8,
+        drops={"caption": 0.1},
+        levels=(Uniform(), Flow()),
+        weight=(Constant(), FlowPrediction()),
+        reads=("caption",),
+        tokenizations={"caption": Tokenization(tokenizer, LENGTH)},
+    )
 
 
 def captions(count: int) -> list[str]:
@@ -77,7 +84,7 @@ def seconds(step: Step, steps: int) -> float:
     return (process_time() - begin) / steps
 
 
-def feed(batches: Iterator[dict[str, Any]], prepare: Prepare | None = None) -> dict[str, Any]:
+def feed(batches: Iterator[dict[str, Any]], prepare: Preparation | None = None) -> dict[str, Any]:
     """One step of the training process; with `prepare` it draws and tokenises itself."""
     batch = next(batches)
     return moved(batch if prepare is None else prepare(batch))
@@ -85,7 +92,7 @@ def feed(batches: Iterator[dict[str, Any]], prepare: Prepare | None = None) -> d
 
 def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Both must feed the same numbers."""
-    for name in ("latents", "u", "noise"):
+    for name in ("latents", "noise", "weight"):
         if not torch.equal(ours[name], theirs[name]):
             raise SystemExit(f"{name} differ")
     if not torch.equal(ours["ids"]["caption"], theirs["ids"]["caption"]):
@@ -117,7 +124,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     texts = captions(SAMPLES)
-    prepare = Prepare(BPE.train(texts, VOCABULARY))
+    prepare = preparation(BPE.train(texts, VOCABULARY))
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), SAMPLES, tokens=False, captions=texts)
         data = Latents(root=folder, batch_size=options.batch, workers=options.workers)
