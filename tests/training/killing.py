@@ -7,12 +7,11 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,8 @@ import torch
 import ldm.training.recipes.diffusion  # what a forked process need not import again
 import ldm.training.run  # noqa: F401
 from ldm.cli import main
-from tests import waiting
+from tests import forking, waiting
+from tests.forking import wait
 from tests.training import toy
 
 Begin = Callable[..., list[str]]
@@ -43,46 +43,13 @@ def start(argv: list[str], ranks: int = 1) -> list[int]:
 
 def started(argvs: list[list[str]]) -> list[int]:
     """Processes that work together, each with its own command."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [forked(argv, rank, len(argvs), port) for rank, argv in enumerate(argvs)]
+    return forking.ranks([partial(main, argv) for argv in argvs], [Path(f"{argv[4]}.log") for argv in argvs])
 
 
 def alone(argv: list[str]) -> int:
     """The exit status of a command that is not forked: a fork cannot use the server of workers that was begun here."""
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run([sys.executable, "-m", "ldm", *argv], env={**os.environ, **threads}, check=False).returncode
-
-
-def forked(argv: list[str], rank: int, ranks: int, port: int) -> int:
-    """One of them, as torchrun would have started it."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        if ranks > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "x"}
-            os.environ.update({name: str(value) for name, value in {**numbers, **address}.items()})
-        log = os.open(f"{argv[4]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        torch.set_num_threads(1)
-        code = main(argv)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(pids: list[int]) -> list[int]:
-    """The exit statuses of processes, as a shell gives them."""
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    return [status if status >= 0 else 128 - status for status in statuses]
 
 
 def running(pid: int) -> bool:

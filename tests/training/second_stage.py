@@ -37,6 +37,10 @@ trainer: {{steps: 10, log_every: 1, save_every: 5, validate_every: 5, validate_i
 """
 
 
+# sharded tensors cost seconds in a first step, each of them
+FEW_TENSORS = ["backbone.multipliers=[1]", "backbone.attend=[1]", "conditioner.layers=1"]
+
+
 def first_stage(file: Path, seed: int = 0) -> None:
     """The file of a first stage of a factor of 2, with random weights."""
     autoencoder = fill(kl(**NUMBERS), seed)  # type: ignore[arg-type]

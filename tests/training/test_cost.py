@@ -26,7 +26,7 @@ COMPILED = ["trainer.compile=true", "trainer.steps=2"]
 
 def both(tmp_path, monkeypatch, begin, overrides, ranks=1):
     """The same training with and without a count of its operations: the runs' folders."""
-    more = ["trainer.steps=6", *overrides, f"trainer.devices={ranks}"]
+    more = ["trainer.steps=3", *overrides, f"trainer.devices={ranks}"]
     assert wait(start(begin(tmp_path / "counted", *more), ranks)) == [0] * ranks, (tmp_path / "counted.log").read_text()
     monkeypatch.setattr(cost, "flops_by_phase", lambda loop: {})
     assert wait(start(begin(tmp_path / "plain", *more), ranks)) == [0] * ranks, (tmp_path / "plain.log").read_text()
@@ -44,7 +44,7 @@ def both(tmp_path, monkeypatch, begin, overrides, ranks=1):
         (killing.command, ["loss.start=2"], 2),
         (killing.command, ["loss.start=2", "trainer.strategy=fsdp2"], 2),
         (second_stage.command, ["trainer.accumulate=2", *DROPOUT], 2),
-        (second_stage.command, ["trainer.strategy=fsdp2", *DROPOUT], 2),
+        (second_stage.command, ["trainer.strategy=fsdp2", *DROPOUT, *second_stage.FEW_TENSORS], 2),
     ],
     ids=["vq", "batch norm", "dropout", "compiled", "ddp", "fsdp2", "second ddp", "second fsdp2"],
 )

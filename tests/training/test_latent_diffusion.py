@@ -15,7 +15,7 @@ from ldm.data.loader import loader
 from ldm.draws import draw, stream
 from tests.training.killing import assert_same_after_kills, manifest, rows, start, wait
 from tests.training.rounding import drift
-from tests.training.second_stage import cached, command, loop_of, recipe_of
+from tests.training.second_stage import FEW_TENSORS, cached, command, loop_of, recipe_of
 
 DOUBLE = ["trainer.precision=64-true"]
 V = ["path={type: scaled_linear}", "prediction.type=v", "draw={type: uniform}", "weight={type: min_snr}"]
@@ -165,7 +165,7 @@ def test_a_cache_trains_as_its_pictures_do(tmp_path):
 def test_two_processes_are_one(strategy, accumulate, tmp_path):
     """Also where a validation with the averaged weights comes between two steps, and no checkpoint after it."""
     between = ["trainer.validate_every=3", "trainer.save_every=100", "trainer.channels_last=true"] * (accumulate == 1)
-    between += ["trainer.steps=6"]
+    between += ["trainer.steps=6", *FEW_TENSORS]
     one = command(tmp_path / "one", *DOUBLE, *between)
     evenly_spaced = ["trainer.devices=2", f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
     two = command(tmp_path / "two", *DOUBLE, *between, *evenly_spaced)
@@ -194,7 +194,7 @@ def test_two_processes_are_one_in_float32(tmp_path):
 
 @pytest.mark.long
 def test_begun_sharded_on_two_goes_on_alone(tmp_path):
-    overrides, run = [*DOUBLE, "schedule.type=constant", "trainer.steps=6"], tmp_path / "run"
+    overrides, run = [*DOUBLE, *FEW_TENSORS, "schedule.type=constant", "trainer.steps=6"], tmp_path / "run"
     begun = command(run, *overrides, "trainer.steps=3", "trainer.devices=2", "trainer.strategy=fsdp2")
     assert wait(start(begun, ranks=2)) == [0, 0], (tmp_path / "run.log").read_text()
     assert wait(start(command(run, *overrides))) == [0], (tmp_path / "run.log").read_text()
