@@ -17,7 +17,7 @@ from ldm.conditioning import external
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.text import tokenizer_owners
 from ldm.conditioning.tokenizer import from_checkpoint
-from ldm.config import files
+from ldm.config import files, parts
 from ldm.config import schema as configuration
 from ldm.config.schema import Config, Part, stored
 from ldm.diffusion.denoiser import Denoiser
@@ -87,6 +87,10 @@ def load(
 
     def complete(source: files.Source) -> None:
         """Open the checkpoints and fill in the nodes that they have."""
+        for key in PATHS:
+            if (name := source.values.get(key)) in [*parts.TABLES[key]] and not FilePath(name).exists():
+                expected = "a checkpoint, or a node {type: NAME, ...}"
+                raise source.error(f"{key}: wrong value", key, got=name, expected=expected, hint=f"{{type: {name}}}")
         for key in PATHS:
             if isinstance(name := source.values.get(key), str):
                 loaded[key] = checkpoint.open(name)

@@ -41,6 +41,14 @@ def load(tmp_path):
     return load
 
 
+@pytest.mark.parametrize("key", ["conditioner", "backbone", "autoencoder"])
+def test_a_type_in_the_place_of_a_node_is_answered_with_the_node(key, load, tmp_path):
+    name = next(iter(parts.TABLES[key]))
+    axes = f"autoencoder: {tmp_path / 'missing.safetensors'}\n" if key != "autoencoder" else ""
+    with pytest.raises(InputError, match=rf"^{key}: wrong value .*; got {name}; .*; try {{type: {name}}}$"):
+        load(axes + BACKBONE + "path: {type: flow}\nprediction: {type: flow}\n", f"{key}={name}")
+
+
 def nodes(file: Path) -> dict:
     """The configuration of a checkpoint, with all defaults."""
     return assemble.configure(checkpoint.open(file).config, str(file)).values

@@ -113,12 +113,12 @@ def command(name: str) -> tuple[Any, Parser]:
     return module, parser
 
 
-def config_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """The options of every command that reads a configuration."""
+def config_options(parser: argparse.ArgumentParser, default: str | None = None, words: str = "key=value") -> None:
+    """The options of every command that reads a configuration; `words` is what stands without an option."""
     parser.add_argument("--config", default=default, help="a YAML file, or the name of a shipped configuration")
     parser.add_argument("--print-config", action="store_true", help="print the checked configuration and stop")
     plugin_option(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting: path.type=cosine")
+    parser.add_argument("overrides", nargs="*", metavar=words, help="a setting: path.type=cosine")
 
 
 def plugin_option(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ STAGES = {1: "autoencoder", 2: "diffusion"}
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    config_options(parser)
+    config_options(parser, words="CONFIG|key=value")
     help = "the stage to check, if both have a configuration of this name (default 1)"
     parser.add_argument("--stage", type=int, choices=STAGES, help=help)
     parser.add_argument("--run", metavar="DIR", help="run folder (default: as for training)")

@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace, recipe: str | None = None) -> int:
         return 0
     code = run.train(loop, config.values, folder, found)
     if run.is_main() and code == 0:
-        print(finished(folder / checkpointing.MODEL, plan.recipe), flush=True)
+        following = loop.recipe.next_command(folder / checkpointing.MODEL)
+        print(f"wrote {folder / checkpointing.MODEL}" + f"; next: {following}" * bool(following), flush=True)
     return code
 
 
@@ -107,12 +108,3 @@ def recipe_of(file: Path, default: str | None, overrides: Sequence[str] = ()) ->
             raise source.error(what, "recipe.type", got=shown(name), expected=expected, hint=hint)
         return name
     return default or ("diffusion" if "backbone" in values or "conditioner" in values else "autoencoder")
-
-
-def finished(model: Path, recipe: str) -> str:
-    """The model's file, and what to do with it."""
-    following = {
-        "autoencoder": f"python train_ldm.py --config NAME autoencoder={model}",
-        "diffusion": f'python sample.py --ckpt {model} --prompt "..."',
-    }
-    return f"wrote {model}" + (f"; next: {following[recipe]}" if recipe in following else "")

@@ -173,7 +173,9 @@ def plug(module: str) -> None:
     try:
         tables = {axis: dict(table) for axis, table in importlib.import_module(module).PARTS.items()}
     except Exception as error:  # a user's module may raise anything
-        raise InputError("cannot plug in", module, str(error), "a module with PARTS = {axis: {...}}") from error
+        expected, missing = "a module with PARTS = {axis: {...}}", getattr(error, "name", "") in module.split(".")
+        hint = "PYTHONPATH=FOLDER, and its name without .py" if missing else ""
+        raise InputError("cannot plug in", module, str(error), expected, hint) from error
     for axis, table in tables.items():
         known = FAMILIES if axis == "family" else TABLES.setdefault(axis, {})
         if isinstance(known, str) or any(known.get(name, own) != own for name, own in table.items()):

@@ -132,6 +132,8 @@ class Config:
         name = node["type"]
         if not isinstance(name, str) or name not in choices:
             words = {"got": shown(name), **_one_of(choices, name)}
+            if isinstance(name, str) and name.isidentifier():
+                words["hint"] = words["hint"] or "--plugin MODULE, if it is your own"
             raise self.source.error(f"{key}.type: unknown name", f"{key}.type", **words)
         arguments = {k: v for k, v in node.items() if k != "type"}
         return {"type": name, **self._fields(arguments, parts.find(table, name), key, table)}

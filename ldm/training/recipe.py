@@ -187,6 +187,10 @@ class Recipe(nn.Module):
         """What is wrong, judged by the last rows of the log."""
         return ()
 
+    def next_command(self, model: Path) -> str:
+        """What a user may do next with the exported model, as a command."""
+        return ""
+
     def validate(self, folder: Path) -> dict[str, float]:
         """Measure the averaged weights, which are in place, and draw pictures; every rank calls."""
         return {}

@@ -246,10 +246,16 @@ def test_a_configuration_cannot_plug_in_anything(capsys):
     Path("own_parts.py").write_text(OWN, encoding="utf-8")
     assert main(["demo", "--print-config", "backbone.type=spiral"]) == 2
     assert capsys.readouterr().err == (
-        'error: backbone.type: unknown name (command line); got "spiral"; expected one of unet, dit, mlp\n'
+        'error: backbone.type: unknown name (command line); got "spiral"; expected one of unet, dit, mlp; '
+        "try --plugin MODULE, if it is your own\n"
     )
     assert main(["demo", "--print-config", "plugin=own_parts"]) == 2
     assert capsys.readouterr().err.startswith("error: plugin: unknown key (command line); ")
+
+
+def test_a_plugin_that_is_not_found_says_how_it_is_found(capsys):
+    assert main(["demo", "--plugin", "nowhere.py", "--print-config"]) == 2
+    assert capsys.readouterr().err.endswith("; try PYTHONPATH=FOLDER, and its name without .py\n")
 
 
 @pytest.mark.parametrize(

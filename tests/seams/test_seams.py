@@ -69,7 +69,9 @@ def test_a_conditioner_trains_saves_opens_and_samples(tmp_path, capsys):
     assert "conditioner.gain" in load_file(file)
     parts.TABLES["conditioner"] = fresh
     assert main(["sample", "--ckpt", str(file), "--prompt", "a cube"]) == 2
-    assert "conditioner.type: unknown name" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "conditioner.type: unknown name" in error
+    assert error.endswith("; try --plugin MODULE, if it is your own\n")
 
 
 def test_a_conditioner_is_given_its_own_numbers(tmp_path, capsys):
@@ -77,6 +79,7 @@ def test_a_conditioner_is_given_its_own_numbers(tmp_path, capsys):
     argv = second_stage.command(tmp_path / "run", "conditioner={type: corner}", "optimizer.lr=1e-2")[:-1]
     assert main([*argv, *plugin]) == 0
     file, made = tmp_path / "run" / "model.safetensors", []
+    assert f"next: python sample.py --ckpt {file} --condition FILE\n" in capsys.readouterr().out
     for name, node in {"near": {"crop": [1, 2]}, "far": {"crop": [90, 2]}, "same": {"crop": [1, 2]}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(node))
         made.append(sampled(file, tmp_path / name, "--condition", str(tmp_path / f"{name}.json"), *plugin))

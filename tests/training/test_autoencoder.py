@@ -159,7 +159,9 @@ def test_exported_file_opens_here_and_in_diffusers(finished_first_stage, tmp_pat
     z = torch.randn(2, 4, 8, 8)
     decoded = theirs.decode(z / theirs.config.scaling_factor).sample
     torch.testing.assert_close(ours.decode(z), decoded, rtol=1e-4, atol=1e-4)
-    ema = {name.removeprefix("ema/autoencoder."): x for name, x in state_of(finished_first_stage).items() if "ema/" in name}
+    ema = {
+        name.removeprefix("ema/autoencoder."): x for name, x in state_of(finished_first_stage).items() if "ema/" in name
+    }
     for name, p in ours.named_parameters():
         assert torch.equal(p, ema[name])
 

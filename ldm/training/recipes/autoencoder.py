@@ -228,6 +228,9 @@ class AutoencoderRecipe(Recipe):
     def warnings(self, row: Mapping[str, float]) -> Iterable[str]:
         return self.monitor_gan(row)
 
+    def next_command(self, model: Path) -> str:
+        return f"python train_ldm.py --config NAME autoencoder={model}"
+
     # ------------------------------------------------------------------------------------------ what others see of it
 
     def validate(self, folder: Path) -> dict[str, float]:

@@ -194,6 +194,12 @@ class DiffusionRecipe(Recipe):
 
     # --------------------------------------------------------------------------------------- what others see of it
 
+    def next_command(self, model: Path) -> str:
+        reads = () if self.conditioner is None else self.conditioner.reads
+        given = {"caption": '--prompt "..."', "label": "--label 0"}
+        words = [given.get(name, "--condition FILE") for name in reads]
+        return " ".join([f"python sample.py --ckpt {model}", *dict.fromkeys(words)])
+
     def notes(self) -> Iterable[str]:
         yield from self.initial_notes
         if self.drops:
@@ -329,7 +335,8 @@ def check_source(config: Config, key: str, data: Data, model: Model) -> None:
     for name in () if conditioner is None else conditioner.reads:
         if name not in available:
             what, got = f"{key}: no {name}, which the conditioner reads", ", ".join(sorted(batch))
-            raise config.source.error(what, key, got=got, expected=", ".join(conditioner.reads if conditioner else ()))
+            expected = ", ".join(conditioner.reads if conditioner else ())
+            raise config.source.error(what, key, got=got, expected=expected, hint="data that have it")
     if conditioner is not None:
         with config.blame("conditioner"):
             check_conditions(conditioner, data, batch, factor)
