@@ -88,7 +88,8 @@ def load(
     def complete(source: files.Source) -> None:
         """Open the checkpoints and fill in the nodes that they have."""
         for key in PATHS:
-            if (name := source.values.get(key)) in [*parts.TABLES[key]] and not FilePath(name).exists():
+            name = source.values.get(key)
+            if isinstance(name, str) and name in parts.TABLES[key] and not FilePath(name).exists():
                 expected = "a checkpoint, or a node {type: NAME, ...}"
                 raise source.error(f"{key}: wrong value", key, got=name, expected=expected, hint=f"{{type: {name}}}")
         for key in PATHS:
