@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +14,7 @@ PARTS = 10  # over which the score is averaged
 NEIGHBOURS, ROWS = 5, 1024  # k; rows of distances at a time
 
 
-class Estimate(NamedTuple):
-    """Mean and standard deviation over subsets."""
-
-    mean: float
-    std: float
-
-
-def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MOST, seed: int = 0) -> Estimate:
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MOST, seed: int = 0) -> dict[str, float]:
     """KID (Binkowski et al. 2018): squared MMD of (N, D) and (M, D) under (x y / D + 1)^3, averaged over keyed subsets.
 
     It is unbiased at any sample count.
@@ -35,8 +27,13 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MO
         generator = torch.Generator().manual_seed(mix32(seed, trial))
         x, y = (z[torch.randperm(len(z), generator=generator)[:size]].double() for z in (a, b))
         found.append(squared_mmd(x, y))
+    return spread(found)
+
+
+def spread(found: list[float]) -> dict[str, float]:
+    """Mean and standard deviation over subsets."""
     values = torch.tensor(found, dtype=torch.float64)
-    return Estimate(values.mean().item(), values.std(correction=0).item())
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item()}
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:
@@ -52,14 +49,12 @@ def polynomial(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def inception_score(logits: Tensor, parts: int = PARTS) -> Estimate:
+def inception_score(logits: Tensor, parts: int = PARTS) -> dict[str, float]:
     """exp E KL(p(y|x) || p(y)) of logits (N, classes), averaged over random parts (Salimans et al. 2016)."""
     if len(logits) < parts:
         raise ValueError(f"logits: too few for {parts} parts; got {len(logits)}; expected {parts} or more")
     mixed = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))  # samples may be sorted by class
-    scores = [score(logits[part].double().softmax(1)) for part in mixed.tensor_split(parts)]
-    values = torch.tensor(scores, dtype=torch.float64)
-    return Estimate(values.mean().item(), values.std(correction=0).item())
+    return spread([score(logits[part].double().softmax(1)) for part in mixed.tensor_split(parts)])
 
 
 def score(p: Tensor) -> float:
@@ -67,34 +62,24 @@ def score(p: Tensor) -> float:
     return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp().item()
 
 
-class PRDC(NamedTuple):
-    """Shares of samples; density may exceed one."""
-
-    precision: float  # made samples within a true one's radius
-    recall: float  # true samples within a made one's radius
-    density: float  # true samples whose radius includes a made one, over k
-    coverage: float  # true samples whose radius includes a made one
-
-
-def prdc(true: Tensor, made: Tensor, k: int = NEIGHBOURS) -> PRDC:
+def prdc(true: Tensor, made: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of (N, D) and (M, D).
 
     A sample's radius is its distance to its k-th nearest neighbour in its own set.
     """
-    if min(len(true), len(made)) <= k:
-        got = min(len(true), len(made))
+    if (got := min(len(true), len(made))) <= k:
         raise ValueError(f"features: too few for {k} neighbours; got {got}; expected {k + 1} or more")
     radius_true, radius_made = radii(true, k), radii(made, k)  # (N,), (M,)
-    precise, dense, recalled, covered = [], 0.0, [], []
+    counts = dict.fromkeys(("precision", "recall", "density", "coverage"), 0)
     for _, d in distances(made, true):  # (b, N)
         within = d < radius_true
-        precise.append(within.any(1))
-        dense += within.sum().item()
+        counts["precision"] += int(within.any(1).sum())  # made samples within a true one's radius
+        counts["density"] += int(within.sum())  # true samples whose radius includes a made one
     for rows, d in distances(true, made):  # (b, M)
-        recalled.append((d < radius_made).any(1))
-        covered.append(d.amin(1) < radius_true[rows])
-    precision, recall, coverage = (torch.cat(found).double().mean().item() for found in (precise, recalled, covered))
-    return PRDC(precision, recall, dense / (k * len(made)), coverage)
+        counts["recall"] += int((d < radius_made).any(1).sum())  # true samples within a made one's radius
+        counts["coverage"] += int((d.amin(1) < radius_true[rows]).sum())  # those whose radius includes a made one
+    of = {"precision": len(made), "recall": len(true), "density": k * len(made), "coverage": len(true)}
+    return {name: count / of[name] for name, count in counts.items()}  # density may exceed one
 
 
 def radii(x: Tensor, k: int) -> Tensor:

@@ -16,6 +16,7 @@ SPATIAL = 7  # channels of the 17 x 17 map for sFID (Nash et al. 2021)
 class Pooled(nn.Module):
     """A block whose last branch has another pool than torchvision's; by default a mean over pixels inside the map."""
 
+    branch_pool: nn.Module
     pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
