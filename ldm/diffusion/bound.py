@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ldm.condition import Condition
-from ldm.diffusion.path import Level, Path, Prediction, Table, expand
+from ldm.diffusion.path import Level, Prediction, Table, expand
 from ldm.diffusion.posterior import NoiseVar, large_variance, learned_log_variance, mean_weights, small_variance
-
-
-class OnPath(Protocol):
-    """A denoiser with its path."""
-
-    path: Path
-
-    def __call__(self, x: Tensor, level: Level, condition: Condition | None) -> Prediction: ...
 
 
 def term(
@@ -83,7 +75,7 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def bits_per_dim(
-    denoiser: OnPath,
+    denoiser: Any,  # a Denoiser
     x0: Tensor,
     noise: Callable[[], Tensor],
     condition: Condition | None = None,
