@@ -138,10 +138,7 @@ def loader(
     accumulate: int = 1,
     prepare: Prepare | None = None,
 ) -> Loader:
-    """This rank's endless micro-batches from `position` (samples seen) on, each prepared where it is made.
-
-    `loader.sampler.position` may be set between iterations.
-    """
+    """This rank's endless micro-batches from `position` (samples seen) on, each prepared where it is made."""
     order = Order(len(data), data.batch_size, seed, data.buckets, data.groups)
     sampler = MicroBatches(order, position=position, rank=rank, ranks=ranks, accumulate=accumulate)
     return Loader(data, seed, sampler, prepare)

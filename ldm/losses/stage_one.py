@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.checkpoint.vgg import lpips
 from ldm.condition import at_least_float32
 from ldm.config import parts
+from ldm.models.layers import check_not_negative
 from ldm.models.lpips import channel_distances
 from ldm.models.quantize import Bottled
 
@@ -128,9 +129,9 @@ class Loss(nn.Module):
         warmup: int = 0,  # steps before `start` in which only the discriminator trains
     ):
         super().__init__()
-        check_weights(penalty_weight=penalty_weight, l1=l1, l2=l2, gradient=gradient)
-        check_weights(perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight)
-        check_weights(adaptive_limit=adaptive_limit, start=start, warmup=warmup)
+        check_not_negative(penalty_weight=penalty_weight, l1=l1, l2=l2, gradient=gradient)
+        check_not_negative(perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight)
+        check_not_negative(adaptive_limit=adaptive_limit, start=start, warmup=warmup)
         if l1 == l2 == 0:
             raise ValueError("l1: no pixel loss; got l1=0 and l2=0; expected one of them above 0; try l1=1.0")
         self.l1, self.l2, self.gradient, self.penalty_weight = l1, l2, gradient, penalty_weight
@@ -196,10 +197,3 @@ class Loss(nn.Module):
         loss = self.discriminator_loss(logits_real, logits_fake)
         scalars = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         return loss, {name: scalar.detach() for name, scalar in scalars.items()}
-
-
-def check_weights(**numbers: float) -> None:
-    """Refuse negative numbers."""
-    for argument, value in numbers.items():
-        if value < 0:
-            raise ValueError(f"{argument}: must not be negative; got {value}; expected 0 or more; try 0")

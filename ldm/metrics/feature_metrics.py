@@ -15,10 +15,7 @@ NEIGHBOURS, ROWS = 5, 1024  # k; rows of distances at a time
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MOST, seed: int = 0) -> dict[str, float]:
-    """KID (Binkowski et al. 2018): squared MMD of (N, D) and (M, D) under (x y / D + 1)^3, averaged over keyed subsets.
-
-    It is unbiased at any sample count.
-    """
+    """KID (Binkowski et al. 2018), unbiased: squared MMD of (N, D), (M, D) by (x y / D + 1)^3, over keyed subsets."""
     size = min(size, len(a) // 2, len(b) // 2)  # subsets that are whole sets would not vary
     if size < 2:
         raise ValueError(f"features: too few for a kernel distance; got {min(len(a), len(b))}; expected 4 or more")

@@ -31,6 +31,13 @@ def check_positive(**numbers: int) -> None:
             raise ValueError(f"{argument}: too small; got {value}; expected 1 or more; try 1")
 
 
+def check_not_negative(**numbers: float) -> None:
+    """Refuse negative numbers."""
+    for argument, value in numbers.items():
+        if value < 0:
+            raise ValueError(f"{argument}: must not be negative; got {value}; expected 0 or more; try 0")
+
+
 def check_map(name: str, x: Tensor, channels: int, factor: int) -> None:
     """Refuse images or latents that a network of so many channels and this downsampling factor cannot take."""
     if x.ndim != 4 or x.shape[1] != channels:
