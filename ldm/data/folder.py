@@ -8,6 +8,7 @@ import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +44,7 @@ class Folder:
 
     def entries(self) -> Iterator[Entry]:
         """All pictures; tables come before caption files, caption files before classes."""
-        names = [os.path.join(folder, file.name) for folder, files in self.walk() for file in files]
+        names = [os.path.join(folder, file) for folder, files in self.walk() for file in files]
         names.sort(key=os.fsencode)
         pictures = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
         tables = [name for name in names if os.path.basename(name) in TABLES]
@@ -57,31 +58,28 @@ class Folder:
             labels = {name: label for label, name in enumerate(self.classes)}
             yield from (source.captioned(self.entry(name), self.from_class, name, labels) for name in pictures)
 
-    def walk(self) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
         """(folder, its files) below the root; a folder that several links lead to comes once."""
-        seen, waiting = set(), [""]
-        while waiting:
-            folder = waiting.pop()
-            try:
-                status = os.stat(self.root / folder)
-                listed = [one for one in os.scandir(self.root / folder) if not hidden(one.name)]
-            except OSError as error:
-                unreadable(error)
-            if (status.st_dev, status.st_ino) not in seen and not any(one.name == LOCK for one in listed):
-                seen.add((status.st_dev, status.st_ino))
-                below = {one.name for one in listed if is_folder(one)}
-                waiting += [os.path.join(folder, name) for name in sorted(below, key=os.fsencode, reverse=True)]
-                yield folder, [one for one in listed if one.name not in below]
+        seen = set()
+        for folder, below, files in os.walk(self.root, onerror=unreadable, followlinks=True):
+            status = os.stat(folder)
+            if (place := (status.st_dev, status.st_ino)) in seen or LOCK in files:
+                below.clear()
+                continue
+            seen.add(place)
+            below[:] = sorted(filterfalse(hidden, below), key=os.fsencode)
+            yield folder[len(str(self.root)) :].lstrip(os.sep), [*filterfalse(hidden, files)]
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """When each folder and its caption files changed, and the skipped pictures, which may be repaired."""
-        folders = {f"{folder or '.'}{os.sep}": self.stamp(folder, files) for folder, files in self.walk()}
+        folders = {f"{folder or '.'}{os.sep}": self.stamp(self.root / folder, files) for folder, files in self.walk()}
         return folders | {name: source.stamp(self.root / name) for name in skipped}
 
-    def stamp(self, folder: str, files: list[os.DirEntry[str]]) -> str:
-        notes = (file.stat(follow_symlinks=False) for file in files if file.name.endswith(NOTES) or file.name in TABLES)
-        changed = sum(hash((note.st_size, note.st_mtime_ns)) for note in notes)
-        return f"{os.stat(self.root / folder).st_mtime_ns}:{changed}"
+    def stamp(self, folder: Path, files: list[str]) -> str:
+        notes = (os.path.join(folder, name) for name in files if name.endswith(NOTES) or name in TABLES)
+        changes = (os.stat(note, follow_symlinks=False) for note in notes)
+        changed = sum(hash((change.st_size, change.st_mtime_ns)) for change in changes)
+        return f"{os.stat(folder).st_mtime_ns}:{changed}"
 
     def entry(self, name: str) -> Entry:
         """The entry of a picture that exists, without captions."""
@@ -161,13 +159,6 @@ def is_valid_name(name: str) -> bool:
 
 def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def stat_file(path: Path) -> os.stat_result:
