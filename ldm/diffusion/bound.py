@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.condition import Condition
 from ldm.diffusion.path import Level, Prediction, Table, expand
-from ldm.diffusion.posterior import NoiseVar, large_variance, learned_log_variance, mean_weights, small_variance
+from ldm.diffusion.posterior import NoiseVar, large_variance, mean_weights, small_variance
 
 
 def term(
@@ -28,7 +28,8 @@ def term(
     if noise_var == "learned":
         if prediction.frac is None:
             raise ValueError("noise_var: learned needs a model that predicts its variance; expected small or large")
-        log_var = learned_log_variance(prediction.frac, small, large_variance(now, next))
+        most, least = (expand(variance.log(), prediction.frac) for variance in (large_variance(now, next), small))
+        log_var = prediction.frac * most + (1 - prediction.frac) * least  # Improved DDPM eq. 15
     else:
         variance = torch.where(first, floor, large_variance(now, next)) if noise_var == "large" else small
         log_var = expand(variance.log(), x0).expand_as(x0)
