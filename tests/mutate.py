@@ -107,7 +107,7 @@ SABOTAGES = [
     Sabotage("cache: stale ones are read", "ldm/data/latents.py", "    if names:\n        first, others", "    if False:\n        first, others", "tests/data/test_latents.py"),
     Sabotage("scenes: left is right", "ldm/scenes/relations.py", "pairs = [left, left.swapaxes(1, 2),", "pairs = [left.swapaxes(1, 2), left,", "tests/scenes"),
     Sabotage("scenes: the mask is one object off", "ldm/scenes/truth.py", "torch.where(covered > share, i + 1, most)", "torch.where(covered > share, i, most)", "tests/scenes"),
-    Sabotage("Frechet: half of the common part", "ldm/metrics/frechet.py", "- 2 * cross", "- cross", "tests/metrics/test_frechet.py"),
+    Sabotage("Frechet: half of the common part", "ldm/metrics/feature_metrics.py", "- 2 * cross", "- cross", "tests/metrics/test_frechet.py"),
     Sabotage("alignment: behind is in front", "ldm/scenes/scoring.py", '"behind": (away, right),', '"behind": (-away, right),', "tests/scenes/test_scoring.py"),
     Sabotage("alignment: further objects are passed over", "ldm/scenes/scoring.py", "count = len(seen) == len(statement.objects)", "count = len(seen) >= len(statement.objects)", "tests/scenes/test_scoring.py"),
     Sabotage("adaptive weight: upside down", "ldm/losses/stage_one.py", "distance.norm() / (adversarial.norm() + 1e-4)", "adversarial.norm() / (distance.norm() + 1e-4)", "tests/losses"),

@@ -38,7 +38,6 @@ class Data(Protocol):
 
     def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """These samples, all of one bucket; `number` and `index` (B,) say which they are."""
-        ...
 
 
 def check_same_kind(data: Data, validation: Data | None) -> str:

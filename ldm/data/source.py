@@ -38,17 +38,14 @@ class Source(Protocol):
 
     def entries(self) -> Iterator[Entry]:
         """All pictures, in an order that depends on their names alone."""
-        ...
 
     def read(self, entry: Entry) -> bytes: ...
 
     def identity(self) -> str:
         """A text that no other source has."""
-        ...
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """A stamp of each file or folder that changes when it does; also of skipped pictures, which may be repaired."""
-        ...
 
 
 class Files:

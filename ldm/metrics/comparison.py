@@ -19,9 +19,8 @@ from ldm.data.loader import Data, Loader
 from ldm.data.sampler import SampleId, by_bucket
 from ldm.distributed import Rows, broadcast, map_batches, torchrun_rank
 from ldm.errors import DataError, LdmError
-from ldm.metrics.feature_metrics import NEIGHBOURS, PARTS, inception_score, kernel_distance, prdc
+from ldm.metrics.feature_metrics import NEIGHBOURS, PARTS, frechet, inception_score, kernel_distance, prdc
 from ldm.metrics.features import Features, as_saved
-from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.pictures import to_float
 
 ENOUGH = 5  # samples per dimension; with fewer, a Frechet distance is mostly bias
@@ -36,15 +35,12 @@ class Verifier(Protocol):
 
     def prompts(self, kind: str, count: int, like: Data, seed: int) -> Data:
         """`count` true pictures of a kind with captions, of the size and batch size of `like`."""
-        ...
 
     def scores(self, x: Tensor, prompts: Sequence[str]) -> list[Any]:
         """A score for each picture, x (B, 3, H, W) in [-1, 1], and its prompt."""
-        ...
 
     def tally(self, scores: Sequence[Any]) -> dict[str, tuple[int, int]]:
         """(correct, total) by part of a prompt, and of all pictures under `whole`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -127,8 +123,3 @@ def compare(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
     if count > NEIGHBOURS:
         found |= prdc(a, b)
     return {**found, "indicative": count < ENOUGH * width}
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance between two sets of features (N, D), (M, D)."""
-    return frechet_distance(Moments.of(a), Moments.of(b))

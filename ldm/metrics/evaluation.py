@@ -22,8 +22,8 @@ from ldm.diffusion.prediction import LearnedRange
 from ldm.distributed import Rows, concatenate
 from ldm.draws import mix32, stream
 from ldm.metrics.clip_score import CLIPScore
-from ldm.metrics.comparison import ReferenceSet, compare, compute_features, frechet, reference_features
-from ldm.metrics.feature_metrics import nearest
+from ldm.metrics.comparison import ReferenceSet, compare, compute_features, reference_features
+from ldm.metrics.feature_metrics import frechet, nearest
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
 from ldm.models.autoencoder import Autoencoder

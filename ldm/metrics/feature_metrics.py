@@ -1,8 +1,10 @@
-"""Metrics of sets of features: kernel distance, Inception score, precision, recall, density and coverage."""
+"""Metrics of sets of features: Frechet and kernel distance, Inception score, precision, recall, density, coverage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +14,55 @@ from ldm.draws import mix32
 SUBSETS, MOST = 100, 1000  # pairs of subsets, and samples in each at most
 PARTS = 10  # over which the score is averaged
 NEIGHBOURS, ROWS = 5, 1024  # k; rows of distances at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean (D,) and scatter (D, D) of features, in float64 on the CPU; `+` joins batches or ranks."""
+
+    count: int
+    mean: Tensor
+    scatter: Tensor  # sum of (x - mean)(x - mean)^T
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """The moments of features (B, D)."""
+        if features.ndim != 2 or not len(features):
+            raise ValueError(f"features: not a set of vectors; got shape {tuple(features.shape)}; expected (B, D)")
+        x = features.detach().cpu().double()  # (B, D)
+        mean = x.mean(0)  # (D,)
+        return cls(len(x), mean, (x - mean).T @ (x - mean))
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of the union, without the cancellation of raw sums (Chan et al., 1979)."""
+        count = self.count + other.count
+        shift = other.mean - self.mean  # (D,)
+        between = torch.outer(shift, shift) * (self.count * other.count / count)  # (D, D)
+        return Moments(count, self.mean + shift * (other.count / count), self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The unbiased covariance (D, D)."""
+        if self.count < 2:
+            raise ValueError(f"features: too few for a covariance; got {self.count}; expected 2 or more")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), the last trace by eigenvalues of the symmetric A^(1/2) B A^(1/2)."""
+    cov_a, cov_b = a.covariance, b.covariance
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+        return math.nan  # eigh would raise
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # (D, D): A^(1/2)
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(distance.item(), 0.0)  # rounding may leave -1e-15 between equal sets
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """The Frechet distance between two sets of features (N, D), (M, D)."""
+    return frechet_distance(Moments.of(a), Moments.of(b))
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = MOST, seed: int = 0) -> dict[str, float]:
@@ -36,14 +87,9 @@ def spread(found: list[float]) -> dict[str, float]:
 def squared_mmd(x: Tensor, y: Tensor) -> float:
     """The unbiased estimate from two sets (N, D) of equal size."""
     count = len(x)
-    xx, yy, xy = (polynomial(a, b) for a, b in ((x, x), (y, y), (x, y)))  # (N, N)
+    xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))  # (N, N), the cubic kernel
     within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (count * (count - 1))
     return (within - 2 * xy.mean()).item()
-
-
-def polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """The cubic kernel, (N, M)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def inception_score(logits: Tensor, parts: int = PARTS) -> dict[str, float]:

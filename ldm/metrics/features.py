@@ -37,7 +37,6 @@ class Features(Protocol):
 
     def __call__(self, x: Tensor) -> Embedded:
         """The features of pictures (B, 3, H, W) in [-1, 1]."""
-        ...
 
 
 class InceptionFeatures:
