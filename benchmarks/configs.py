@@ -27,7 +27,7 @@ from ldm.conditioning.text import Text
 from ldm.config import schema as configuration
 from ldm.config.schema import Config
 from ldm.data.sampler import SampleId
-from ldm.losses.perceptual import FeatureDistance
+from ldm.losses.stage_one import FeatureDistance
 from ldm.models.empty import empty
 from ldm.models.lpips import LPIPS
 from ldm.scenes import Scenes

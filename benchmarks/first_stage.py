@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm import checkpoint, pictures
 from ldm.checkpoint.networks import autoencoder_of
-from ldm.metrics.frechet import Moments, frechet_distance
+from ldm.metrics.feature_metrics import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
 from ldm.models.autoencoder import Autoencoder
 from ldm.scenes import draw, render

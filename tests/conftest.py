@@ -24,7 +24,7 @@ EXPENSIVE = {  # fixtures that take seconds to make
     "finished_second_stage": "runs",
     "sd1_folder": "diffusers",
     "large": "large",  # tests/checkpoint/test_memory.py
-    "file": "features",  # tests/models/test_lpips.py, test_inception.py
+    "file": "features",  # tests/models/test_lpips.py, tests/metrics/test_inception.py
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,19 +21,16 @@ SPARE = 1.5  # a JPEG is decoded at this many times the wanted size or more: wit
 LONG = 4  # the whole picture is resized before the crop if that makes at most this many times the pixels
 ORIENTATION = 0x0112  # EXIF's tag
 UPRIGHT = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}  # axes to flip; 5 to 8 transpose too
-KINDS = "JPEG, PNG, WebP or GIF"
+READERS: dict[bytes, type[ImageFile]] = {  # by the first bytes; an animation is read as its first frame
+    rb"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
+    rb"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
+    rb"RIFF.{4}WEBP": WebPImagePlugin.WebPImageFile,
+    rb"GIF8[79]a": GifImagePlugin.GifImageFile,
+}
 
 
 class BadPicture(Exception):
     """Why a picture cannot be used."""
-
-
-class Checked(NamedTuple):
-    """A picture's size when upright, or what is wrong with it."""
-
-    height: int = 0
-    width: int = 0
-    problem: str = ""
 
 
 class Picture(NamedTuple):
@@ -48,8 +46,6 @@ def damage_reported() -> Iterator[None]:
     """Turn whatever a decoder raises on a damaged file into BadPicture."""
     try:
         yield
-    except BadPicture:
-        raise
     except Exception as error:
         raise BadPicture(f"damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
@@ -60,39 +56,26 @@ def open_image(data: bytes, limit: int = LIMIT) -> ImageFile:
         raise BadPicture("an empty file")
     if data.startswith(b"version https://git-lfs"):
         raise BadPicture("a Git LFS pointer, not the picture")
+    reader = next((reader for start, reader in READERS.items() if re.match(start, data, re.DOTALL)), None)
+    if reader is None:
+        raise BadPicture("not a JPEG, PNG, WebP or GIF")
     with damage_reported():
-        image = plugin(data)(io.BytesIO(data))
+        image = reader(io.BytesIO(data))
     if image.width * image.height > limit:
         raise BadPicture(f"too many pixels: {image.width}x{image.height}, the limit is {limit:,}")
     return image
 
 
-def plugin(data: bytes) -> type[ImageFile]:
-    """PIL's reader for these bytes; an animation is read as its first frame."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return GifImagePlugin.GifImageFile
-    raise BadPicture(f"not a {KINDS}")
-
-
-def check(data: bytes, limit: int = LIMIT) -> Checked:
-    """Decode a picture as cheaply as possible to find out what is wrong with it."""
-    try:
-        image = open_image(data, limit)
-        with damage_reported():
-            if image.format == "PNG":
-                PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()  # the checksums, which loading ignores
-            width, height = image.size
-            image.draft("L", (1, 1))
-            image.load()
-    except BadPicture as error:
-        return Checked(problem=str(error))
-    return Checked(width, height) if orientation(image) >= 5 else Checked(height, width)
+def check(data: bytes, limit: int = LIMIT) -> tuple[int, int]:
+    """Decode a picture as cheaply as possible to find out what is wrong with it; its size (H, W) when upright."""
+    image = open_image(data, limit)
+    with damage_reported():
+        if image.format == "PNG":
+            PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()  # the checksums, which loading ignores
+        width, height = image.size
+        image.draft("L", (1, 1))
+        image.load()
+    return (width, height) if orientation(image) >= 5 else (height, width)
 
 
 def picture(
@@ -116,10 +99,7 @@ def picture(
         resized = cover(original, size)
         spare = resized[0] - size[0], resized[1] - size[1]
         top, left = (int(u * (n + 1)) for u, n in zip(corner, spare)) if corner else (round(n / 2) for n in spare)
-        box = (
-            top,
-            spare[1] - left if flip and corner else left,
-        )  # at the centre, an exact mirror image
+        box = top, spare[1] - left if flip and corner else left  # at the centre, an exact mirror image
         scale = original[0] / resized[0], original[1] / resized[1]
         region = box[1] * scale[1], box[0] * scale[0], (box[1] + size[1]) * scale[1], (box[0] + size[0]) * scale[0]
         cut = resample(image, as_stored(region, turn, image.size), size[::-1] if turn >= 5 else size)
@@ -162,10 +142,7 @@ def resample(image: Image.Image, region: tuple[float, float, float, float], size
     """A region of a picture, resized to RGB (3, H, W); JPEGs are decoded at the smallest sufficient scale."""
     width, height = image.size
     left, top, right, bottom = region
-    full = (
-        round(height * size[0] / (bottom - top)),
-        round(width * size[1] / (right - left)),
-    )  # (H', W') of all of it
+    full = round(height * size[0] / (bottom - top)), round(width * size[1] / (right - left))  # (H', W') of all of it
     drafted = image.draft(None, (max(1, round(SPARE * full[1])), max(1, round(SPARE * full[0]))))
     sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1.0, 1.0)
     image = image if image.mode in ("RGB", "L") and not image.has_transparency_data else rgb(image)

@@ -19,16 +19,12 @@ SMALLEST, LARGEST = 0.25, 0.75  # sides of a random mask, as a share of the pict
 
 
 def derived_draws(batch: Mapping[str, Any], reads: Sequence[str], shape: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """The random part of the derived conditions for latents of `shape` (h, w), keyed by number, on the CPU.
-
-    A loader's worker adds it to the batch.
-    """
+    """The random part of the derived conditions for latents of `shape` (h, w), keyed by number; made by a worker."""
     if "image" not in batch or not {*DERIVED} & {*reads}:
         return {}
     low = "low_resolution" in reads
-    u, noise = draw(
-        stream(seed, "conditions"), batch["number"].tolist(), 5, (batch["image"].shape[1], *shape) if low else ()
-    )
+    shape = (batch["image"].shape[1], *shape) if low else ()
+    u, noise = draw(stream(seed, "conditions"), batch["number"].tolist(), 5, shape)
     draws = {"noise_level": (u[:, 4] * NOISIEST).long(), "low_resolution_noise": noise} if low else {}
     return draws | ({"mask_uniforms": u[:, :4]} if "mask" in reads and "mask" not in batch else {})
 

@@ -8,8 +8,9 @@ import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from itertools import filterfalse
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from ldm.data import source
 from ldm.data.source import LOCK, BadCaption, Entry
@@ -19,15 +20,6 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif"}  # a file
 SUFFIXES |= {".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl"}  # not read: listed as skipped
 TABLES = ("metadata.jsonl", "metadata.csv")
 NOTES = (".txt", ".json")
-
-
-class Row(NamedTuple):
-    """What a table says of one picture."""
-
-    captions: list[str]
-    label: int
-    line: str
-    problem: str = ""
 
 
 class Folder:
@@ -52,7 +44,7 @@ class Folder:
 
     def entries(self) -> Iterator[Entry]:
         """All pictures; tables come before caption files, caption files before classes."""
-        names = [os.path.join(folder, file.name) for folder, files in self.walk() for file in files]
+        names = [os.path.join(folder, file) for folder, files in self.walk() for file in files]
         names.sort(key=os.fsencode)
         pictures = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
         tables = [name for name in names if os.path.basename(name) in TABLES]
@@ -60,98 +52,86 @@ class Folder:
         if tables:
             yield from self.from_tables(pictures, tables)
         elif not notes.isdisjoint(os.path.splitext(name)[0] + suffix for name in pictures for suffix in NOTES):
-            yield from (self.from_note(name, notes) for name in pictures)
+            yield from (source.captioned(self.entry(name), self.from_note, name, notes) for name in pictures)
         else:
             self.classes = sorted({name.split(os.sep)[0] for name in pictures if os.sep in name}, key=os.fsencode)
             labels = {name: label for label, name in enumerate(self.classes)}
-            yield from (self.from_class(name, labels) for name in pictures)
+            yield from (source.captioned(self.entry(name), self.from_class, name, labels) for name in pictures)
 
-    def walk(self) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
         """(folder, its files) below the root; a folder that several links lead to comes once."""
-        seen, waiting = set(), [""]
-        while waiting:
-            folder = waiting.pop()
-            try:
-                status = os.stat(self.root / folder)
-                listed = [one for one in os.scandir(self.root / folder) if not hidden(one.name)]
-            except OSError as error:
-                unreadable(error)
-            if (status.st_dev, status.st_ino) not in seen and not any(one.name == LOCK for one in listed):
-                seen.add((status.st_dev, status.st_ino))
-                below = {one.name for one in listed if is_folder(one)}
-                waiting += [os.path.join(folder, name) for name in sorted(below, key=os.fsencode, reverse=True)]
-                yield folder, [one for one in listed if one.name not in below]
+        seen = set()
+        for folder, below, files in os.walk(self.root, onerror=unreadable, followlinks=True):
+            status = os.stat(folder)
+            if (place := (status.st_dev, status.st_ino)) in seen or LOCK in files:
+                below.clear()
+                continue
+            seen.add(place)
+            below[:] = sorted(filterfalse(hidden, below), key=os.fsencode)
+            yield folder[len(str(self.root)) :].lstrip(os.sep), [*filterfalse(hidden, files)]
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """When each folder and its caption files changed, and the skipped pictures, which may be repaired."""
-        folders = {f"{folder or '.'}{os.sep}": self.stamp(folder, files) for folder, files in self.walk()}
+        folders = {f"{folder or '.'}{os.sep}": self.stamp(self.root / folder, files) for folder, files in self.walk()}
         return folders | {name: source.stamp(self.root / name) for name in skipped}
 
-    def stamp(self, folder: str, files: list[os.DirEntry[str]]) -> str:
-        notes = (file.stat(follow_symlinks=False) for file in files if file.name.endswith(NOTES) or file.name in TABLES)
-        changed = sum(hash((note.st_size, note.st_mtime_ns)) for note in notes)
-        return f"{os.stat(self.root / folder).st_mtime_ns}:{changed}"
+    def stamp(self, folder: Path, files: list[str]) -> str:
+        notes = (os.path.join(folder, name) for name in files if name.endswith(NOTES) or name in TABLES)
+        changes = (os.stat(note, follow_symlinks=False) for note in notes)
+        changed = sum(hash((change.st_size, change.st_mtime_ns)) for change in changes)
+        return f"{os.stat(folder).st_mtime_ns}:{changed}"
 
-    def entry(self, name: str, captions: list[str], label: int = -1, problem: str = "") -> Entry:
-        """The entry of a picture that exists."""
+    def entry(self, name: str) -> Entry:
+        """The entry of a picture that exists, without captions."""
         try:
             status = stat_file(self.root / name)
         except OSError as error:
             return Entry(name, problem=f"cannot be read: {error.strerror}")
-        return Entry(name, captions, label, size=status.st_size, modified=status.st_mtime_ns, problem=problem)
+        return Entry(name, size=status.st_size, modified=status.st_mtime_ns)
 
-    def from_class(self, name: str, labels: dict[str, int]) -> Entry:
-        """A picture whose subfolder gives its class and its caption."""
+    def from_class(self, name: str, labels: dict[str, int]) -> tuple[list[str], int]:
+        """The caption and the label of a picture, from its subfolder."""
         folder = name.split(os.sep)[0]
-        try:
-            return self.entry(name, source.as_captions([folder] if folder in labels else []), labels.get(folder, -1))
-        except BadCaption as error:
-            return self.entry(name, [], problem=str(error))
+        return source.as_captions([folder] if folder in labels else []), labels.get(folder, -1)
 
-    def from_note(self, name: str, notes: set[str]) -> Entry:
-        """A picture with its caption in NAME.txt or NAME.json."""
+    def from_note(self, name: str, notes: set[str]) -> tuple[list[str], int]:
+        """The captions and the label of a picture in NAME.txt or NAME.json."""
         stem = os.path.splitext(name)[0]
         try:
             if stem + ".txt" in notes:
-                return self.entry(name, source.as_captions(source.decoded(read(self.root / f"{stem}.txt"))))
+                return source.as_captions(source.decoded(read(self.root / f"{stem}.txt"))), -1
             if stem + ".json" in notes:
                 fields = source.parse_json(read(self.root / f"{stem}.json"))
-                return self.entry(name, *source.captions_and_label(fields, self.caption))
-        except BadCaption as error:
-            return self.entry(name, [], problem=str(error))
+                return source.captions_and_label(fields, self.caption)
         except OSError as error:
-            return self.entry(name, [], problem=f"a caption file that cannot be read: {error.strerror}")
-        return self.entry(name, [])
+            raise BadCaption(f"a caption file that cannot be read: {error.strerror}") from error
+        return [], -1
 
     def from_tables(self, pictures: list[str], tables: list[str]) -> Iterator[Entry]:
         """Pictures with their rows of the tables, then rows whose picture is missing."""
-        rows: dict[str, Row] = {}
+        rows: dict[str, tuple[str, Entry]] = {}  # the last line of each picture, and what the lines say of it
         for table in tables:
             for line, fields in self.lines(table):
-                name, row = self.row(table, line, fields)
-                if name in rows and not row.problem:
-                    row = row._replace(captions=rows[name].captions + row.captions)
-                rows[name] = row
+                row = self.row(table, line, fields)
+                if row.key in rows and not row.problem:
+                    row = row._replace(captions=[*rows[row.key][1].captions, *row.captions])
+                rows[row.key] = line, row
         for name in pictures:
-            row = rows.pop(name, Row([], -1, ""))
-            yield self.entry(name, row.captions, row.label, row.problem)
-        for name, row in rows.items():
-            yield Entry(name, problem=f"named in a table, but missing: {row.line}")
+            (_, row), entry = rows.pop(name, ("", Entry(name, []))), self.entry(name)
+            yield entry if entry.problem else row._replace(size=entry.size, modified=entry.modified)
+        for name, (line, _) in rows.items():
+            yield Entry(name, problem=f"named in a table, but missing: {line}")
 
-    def row(self, table: str, number: int, fields: Any) -> tuple[str, Row]:
-        """The picture that a row names, and the row."""
-        line = f"{table}:{number}"
+    def row(self, table: str, line: str, fields: Any) -> Entry:
+        """What a row says of the picture that it names."""
         file = fields.get("file_name") if isinstance(fields, dict) else None
         if not isinstance(file, str) or not file or not is_valid_name(file):
             raise DataError("a row names no picture", str(self.root / line), expected="a column file_name")
         name = os.path.normpath(os.path.join(os.path.dirname(table), file))
-        try:
-            return name, Row(*source.captions_and_label(fields, self.caption), line)
-        except BadCaption as error:
-            return name, Row([], -1, line, str(error))
+        return source.captioned(Entry(name), source.captions_and_label, fields, self.caption)
 
-    def lines(self, table: str) -> Iterator[tuple[int, Any]]:
-        """(line number, fields) of each row of a table."""
+    def lines(self, table: str) -> Iterator[tuple[str, Any]]:
+        """(TABLE:LINE, fields) of each row of a table."""
         try:
             text = source.decoded(read(self.root / table))
         except OSError as error:
@@ -159,12 +139,12 @@ class Folder:
         if table.endswith(".csv"):
             csv.field_size_limit(2**31 - 1)
             rows = csv.DictReader(io.StringIO(text, newline=""))
-            yield from ((rows.line_num, fields) for fields in rows)
+            yield from ((f"{table}:{rows.line_num}", fields) for fields in rows)
             return
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    yield number, source.parse_json(line.encode("utf-8", "surrogateescape"))
+                    yield f"{table}:{number}", source.parse_json(line.encode("utf-8", "surrogateescape"))
                 except BadCaption:
                     raise DataError("a row is not JSON", f"{self.root / table}:{number}") from None
 
@@ -179,13 +159,6 @@ def is_valid_name(name: str) -> bool:
 
 def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def stat_file(path: Path) -> os.stat_result:

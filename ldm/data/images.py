@@ -21,9 +21,10 @@ from ldm.data.folder import SUFFIXES, Folder
 from ldm.data.manifest import SKIPS, Manifest, cache_folder, manifest_of
 from ldm.data.sampler import SampleId, hashed
 from ldm.data.shards import Shards
-from ldm.data.source import Entry, Source
+from ldm.data.source import Source
 from ldm.data.tables import Parquet, Rows, saved_dataset
 from ldm.errors import DataError, InputError
+from ldm.models.layers import check_not_negative, check_positive
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # compressed ones cannot be read in place: Shards refuses them
 TABLES = (".parquet",)
@@ -58,11 +59,8 @@ class Images:
         bad: float = 0.01,  # share of unusable pictures that is tolerated; up to 5 (one in ten) always are, unless 0
         manifest: str | None = None,  # folder of the scan's result; null: a folder in your cache
     ):
-        for name, value in {"resolution": resolution, "batch_size": batch_size, "multiple": multiple}.items():
-            if value < 1:
-                raise ValueError(f"{name}: too small; got {value}; expected at least 1")
-        if workers < 0 or min_side < 0:
-            raise ValueError(f"{'workers' if workers < 0 else 'min_side'}: negative; got {min(workers, min_side)}")
+        check_positive(resolution=resolution, batch_size=batch_size, multiple=multiple)
+        check_not_negative(workers=workers, min_side=min_side)
         if aspect < 1:
             raise ValueError(f"aspect: below 1; got {aspect}; expected the longest side over the shortest, such as 2")
         if not 0 <= bad <= 1:
@@ -124,7 +122,11 @@ class Images:
         for i, (sample_id, (which, mirror, top, left)) in enumerate(zip(sample_ids, uniforms(sample_ids, seed))):
             entry = self.manifest.entry(int(self.rows[sample_id.index]))
             corner = (top, left) if self.crop == "random" else None
-            picture = self.picture(entry, (height, width), corner, self.flip and mirror < 0.5)
+            try:
+                data, flip = self.source.read(entry), self.flip and mirror < 0.5
+                picture = decode.picture(data, (height, width), corner=corner, flip=flip)
+            except (decode.BadPicture, OSError) as error:  # the scan could decode it
+                raise DataError("the picture changed after the scan", entry.key, str(error)) from error
             image[i] = picture.pixels
             captions.append(entry.captions[int(which * len(entry.captions))] if entry.captions else "")
             sizes.append(picture.original_size)
@@ -133,15 +135,6 @@ class Images:
         batch = {"image": image, "caption": captions, "original_size": torch.tensor(sizes), "crop": torch.tensor(crops)}
         batch |= {name: torch.tensor([getattr(one, name) for one in sample_ids]) for name in ("number", "index")}
         return batch | ({"label": torch.tensor(labels)} if self.labelled else {})
-
-    def picture(
-        self, entry: Entry, size: tuple[int, int], corner: tuple[float, float] | None, flip: bool
-    ) -> decode.Picture:
-        """One picture; the scan could decode it, so an error means that it changed since."""
-        try:
-            return decode.picture(self.source.read(entry), size, corner=corner, flip=flip)
-        except (decode.BadPicture, OSError) as error:
-            raise DataError("the picture changed after the scan", entry.key, str(error)) from error
 
 
 def uniforms(sample_ids: Sequence[SampleId], seed: int) -> list[list[float]]:

@@ -20,7 +20,7 @@ from ldm.data.images import uniforms
 from ldm.data.sampler import SampleId
 from ldm.errors import CheckpointError, DataError, shown
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.layers import check_positive
+from ldm.models.layers import check_not_negative, check_positive
 
 MANIFEST, FORMAT = "cache.json", 1
 FIELDS = ("tokens", "mask", "pooled")  # fields of a Condition that a text encoder gives
@@ -60,8 +60,7 @@ class Latents:
         workers: int = 0,  # loader processes for each training process
     ):
         check_positive(batch_size=batch_size)
-        if workers < 0:
-            raise ValueError(f"workers: negative; got {workers}; expected 0 or more; try 0")
+        check_not_negative(workers=workers)
         self.root, self.batch_size, self.workers = Path(root), batch_size, workers
         manifest = read_manifest(self.root)
         self.key, self.files = manifest["key"], manifest["shards"]

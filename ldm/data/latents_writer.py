@@ -73,7 +73,9 @@ class Cache:
 
 def write(cache: Cache, rank: int = 0, ranks: int = 1) -> list[int]:
     """Write this rank's missing shards; returns the shards that other ranks have not written yet."""
-    check_stale(cache)
+    for path in sorted(cache.root.glob("*.safetensors")):  # refuses another cache; unreadable shards are written again
+        if (key := read_key(path)) is not None:
+            compare(key, cache.key, cache.root)
     mine = range(rank, len(cache.shards), ranks)
     todo = [number for number in mine if not is_complete(cache, number)]
     remove_leftovers(cache, todo)
@@ -88,13 +90,6 @@ def write(cache: Cache, rank: int = 0, ranks: int = 1) -> list[int]:
                 bar.update(len(parts[-1]["index"]))
             write_file(cache.file(number), joined(parts), {"cache": json.dumps(cache.key)})
     return finish(cache)
-
-
-def check_stale(cache: Cache) -> None:
-    """Refuse a folder with shards of another cache; unreadable shards will be written again."""
-    for path in sorted(cache.root.glob("*.safetensors")):
-        if (key := read_key(path)) is not None:
-            compare(key, cache.key, cache.root)
 
 
 def remove_leftovers(cache: Cache, numbers: Sequence[int]) -> None:
@@ -123,24 +118,21 @@ def finish(cache: Cache) -> list[int]:
     missing = [number for number in range(len(cache.shards)) if read_key(cache.file(number)) is None]
     if missing:
         return missing
-    rows = [
-        {
-            "file": cache.file(number).name,
-            "bucket": bucket,
-            "samples": len(members),
-            DIGEST: open_file(cache.file(number)).metadata[DIGEST],
-        }
-        for number, (bucket, members) in enumerate(cache.shards)
-    ]
-    with replacing(cache.root / MANIFEST) as file:
-        file.write(json.dumps({"format": FORMAT, "key": cache.key, "shards": rows}, indent=1).encode())
+    rows = []
+    for number, (bucket, members) in enumerate(cache.shards):
+        file, digest = cache.file(number), open_file(cache.file(number)).metadata[DIGEST]
+        rows.append({"file": file.name, "bucket": bucket, "samples": len(members), DIGEST: digest})
+    with replacing(cache.root / MANIFEST) as manifest:
+        manifest.write(json.dumps({"format": FORMAT, "key": cache.key, "shards": rows}, indent=1).encode())
     return []
 
 
 @torch.inference_mode()
 def encode(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that a cache holds of a batch."""
-    captions = captions_of(cache.source, batch)
+    captions = [[caption] for caption in batch["caption"]]
+    if hasattr(cache.source, "captions"):  # all of a sample's, not only the one that was drawn
+        captions = [cache.source.captions(index) for index in batch["index"].tolist()]
     made = {name: batch[name] for name in ("index", "original_size", "crop")}
     made |= {"latents": latents(cache, batch["image"]), "captions": torch.tensor([len(texts) for texts in captions])}
     if "label" in cache.key["keeps"]:
@@ -153,13 +145,6 @@ def encode(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, text in cache.texts.items():
         made |= text_states(cache, name, text, flat)
     return made
-
-
-def captions_of(source: Data, batch: Mapping[str, Any]) -> list[list[str]]:
-    """All captions of each sample; without `source.captions`, those of the batch."""
-    if not hasattr(source, "captions"):
-        return [[caption] for caption in batch["caption"]]
-    return [source.captions(index) for index in batch["index"].tolist()]
 
 
 def latents(cache: Cache, images: Tensor) -> Tensor:

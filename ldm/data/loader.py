@@ -38,7 +38,6 @@ class Data(Protocol):
 
     def batch(self, sample_ids: Sequence[SampleId], seed: int) -> dict[str, Any]:
         """These samples, all of one bucket; `number` and `index` (B,) say which they are."""
-        ...
 
 
 def check_same_kind(data: Data, validation: Data | None) -> str:
@@ -138,10 +137,7 @@ def loader(
     accumulate: int = 1,
     prepare: Prepare | None = None,
 ) -> Loader:
-    """This rank's endless micro-batches from `position` (samples seen) on, each prepared where it is made.
-
-    `loader.sampler.position` may be set between iterations.
-    """
+    """This rank's endless micro-batches from `position` (samples seen) on, each prepared where it is made."""
     order = Order(len(data), data.batch_size, seed, data.buckets, data.groups)
     sampler = MicroBatches(order, position=position, rank=rank, ranks=ranks, accumulate=accumulate)
     return Loader(data, seed, sampler, prepare)

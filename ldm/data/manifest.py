@@ -100,24 +100,19 @@ class Scan:
         self.reasons: Counter[str] = Counter()
         self.skipped: list[dict[str, str]] = []
 
-    def add(self, entry: Entry, checked: decode.Checked) -> None:
+    def add(self, entry: Entry, height: int, width: int) -> None:
         """Append one picture."""
         self.key_text += os.fsencode(entry.key)
-        for caption in [] if checked.problem else entry.captions:
+        for caption in [] if entry.problem else entry.captions:
             self.caption_text += caption.encode()
             self.caption.append(len(self.caption_text))
-        if checked.problem:
-            self.skipped.append({"key": entry.key, "reason": checked.problem})
-            self.reasons[checked.problem.partition(":")[0]] += 1
+        if entry.problem:
+            self.skipped.append({"key": entry.key, "reason": entry.problem})
+            self.reasons[entry.problem.partition(":")[0]] += 1
         row = entry._asdict() | {"key": len(self.key_text), "captions": len(self.caption)}
-        row |= {"height": checked.height, "width": checked.width, "verdict": SKIPPED if checked.problem else USED}
+        row |= {"height": height, "width": width, "verdict": SKIPPED if entry.problem else USED}
         for name, column in self.numbers.items():
             column.append(row[name])
-
-    def arrays(self) -> dict[str, NDArray]:
-        columns = {name: np.frombuffer(column, COLUMNS[name]) for name, column in self.numbers.items()}
-        blobs = {name: np.frombuffer(getattr(self, name), kind) for name, kind in BLOBS.items()}
-        return columns | blobs
 
 
 def manifest_of(source: Source, folder: Path, options: dict[str, Any]) -> Manifest:
@@ -152,9 +147,9 @@ def scan_and_write(source: Source, folder: Path, options: dict[str, Any]) -> Man
     """Scan the source; if it changes meanwhile, the manifest will be out of date."""
     stamps = source.stamps()
     scan = scanned(source, required=options["captions"] == "required")
-    stamps = source.stamps([line["key"] for line in scan.skipped]) | stamps
-    write(folder, scan, {"format": FORMAT, "options": options, "stamps": stamps, "classes": source.classes})
     skipped = [line["key"] for line in scan.skipped]
+    stamps = source.stamps(skipped) | stamps
+    write(folder, scan, {"format": FORMAT, "options": options, "stamps": stamps, "classes": source.classes})
     words = f"; {len(skipped)} skipped, the first {skipped[0]}: see {folder / SKIPS}" if skipped else ""
     note(f"scanned {len(scan.numbers['key'])} pictures{words}")
     return Manifest(folder)
@@ -184,32 +179,36 @@ def scanned(source: Source, required: bool) -> Scan:
     progress = tqdm(desc="scanning", unit=" pictures", disable=None, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress:
         while block := list(islice(entries, BLOCK)):
-            for entry, checked in pool.map(partial(examined, source, required), block):
-                scan.add(entry, checked)
+            for found in pool.map(partial(examined, source, required), block):
+                scan.add(*found)
             progress.update(len(block))
     return scan
 
 
-def examined(source: Source, required: bool, entry: Entry) -> tuple[Entry, decode.Checked]:
-    """The entry with its non-empty captions, and its size or what is wrong with it."""
-    problem = entry.problem or (f"too large: {entry.size} bytes" if entry.size > decode.LARGEST else "")
+def examined(source: Source, required: bool, entry: Entry) -> tuple[Entry, int, int]:
+    """The entry with its non-empty captions, and its height and width; zeros if something is wrong with it."""
     try:
-        data = b"" if problem else source.read(entry)
+        if entry.problem or entry.size > decode.LARGEST:
+            raise decode.BadPicture(entry.problem or f"too large: {entry.size} bytes")
+        data = source.read(entry)
+        entry = entry._replace(size=len(data))
+        height, width = decode.check(data)
+        captions = [caption for caption in entry.captions if caption]
+        if required and not captions:
+            raise decode.BadPicture("an empty caption" if entry.captions else "no caption")
+        return entry._replace(captions=captions), height, width
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
-    if problem:
-        return entry, decode.Checked(problem=problem)
-    checked = decode.check(data)
-    captions = [caption for caption in entry.captions if caption]
-    if required and not captions and not checked.problem:
-        checked = decode.Checked(problem="an empty caption" if entry.captions else "no caption")
-    return entry._replace(size=len(data), captions=captions), checked
+    except decode.BadPicture as error:
+        problem = str(error)
+    return entry._replace(problem=problem), 0, 0
 
 
 def write(folder: Path, scan: Scan, about: dict[str, Any]) -> None:
     """Write the list of skipped pictures, then the columns, which make the manifest exist."""
     lines = "".join(json.dumps(line) + "\n" for line in scan.skipped).encode()
-    arrays = scan.arrays()
+    arrays = {name: np.frombuffer(column, COLUMNS[name]) for name, column in scan.numbers.items()}
+    arrays |= {name: np.frombuffer(getattr(scan, name), kind) for name, kind in BLOBS.items()}
     about |= {"digest": digest(arrays), "reasons": dict(scan.reasons.most_common())}
     try:
         with files.replacing(folder / SKIPS) as file:

@@ -62,11 +62,8 @@ class Shards(Files):
             first, problem = next(iter(sample.values())), f"a sample without {' or '.join(self.pictures)}"
             return Entry(f"{name}/{first.name}", problem=problem)
         entry = Entry(f"{name}/{picture.name}", (), -1, group, picture.offset_data, picture.size)
-        try:
-            captions, label = self.notes(group, {suffix: sample[suffix] for suffix in NOTES if suffix in sample})
-        except BadCaption as error:
-            return entry._replace(problem=str(error))
-        return entry._replace(captions=captions, label=label)
+        notes = {suffix: sample[suffix] for suffix in NOTES if suffix in sample}
+        return source.captioned(entry, self.notes, group, notes)
 
     def notes(self, group: int, notes: dict[str, tarfile.TarInfo]) -> tuple[list[str], int]:
         """Captions and label of a sample; .txt comes before .json, and .cls before the label in .json."""

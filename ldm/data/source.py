@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,17 +38,14 @@ class Source(Protocol):
 
     def entries(self) -> Iterator[Entry]:
         """All pictures, in an order that depends on their names alone."""
-        ...
 
     def read(self, entry: Entry) -> bytes: ...
 
     def identity(self) -> str:
         """A text that no other source has."""
-        ...
 
     def stamps(self, skipped: Iterable[str] = ()) -> dict[str, str]:
         """A stamp of each file or folder that changes when it does; also of skipped pictures, which may be repaired."""
-        ...
 
 
 class Files:
@@ -81,6 +78,19 @@ def require(package: str, path: str) -> None:
     if find_spec(package) is None:
         hint = "pip install -e '.[data]'"
         raise InputError("data.root: needs another package", path, f"no {package}", hint=hint)
+
+
+def captioned(entry: Entry, read: Callable[..., tuple[list[str], int]], *arguments: Any) -> Entry:
+    """The entry with the captions and the label that `read(*arguments)` gives, or why they cannot be used."""
+    if entry.problem:
+        return entry
+    try:
+        captions, label = read(*arguments)
+    except BadCaption as error:
+        return entry._replace(problem=str(error))
+    except UnicodeDecodeError:
+        return entry._replace(problem="a caption that is not UTF-8")
+    return entry._replace(captions=captions, label=label)
 
 
 def decoded(data: bytes) -> str:

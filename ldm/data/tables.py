@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from ldm.data import source
 from ldm.data.sampler import WINDOW
-from ldm.data.source import BadCaption, Entry, Files
+from ldm.data.source import Entry, Files
 from ldm.errors import DataError, InputError
 
 
@@ -51,9 +51,14 @@ class Parquet(Files):
             for part in range(metadata.num_row_groups):
                 table = self.part(name, part, others)
                 for row in range(metadata.row_group(part).num_rows):
-                    fields = partial(cells, table, others, row)
-                    yield entry(f"{name}/{part}/{row}", group, row, fields, self.caption)
+                    entry = Entry(f"{name}/{part}/{row}", group=group, offset=row)
+                    yield source.captioned(entry, self.notes, table, others, row)
                 group += 1
+
+    def notes(self, table: Any, names: Sequence[str], row: int) -> tuple[list[str], int]:
+        """Captions and label of a row."""
+        fields = {name: table.column(name)[row].as_py() for name in names}
+        return source.captions_and_label(fields, self.caption)
 
     def read(self, entry: Entry) -> bytes:
         name, part, _ = entry.key.rsplit("/", 2)
@@ -91,8 +96,11 @@ class Rows:
 
     def entries(self) -> Iterator[Entry]:
         for row in range(len(self.pictures)):
-            fields = partial(self.others.__getitem__, row) if self.names else dict
-            yield entry(f"{row}", 0, row, fields, self.caption)
+            yield source.captioned(Entry(f"{row}", offset=row), self.notes, row)
+
+    def notes(self, row: int) -> tuple[list[str], int]:
+        """Captions and label of a row."""
+        return source.captions_and_label(self.others[row] if self.names else {}, self.caption)
 
     def read(self, entry: Entry) -> bytes:
         return picture_bytes(self.pictures[entry.offset][self.image], Path("/"))
@@ -130,22 +138,6 @@ def choose_columns(names: Sequence[str], path: str, image: str | None, caption: 
         raise InputError("no column of pictures", path, ", ".join(names), " or ".join(source.IMAGES), "data.image=NAME")
     usual = [name for name in source.CAPTIONS if name in names][:1]
     return picture, [name for name in ([caption] if caption else usual) + ["label"] if name in names]
-
-
-def cells(table: Any, names: Sequence[str], row: int) -> dict[str, Any]:
-    """One row of a table."""
-    return {name: table.column(name)[row].as_py() for name in names}
-
-
-def entry(key: str, group: int, row: int, fields: Callable[[], dict[str, Any]], caption: str | None) -> Entry:
-    """The entry of a row, with captions and label from its other columns."""
-    try:
-        captions, label = source.captions_and_label(fields(), caption)
-    except BadCaption as error:
-        return Entry(key, (), -1, group, row, problem=str(error))
-    except UnicodeDecodeError:
-        return Entry(key, (), -1, group, row, problem="a caption that is not UTF-8")
-    return Entry(key, captions, label, group, row)
 
 
 def picture_bytes(value: Any, root: Path) -> bytes:

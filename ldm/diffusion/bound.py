@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ldm.condition import Condition
-from ldm.diffusion.path import Level, Path, Prediction, Table, expand
-from ldm.diffusion.posterior import NoiseVar, large_variance, learned_log_variance, mean_weights, small_variance
-
-
-class OnPath(Protocol):
-    """A denoiser with its path."""
-
-    path: Path
-
-    def __call__(self, x: Tensor, level: Level, condition: Condition | None) -> Prediction: ...
+from ldm.diffusion.path import Level, Prediction, Table, expand
+from ldm.diffusion.posterior import NoiseVar, large_variance, mean_weights, small_variance
 
 
 def term(
@@ -36,7 +28,8 @@ def term(
     if noise_var == "learned":
         if prediction.frac is None:
             raise ValueError("noise_var: learned needs a model that predicts its variance; expected small or large")
-        log_var = learned_log_variance(prediction.frac, small, large_variance(now, next))
+        most, least = (expand(variance.log(), prediction.frac) for variance in (large_variance(now, next), small))
+        log_var = prediction.frac * most + (1 - prediction.frac) * least  # Improved DDPM eq. 15
     else:
         variance = torch.where(first, floor, large_variance(now, next)) if noise_var == "large" else small
         log_var = expand(variance.log(), x0).expand_as(x0)
@@ -83,7 +76,7 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def bits_per_dim(
-    denoiser: OnPath,
+    denoiser: Any,  # a Denoiser
     x0: Tensor,
     noise: Callable[[], Tensor],
     condition: Condition | None = None,

@@ -203,8 +203,7 @@ def scaled_linear(
     zero_terminal_snr: bool = False,  # stretch the table to end in pure noise (Lin et al. 2023)
 ) -> Table:
     """Latent diffusion's betas, equally spaced in their square roots."""
-    betas = _spaced(start, end, steps, power=0.5)
-    return Table(betas=betas.tolist(), zero_terminal_snr=zero_terminal_snr)
+    return Table(betas=_spaced(start, end, steps, power=0.5).tolist(), zero_terminal_snr=zero_terminal_snr)
 
 
 def cosine(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ldm.diffusion.path import Level, Row, Scalar, expand
+from ldm.diffusion.path import Level, Row, Scalar
 
 NoiseVar = Literal["small", "large", "learned"]
 
@@ -37,8 +37,3 @@ def noise_variance(kind: NoiseVar, now: Row, next: Row, frac: Tensor | None) -> 
             raise ValueError("noise_var: learned needs a model that predicts its variance; expected small or large")
         return (small ** (1 - frac)) * large**frac
     return small if kind == "small" else large
-
-
-def learned_log_variance(frac: Tensor, small: Tensor, large: Tensor) -> Tensor:
-    """Improved DDPM eq. 15, for levels of shape (B,)."""
-    return frac * expand(large.log(), frac) + (1 - frac) * expand(small.log(), frac)

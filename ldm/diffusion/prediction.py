@@ -57,7 +57,6 @@ class Eps(Target):
     """The noise (DDPM)."""
 
     def row(self, level: Level | Row) -> tuple[Scalar, Scalar]:
-        """y = eps."""
         return 0.0, 1.0
 
 
@@ -65,7 +64,6 @@ class X0(Target):
     """The data."""
 
     def row(self, level: Level | Row) -> tuple[Scalar, Scalar]:
-        """y = x0."""
         return 1.0, 0.0
 
 
@@ -73,7 +71,6 @@ class V(Target):
     """v = alpha * eps - sigma * x0 (Salimans & Ho 2022)."""
 
     def row(self, level: Level | Row) -> tuple[Scalar, Scalar]:
-        """y = -sigma * x0 + alpha * eps."""
         return -level.sigma, level.alpha
 
 
@@ -81,7 +78,6 @@ class Flow(Target):
     """The velocity eps - x0 of rectified flow."""
 
     def row(self, level: Level | Row) -> tuple[Scalar, Scalar]:
-        """y = eps - x0."""
         return -1.0, 1.0
 
 
@@ -118,7 +114,6 @@ class LearnedRange(Target):
             raise ValueError(f"bound_weight: must be at least 0, got {self.bound_weight}")
 
     def row(self, level: Level | Row) -> tuple[Scalar, Scalar]:
-        """The inner prediction's."""
         return self.of.row(level)
 
     def recover(self, x: Tensor, y: Tensor, level: Level | Row) -> Prediction:

@@ -14,6 +14,7 @@ from ldm.diffusion.path import Level, Path, Table
 from ldm.diffusion.times import positive, shifted
 
 End = Literal["zero", "table"]
+LEAST = {"steps": 1, "spare": 0, "offset": 0}  # the smallest value of each integer
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,11 @@ class Spacing:
     def __post_init__(self) -> None:
         if self.end not in ("zero", "table"):
             raise ValueError(f"end: must be zero or table, got {self.end}")
+        for name, value in vars(self).items():
+            if name in LEAST and value < LEAST[name]:
+                raise ValueError(f"{name}: must be at least {LEAST[name]}, got {value}")
+            if name in ("shift", "rho"):
+                positive(name, value)
 
     def levels(self, path: Path) -> Level:
         """The N levels at which the network is evaluated."""
@@ -49,20 +55,12 @@ class Counted(Spacing):
 
     steps: int  # number of network evaluations
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("steps", self.steps, 1)
-
 
 @dataclass(kw_only=True)
 class Trailing(Counted):
     """Equal steps of t from pure noise (Lin et al. 2023); `shift` moves them towards the noise for large images."""
 
     shift: float = 1.0  # above 1, more steps at high noise, for large images
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("shift", self.shift)
 
     def levels(self, path: Path) -> Level:
         """t = 1, 1 - 1/N, ..., 1/N."""
@@ -75,10 +73,6 @@ class Linspace(Counted):
     """Equal steps of t from the noisiest to the least noisy level trained."""
 
     spare: int = 0  # further levels that are spaced with the others and then removed
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("spare", self.spare, 0)
 
     def levels(self, path: Path) -> Level:
         """t = 1, ..., t_min."""
@@ -95,11 +89,6 @@ class Leading(Counted):
 
     offset: int = 1  # the first step of the table
     spare: int = 0  # further levels that are spaced with the others and then removed
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("offset", self.offset, 0)
-        at_least("spare", self.spare, 0)
 
     def levels(self, path: Path) -> Level:
         """k = offset + (T // N) * (N - 1, ..., 0)."""
@@ -126,10 +115,6 @@ class Karras(Counted):
 
     rho: float = 7.0  # density near the data
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("rho", self.rho)
-
     def levels(self, path: Path) -> Level:
         """sigma / alpha from the noisiest finite level to the least noisy trained."""
         first, last = (math.exp(-log_snr / self.rho) for log_snr in _ends(path))
@@ -155,13 +140,6 @@ class Explicit(Spacing):
         if not ((levels.sigma > 0) & ((t - t.clamp(0, 1)).abs() < 1e-6)).all():
             raise ValueError(f"times: must lie between the data and t = 1 of the path, got {self.times}")
         return levels
-
-
-def at_least(name: str, number: int, least: int) -> int:
-    """The number; refuses one below `least`."""
-    if number < least:
-        raise ValueError(f"{name}: must be at least {least}, got {number}")
-    return number
 
 
 def _line(steps: int, start: float, stop: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a uniform number to the noise level at which a sample is trained."""
+"""From uniform numbers u (B,) to the noise levels (B,) at which samples are trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Uniform:
         positive("shift", self.shift)
 
     def __call__(self, path: Path, u: Tensor) -> Level:
-        """The levels (B,) for uniform numbers (B,)."""
         return path.level(path.snap(shifted(u, self.shift)))
 
 
@@ -40,7 +39,6 @@ class LogitNormal:
         positive("shift", self.shift)
 
     def __call__(self, path: Path, u: Tensor) -> Level:
-        """The levels (B,) for uniform numbers (B,)."""
         t = torch.sigmoid(self.mean + self.std * normal_quantile(u))
         return path.level(path.snap(shifted(t, self.shift)))
 
@@ -56,7 +54,6 @@ class LogNormal:
         positive("std", self.std)
 
     def __call__(self, path: Path, u: Tensor) -> Level:
-        """The levels (B,) for uniform numbers (B,)."""
         return path.trained(path.at(-(self.mean + self.std * normal_quantile(u))))
 
 
@@ -71,8 +68,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
-def positive(name: str, value: float) -> float:
-    """The value; refuses one that is not above 0 and finite."""
+def positive(name: str, value: float) -> None:
+    """Refuse a value that is not above 0 and finite."""
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: must be above 0, got {value}")
-    return value

@@ -21,16 +21,14 @@ def det(prediction: Target, level: Level) -> Tensor:
 class Constant:
     """1 on the network's output."""
 
-    def __call__(self, prediction: Target, level: Level) -> Tensor:
-        """(B,)"""
+    def __call__(self, prediction: Target, level: Level) -> Tensor:  # (B,)
         return torch.ones_like(level.alpha)
 
 
 class SNR:
     """SNR = (alpha / sigma)^2 on x0, which is 1 on eps."""
 
-    def __call__(self, prediction: Target, level: Level) -> Tensor:
-        """(B,)"""
+    def __call__(self, prediction: Target, level: Level) -> Tensor:  # (B,)
         return (level.alpha / det(prediction, level)) ** 2
 
 
@@ -54,7 +52,6 @@ class EDM:
 
     sigma_data: float
 
-    def __call__(self, prediction: Target, level: Level) -> Tensor:
-        """(B,)"""
+    def __call__(self, prediction: Target, level: Level) -> Tensor:  # (B,)
         d = self.sigma_data
         return (level.sigma**2 + d**2) / (d * det(prediction, level)) ** 2

@@ -8,18 +8,100 @@ CompVis's vq loss averages as ours does.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.losses.adversarial import adaptive_weight, generator_loss, hinge, pulled_back, slope_at, vanilla, with_slope
-from ldm.losses.perceptual import perceptual as perceptual_distance
-from ldm.losses.reconstruction import reconstruction_loss
+from ldm.checkpoint.vgg import lpips
+from ldm.condition import at_least_float32
+from ldm.config import parts
+from ldm.models.layers import check_not_negative
+from ldm.models.lpips import channel_distances
 from ldm.models.quantize import Bottled
 
 Scalars = dict[str, Tensor]
+
+
+def reconstruction_loss(x: Tensor, y: Tensor, l1: float, l2: float, gradient: float) -> Tensor:
+    """The weighted sum of mean absolute, mean squared and gradient differences, in float32 at least."""
+    difference = at_least_float32(x) - at_least_float32(y)  # (B, C, H, W)
+    loss = difference.new_zeros(len(difference))
+    if l1:
+        loss = loss + l1 * difference.abs().mean((1, 2, 3))
+    if l2:
+        loss = loss + l2 * difference.square().mean((1, 2, 3))
+    if gradient:
+        loss = loss + gradient * total_variation(difference)
+    return loss  # (B,)
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean absolute vertical plus horizontal differences; of x - y, this is the L1 loss of the gradients."""
+    return x.diff(dim=2).abs().mean((1, 2, 3)) + x.diff(dim=3).abs().mean((1, 2, 3))  # (B,)
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS' eq. 1 on another network's `features(x) -> list[Tensor]`, with equal weights of all channels."""
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(self.network.features(x), self.network.features(y))
+        return torch.stack([channel_distances(a, b).sum(1) for a, b in pairs]).sum(0)  # (B,)
+
+
+def perceptual_distance(name: Literal["lpips", "judge"], vgg: str | None) -> nn.Module:
+    """LPIPS with VGG16's weights from a file, or the distance of the shipped judge's features."""
+    if name == "lpips":
+        return lpips(vgg)
+    judge = parts.load(parts.SHIPPED["judge"])()
+    return FeatureDistance(copy.deepcopy(judge))  # a copy, because a loss is moved and cast
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's hinge loss (Lim and Ye 2017): no loss for logits beyond 1 and -1."""
+    return 0.5 * (F.relu(1 - at_least_float32(real)).mean() + F.relu(1 + at_least_float32(fake)).mean())
+
+
+def vanilla(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's cross entropy (Goodfellow et al. 2014, eq. 1), halved like the hinge loss."""
+    return 0.5 * (F.softplus(-at_least_float32(real)).mean() + F.softplus(at_least_float32(fake)).mean())
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """The generator's loss with either: minus the discriminator's mean logit."""
+    return -at_least_float32(fake).mean()
+
+
+def adaptive_weight(distance: Tensor, adversarial: Tensor, limit: float) -> Tensor:
+    """Esser et al.'s eq. 7: the ratio of the norms of both losses' gradients at the decoder's last layer."""
+    return (distance.norm() / (adversarial.norm() + 1e-4)).clamp(0, limit)
+
+
+def slope_at(x: Tensor, loss: Tensor) -> Tensor:
+    """A loss's gradient at x only; no parameter gets one."""
+    (slope,) = torch.autograd.grad(loss, x)
+    return at_least_float32(slope)
+
+
+def pulled_back(slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient at the weight of the layer that made x, from a loss's gradient at x; keeps the graph of x."""
+    (pulled,) = torch.autograd.grad(x, weight, slope.to(x.dtype), retain_graph=True)
+    return at_least_float32(pulled)
+
+
+def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+    """A scalar with this value and this gradient at x."""
+    line = (x * slope).sum()
+    return value.detach() + (line - line.detach())
+
+
 DISCRIMINATOR_LOSSES = {"hinge": hinge, "vanilla": vanilla}
 
 
@@ -47,9 +129,9 @@ class Loss(nn.Module):
         warmup: int = 0,  # steps before `start` in which only the discriminator trains
     ):
         super().__init__()
-        check_weights(penalty_weight=penalty_weight, l1=l1, l2=l2, gradient=gradient)
-        check_weights(perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight)
-        check_weights(adaptive_limit=adaptive_limit, start=start, warmup=warmup)
+        check_not_negative(penalty_weight=penalty_weight, l1=l1, l2=l2, gradient=gradient)
+        check_not_negative(perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight)
+        check_not_negative(adaptive_limit=adaptive_limit, start=start, warmup=warmup)
         if l1 == l2 == 0:
             raise ValueError("l1: no pixel loss; got l1=0 and l2=0; expected one of them above 0; try l1=1.0")
         self.l1, self.l2, self.gradient, self.penalty_weight = l1, l2, gradient, penalty_weight
@@ -115,10 +197,3 @@ class Loss(nn.Module):
         loss = self.discriminator_loss(logits_real, logits_fake)
         scalars = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         return loss, {name: scalar.detach() for name, scalar in scalars.items()}
-
-
-def check_weights(**numbers: float) -> None:
-    """Refuse negative numbers."""
-    for argument, value in numbers.items():
-        if value < 0:
-            raise ValueError(f"{argument}: must not be negative; got {value}; expected 0 or more; try 0")

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +19,28 @@ from ldm.data.loader import Data, Loader
 from ldm.data.sampler import SampleId, by_bucket
 from ldm.distributed import Rows, broadcast, map_batches, torchrun_rank
 from ldm.errors import DataError, LdmError
-from ldm.metrics.feature_metrics import NEIGHBOURS, PARTS, inception_score, kernel_distance, prdc
+from ldm.metrics.feature_metrics import NEIGHBOURS, PARTS, frechet, inception_score, kernel_distance, prdc
 from ldm.metrics.features import Features, as_saved
-from ldm.metrics.frechet import Moments, frechet_distance
-from ldm.metrics.verifier import Verifier
 from ldm.pictures import to_float
 
 ENOUGH = 5  # samples per dimension; with fewer, a Frechet distance is mostly bias
 FORMAT = 2  # of the cache; raised when the same names stand for other numbers
+
+
+class Verifier(Protocol):
+    """What the table `verifier` names for a type of data: whether a picture shows what its caption says."""
+
+    kinds: Sequence[str]  # of prompts
+    yardsticks: Mapping[str, tuple[str, str]]  # name -> two kinds, whose pictures are a known distance apart
+
+    def prompts(self, kind: str, count: int, like: Data, seed: int) -> Data:
+        """`count` true pictures of a kind with captions, of the size and batch size of `like`."""
+
+    def scores(self, x: Tensor, prompts: Sequence[str]) -> list[Any]:
+        """A score for each picture, x (B, 3, H, W) in [-1, 1], and its prompt."""
+
+    def tally(self, scores: Sequence[Any]) -> dict[str, tuple[int, int]]:
+        """(correct, total) by part of a prompt, and of all pictures under `whole`."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +117,9 @@ def compare(true: Rows, made: Rows, seed: int = 0) -> dict[str, Any]:
     if "spatial" in made:
         found["sfrechet"] = frechet(true["spatial"], made["spatial"])
     if count >= 4:
-        found["kernel"] = kernel_distance(a, b, seed=seed)._asdict()
+        found["kernel"] = kernel_distance(a, b, seed=seed)
     if "logits" in made and len(made["logits"]) >= PARTS:
-        found["inception_score"] = inception_score(made["logits"])._asdict()
+        found["inception_score"] = inception_score(made["logits"])
     if count > NEIGHBOURS:
-        found |= prdc(a, b)._asdict()
+        found |= prdc(a, b)
     return {**found, "indicative": count < ENOUGH * width}
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance between two sets of features (N, D), (M, D)."""
-    return frechet_distance(Moments.of(a), Moments.of(b))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import pictures
+from ldm.config import parts
 from ldm.data.derived import DERIVED, with_derived
 from ldm.data.loader import Data
 from ldm.data.sampler import SampleId, evenly_spaced
@@ -21,11 +22,10 @@ from ldm.diffusion.prediction import LearnedRange
 from ldm.distributed import Rows, concatenate
 from ldm.draws import mix32, stream
 from ldm.metrics.clip_score import CLIPScore
-from ldm.metrics.comparison import ReferenceSet, compare, compute_features, frechet, reference_features
-from ldm.metrics.feature_metrics import nearest
+from ldm.metrics.comparison import ReferenceSet, compare, compute_features, reference_features
+from ldm.metrics.feature_metrics import frechet, nearest
 from ldm.metrics.features import Features, as_saved
 from ldm.metrics.images import measures
-from ldm.metrics.verifier import find_verifier
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.tiling import sliced
 from ldm.pipeline import Pipeline, Request, SamplingSettings
@@ -76,7 +76,8 @@ def spread(data: Data, node: Mapping[str, Any], count: int, seed: int, between: 
     indices = evenly_spaced(len(data), count)
     if between:
         indices = [index + len(data) // (2 * count) for index in indices]
-    return ReferenceSet(data, about, indices, seed, find_verifier(about["type"]))
+    verifier = parts.find("verifier", about["type"])() if about["type"] in parts.TABLES["verifier"] else None
+    return ReferenceSet(data, about, indices, seed, verifier)
 
 
 def prompt_set(kind: str, count: int, like: ReferenceSet) -> ReferenceSet:

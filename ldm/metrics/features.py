@@ -13,9 +13,9 @@ from ldm.checkpoint.downloads import DOWNLOADS, cached
 from ldm.checkpoint.files import file_hash, is_pickle, open_file, open_pickle
 from ldm.checkpoint.networks import load_weights
 from ldm.errors import CheckpointError, InputError
-from ldm.models.inception import SIDE, Inception
 
 Resize = Literal["tensorflow", "bicubic"]
+SIDE = 299  # of Inception's pictures
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
 
 
@@ -37,7 +37,6 @@ class Features(Protocol):
 
     def __call__(self, x: Tensor) -> Embedded:
         """The features of pictures (B, 3, H, W) in [-1, 1]."""
-        ...
 
 
 class InceptionFeatures:
@@ -49,6 +48,8 @@ class InceptionFeatures:
         weights: str | None = None,  # file; null is where `ldm fetch` puts it
         resize: Resize = "tensorflow",  # kernel: tensorflow as published, or bicubic without aliasing
     ):
+        from ldm.metrics.inception import Inception
+
         file = Path(weights).expanduser() if weights else cached(DOWNLOADS["inception"])
         if not file.is_file():
             hint = f"`ldm fetch inception`, or features.weights=FILE with {DOWNLOADS['inception'].file}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.signal.windows import gaussian
 
 RANGE = 2.0  # from -1 to 1
 
@@ -25,20 +26,13 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, eq. 13), averaged over the windows inside the picture."""
     x, y = (picture / RANGE + 0.5 for picture in (x, y))  # (B, C, H, W) in [0, 1], where K1 = 0.01 and K2 = 0.03 hold
-    window = gaussian(min(11, *x.shape[2:]), 1.5).to(x)
-    moments = blur(torch.cat((x, y, x * x, y * y, x * y)), window)  # (5B, C, h, w)
+    window = gaussian(min(11, *x.shape[2:]), std=1.5, dtype=torch.float64)
+    moments = blur(torch.cat((x, y, x * x, y * y, x * y)), (window / window.sum()).to(x))  # (5B, C, h, w)
     mean_x, mean_y, xx, yy, xy = moments.chunk(5)  # (B, C, h, w) each
     variances, covariance = xx - mean_x**2 + yy - mean_y**2, xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
     structure = (2 * covariance + 0.03**2) / (variances + 0.03**2)
     return (luminance * structure).mean((1, 2, 3))  # (B,)
-
-
-def gaussian(size: int, sigma: float) -> Tensor:
-    """A Gaussian window of `size` points with sum one."""
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    bell = torch.exp(-offsets.square() / (2 * sigma**2))
-    return bell / bell.sum()
 
 
 def blur(x: Tensor, window: Tensor) -> Tensor:

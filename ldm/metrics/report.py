@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import pictures
+from ldm.checkpoint.files import replacing
 from ldm.metrics.tables import NAMES, correct, few, number, plots, tables
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
@@ -38,9 +38,8 @@ def write(evaluation: Mapping[str, Any], out: Path) -> None:
     """Write evaluation.json and index.html, each atomically."""
     files = {"evaluation.json": json.dumps(plain(evaluation), indent=1), "index.html": page(evaluation)}
     for name, content in files.items():
-        unfinished = out / f".{name}.{os.getpid()}.tmp"
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(out / name)
+        with replacing(out / name) as file:
+            file.write(content.encode())
 
 
 def plain(value: Any) -> Any:

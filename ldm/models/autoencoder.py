@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -219,9 +220,11 @@ def check_numbers(channels: int, multipliers: Sequence[int], attend: Sequence[in
             )
 
 
-def kl(
+def first_stage(
     *,
+    quantised: bool,
     latent: int = 4,  # channels of the latents
+    codes: int = 8192,  # vectors of the codebook
     channels: int = 128,  # of the first level, a multiple of 32
     multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
     blocks: int = 2,  # residual blocks per level of the encoder; the decoder has one more
@@ -231,9 +234,9 @@ def kl(
     per_channel: bool = False,  # a shift and scale per latent channel; false is one pair for all
     checkpointing: bool = False,  # recompute activations in the backward pass to save memory
 ) -> Autoencoder:
-    """An autoencoder with a Gaussian posterior; the defaults are Stable Diffusion's."""
+    """An autoencoder with a codebook (`quantised`) or a Gaussian posterior; the defaults are Stable Diffusion's."""
     return Autoencoder(
-        bottleneck=Gaussian(channels=latent),
+        bottleneck=VectorQuantizer(codes=codes, channels=latent) if quantised else Gaussian(channels=latent),
         channels=channels,
         multipliers=multipliers,
         blocks=blocks,
@@ -245,26 +248,5 @@ def kl(
     )
 
 
-def vq(
-    *,
-    latent: int = 4,  # channels of the latents
-    codes: int = 8192,  # vectors of the codebook
-    channels: int = 128,  # of the first level, a multiple of 32
-    multipliers: Sequence[int] = (1, 2, 4, 4),  # channels of each level, in units of the first
-    blocks: int = 2,  # residual blocks per level of the encoder; the decoder has one more
-    attend: Sequence[int] = (),  # downsampling factors of the levels with attention
-    mid_attention: bool = True,  # attention at the lowest level
-    stem: Literal[1, 2] = 1,  # 2 folds 2x2 pixels into channels before the first convolution
-    checkpointing: bool = False,  # recompute activations in the backward pass to save memory
-) -> Autoencoder:
-    """An autoencoder with a codebook."""
-    return Autoencoder(
-        bottleneck=VectorQuantizer(codes=codes, channels=latent),
-        channels=channels,
-        multipliers=multipliers,
-        blocks=blocks,
-        attend=attend,
-        mid_attention=mid_attention,
-        stem=stem,
-        checkpointing=checkpointing,
-    )
+kl = partial(first_stage, quantised=False, codes=0)
+vq = partial(first_stage, quantised=True, per_channel=False)

@@ -31,6 +31,13 @@ def check_positive(**numbers: int) -> None:
             raise ValueError(f"{argument}: too small; got {value}; expected 1 or more; try 1")
 
 
+def check_not_negative(**numbers: float) -> None:
+    """Refuse negative numbers."""
+    for argument, value in numbers.items():
+        if value < 0:
+            raise ValueError(f"{argument}: must not be negative; got {value}; expected 0 or more; try 0")
+
+
 def check_map(name: str, x: Tensor, channels: int, factor: int) -> None:
     """Refuse images or latents that a network of so many channels and this downsampling factor cannot take."""
     if x.ndim != 4 or x.shape[1] != channels:
@@ -98,13 +105,7 @@ class Attention(nn.Module):
     """Multi-head attention with separate q, k, v, over x itself or over a `context` of width `context`."""
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        context: int | None = None,
-        inner: int | None = None,
-        bias: bool = False,
-        out_bias: bool = True,
+        self, width: int, heads: int, context: int | None = None, inner: int | None = None, bias: bool = False
     ):
         super().__init__()
         inner = inner or width
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, inner, bias=bias)
         self.k = nn.Linear(context or width, inner, bias=bias)
         self.v = nn.Linear(context or width, inner, bias=bias)
-        self.out = nn.Linear(inner, width, bias=out_bias)
+        self.out = nn.Linear(inner, width)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
@@ -124,16 +125,14 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution (padded on the far side in LDM's autoencoder) or a mean."""
+    """Halve height and width by a strided convolution, padded on the far side in LDM's autoencoder."""
 
-    def __init__(self, channels: int, conv: bool = True, asymmetric: bool = False):
+    def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1) if conv else None
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv is None:
-            return F.avg_pool2d(x, 2)  # (B, C, H/2, W/2)
         if self.asymmetric:
             x = F.pad(x, (0, 1, 0, 1))  # (B, C, H+1, W+1)
         return self.conv(x)  # (B, C, H/2, W/2)
@@ -142,13 +141,12 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width by repetition, then convolve."""
 
-    def __init__(self, channels: int, conv: bool = True):
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2H, 2W)
-        return x if self.conv is None else self.conv(x)  # (B, C, 2H, 2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
 
 
 class ResBlock(nn.Module):
@@ -173,8 +171,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        resamplers = {None: nn.Identity, "up": Upsample, "down": Downsample}
-        self.resample = resamplers[resample](in_channels, conv=False)  # Identity ignores its arguments
+        self.resample = {None: nn.Identity(), "up": nn.Upsample(scale_factor=2.0), "down": nn.AvgPool2d(2)}[resample]
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.resample(F.silu(self.norm1(x)))  # (B, C, H', W')

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.models.layers import check_positive
+from ldm.models.layers import check_not_negative, check_positive
 
 
 class Bottled(NamedTuple):
@@ -66,8 +66,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, *, codes: int = 8192, channels: int = 3, commitment: float = 0.25):
         super().__init__()
         check_positive(codes=codes, channels=channels)
-        if commitment < 0:
-            raise ValueError(f"commitment: must not be negative; got {commitment}; expected >= 0; try 0.25")
+        check_not_negative(commitment=commitment)
         self.channels = self.moments = channels
         self.commitment = commitment
         self.codebook = nn.Parameter(torch.empty(codes, channels))
@@ -113,16 +112,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, counts: Tensor, samples: Tensor) -> Tensor:
-        """Replace the unused codes by latent vectors, the rows of `samples`, in order and as far as they go.
-
-        Returns a mask of the changed codes, whose optimiser state is then stale.
-        """
+        """Replace the unused codes by latent vectors, the rows of `samples`, in order and as far as they go."""
         dead = counts == 0
         turn = dead.cumsum(0) - 1  # the dead codes' numbers, without host synchronisation
         changed = dead & (turn < len(samples))
         fresh = samples[turn.clamp(0, len(samples) - 1)].to(self.codebook.dtype)  # (K, C)
         self.codebook.copy_(torch.where(changed[:, None], fresh, self.codebook))
-        return changed
+        return changed  # (K,) codes whose optimiser state is stale now
 
 
 def straight_through(z: Tensor, e: Tensor) -> Tensor:

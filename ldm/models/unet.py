@@ -42,12 +42,9 @@ def unet_plan(
     blocks: int,
     attend: Sequence[int],
     depth: Sequence[int],
-    half: bool = False,
+    half: bool = False,  # no decoder
 ) -> Iterator[Row]:
-    """The rows in the order of `forward`: each encoder row stores a skip, each decoder row of kind `res` reads one.
-
-    A `half` has no decoder.
-    """
+    """The rows in the order of `forward`: each encoder row stores a skip, each decoder row of kind `res` reads one."""
     depths = [d if 2**level in attend else 0 for level, d in enumerate(depth)]
     encoder = [Row("encoder.0", "conv", in_channels, channels)]
     for level, multiplier in enumerate(multipliers):
@@ -126,7 +123,9 @@ class UNet(nn.Module):
         self.heads, self.head_width, self.linear = heads, head_width, linear
         self.embed, self.scale_shift, self.resample, self.dropout = 4 * channels, scale_shift, resample, dropout
         self.factor, self.size = 2 ** (len(multipliers) - 1), size
-        self.check_numbers(channels, multipliers, blocks, attend, depth, logits)
+        self.check_numbers(channels, multipliers, blocks, attend, depth)
+        if logits is not None:
+            check_multiple("size", size or 0, self.factor, "a classifier needs the side of its images")
         plan = unet_plan(self.in_channels, channels, multipliers, blocks, attend, depth, half=logits is not None)
         self.plan = list(plan)
 
@@ -202,13 +201,7 @@ class UNet(nn.Module):
         return self.out(F.silu(self.out_norm(x)))  # (B, C, H, W), or (B, logits)
 
     def check_numbers(
-        self,
-        channels: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attend: Sequence[int],
-        depth: list[int],
-        logits: int | None,
+        self, channels: int, multipliers: Sequence[int], blocks: int, attend: Sequence[int], depth: list[int]
     ) -> None:
         """Refuse invalid numbers before anything is built."""
         check_multiple("channels", channels, 32, "cannot be split into 32 norm groups")
@@ -233,8 +226,6 @@ class UNet(nn.Module):
             raise ValueError(f"resample: unknown; got {self.resample}; expected conv or residual; try conv")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: out of range; got {self.dropout}; expected 0 <= dropout < 1; try 0.1")
-        if logits is not None:
-            check_multiple("size", self.size or 0, self.factor, "a classifier needs the side of its images")
 
     def check_heads(self, width: int) -> None:
         """Refuse heads that do not divide the width of a level with attention."""

@@ -17,8 +17,8 @@ from ldm.config import parts
 from ldm.data.loader import Data
 from ldm.data.sampler import by_bucket, evenly_spaced
 from ldm.distributed import Rank, first_process, gather, share_batches
+from ldm.metrics.feature_metrics import Moments, frechet_distance
 from ldm.metrics.features import Features
-from ldm.metrics.frechet import Moments, frechet_distance
 from ldm.metrics.images import gradient_energy, measures
 
 BATCH = 32

@@ -103,7 +103,7 @@ def test_a_first_stage_alone_is_measured_by_hand(tmp_path):
 
 @pytest.mark.long
 def test_photographs_are_compared_with_inception_of_a_file(tmp_path):
-    from ldm.models.inception import Inception
+    from ldm.metrics.inception import Inception
 
     torch.manual_seed(0)
     torch.save(Inception().state_dict(), tmp_path / "inception.pth")

@@ -15,10 +15,7 @@ from torch import nn
 
 from ldm.config import parts
 from ldm.errors import InputError
-from ldm.losses.adversarial import adaptive_weight, hinge, vanilla
-from ldm.losses.perceptual import FeatureDistance
-from ldm.losses.reconstruction import reconstruction_loss
-from ldm.losses.stage_one import Loss
+from ldm.losses.stage_one import FeatureDistance, Loss, adaptive_weight, hinge, reconstruction_loss, vanilla
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.quantize import Gaussian, VectorQuantizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.metrics.frechet import Moments, frechet_distance
+from ldm.metrics.feature_metrics import Moments, frechet_distance
 
 
 def gaussian(mean: list[float], covariance: torch.Tensor) -> Moments:

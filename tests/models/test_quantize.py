@@ -117,7 +117,7 @@ BAD = [
     (lambda: Gaussian(channels=-1), "channels: too small; got -1; expected 1 or more; try 1"),
     (
         lambda: VectorQuantizer(commitment=-1.0),
-        "commitment: must not be negative; got -1.0; expected >= 0; try 0.25",
+        "commitment: must not be negative; got -1.0; expected 0 or more; try 0",
     ),
 ]
 

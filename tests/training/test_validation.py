@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.distributed import Rank
-from ldm.metrics.frechet import Moments, frechet_distance
+from ldm.metrics.feature_metrics import Moments, frechet_distance
 from ldm.metrics.images import psnr
 from ldm.pictures import to_float
 from ldm.scenes import Scenes

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ldm.errors import InputError
-from ldm.metrics.features import InceptionFeatures, tensorflow
-from ldm.models.inception import SIDE, Inception
+from ldm.metrics.features import SIDE, InceptionFeatures, tensorflow
+from ldm.metrics.inception import Inception
 from ldm.pictures import to_float
 
 
