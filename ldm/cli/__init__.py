@@ -18,15 +18,18 @@ from ldm.errors import InputError, LdmError, nearest
 
 
 class Command(NamedTuple):
-    """A module, and what the help says about it."""
+    """A module, what the help says about it, and for `train` the recipe that it trains."""
 
     module: str
     help: str
+    recipe: str = ""
 
 
 COMMANDS = {
-    "train-autoencoder": Command("ldm.cli.train_autoencoder", "train a first stage: an autoencoder (VAE) of pictures"),
-    "train-ldm": Command("ldm.cli.train_ldm", "train a second stage: a latent diffusion model"),
+    "train-autoencoder": Command(
+        "ldm.cli.train", "train a first stage: an autoencoder (VAE) of pictures", "autoencoder"
+    ),
+    "train-ldm": Command("ldm.cli.train", "train a second stage: a latent diffusion model", "diffusion"),
     "train": Command("ldm.cli.train", "run any training YAML"),
     "doctor": Command("ldm.cli.doctor", "check a training before it runs: data, cost, and whether it can learn"),
     "sample": Command("ldm.cli.sample", "make pictures from prompts, with any checkpoint"),
@@ -102,7 +105,12 @@ def _dispatch(arguments: list[str]) -> int:
         meant = nearest(name, COMMANDS)
         raise InputError("no such command", "command line", name, f"one of {', '.join(COMMANDS)}", meant)
     module, own = command(name)
-    return module.run(own.parse_intermixed_args(arguments[1:])) or 0
+    options = own.parse_intermixed_args(arguments[1:])
+    if "plugin" in options:
+        parts.plug_installed()
+        for plugin in options.plugin:
+            parts.plug(plugin)
+    return module.run(options) or 0
 
 
 def command(name: str) -> tuple[Any, Parser]:
@@ -110,6 +118,8 @@ def command(name: str) -> tuple[Any, Parser]:
     module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(prog=f"ldm {name}", description=module.__doc__)
     module.options(parser)
+    if recipe := COMMANDS[name].recipe:
+        parser.set_defaults(recipe=recipe, config="scenes")
     return module, parser
 
 
@@ -126,13 +136,6 @@ def plugin_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE", help="a Python module with your own parts"
     )
-
-
-def own_parts(arguments: argparse.Namespace) -> None:
-    """Add the parts of installed packages and of --plugin modules."""
-    parts.plug_installed()
-    for module in arguments.plugin:
-        parts.plug(module)
 
 
 def config_file(name: str, *folders: str) -> Path:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import config_file, config_options, own_parts
+from ldm.cli import config_file, config_options
 from ldm.cli.console import count_truncations
 from ldm.cli.sample import writable
 from ldm.config.schema import Config
@@ -38,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     rank, ranks = rank_of(arguments)
     if arguments.config is None:
         raise InputError("--config: missing", "command line", expected="stage two's configuration")
-    own_parts(arguments)
     from ldm import assemble  # imports torch, so not before the options are checked
     from ldm.training.recipes.diffusion import Schema
 

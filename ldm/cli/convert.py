@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import own_parts, plugin_option
+from ldm.cli import plugin_option
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Open, describe, write."""
-    own_parts(arguments)
     target = Path(arguments.target)
     layout = check(target, arguments.to)
     import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ldm.cli import config_file, config_options, own_parts
+from ldm.cli import config_file, config_options
 from ldm.cli.sample import png_file, writable
 from ldm.config import parts
 from ldm.config import schema as configuration
@@ -77,7 +77,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then make the picture."""
-    own_parts(arguments)
     name = arguments.overrides.pop(0) if arguments.overrides and arguments.overrides[0] in DEMOS else "swiss_roll"
     config = load(name, arguments.config or name, arguments.overrides)
     if arguments.print_config:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ldm.cli import config_options, own_parts, train
+from ldm.cli import config_options, train
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Try it out and print the findings; the exit status is the first error's."""
-    own_parts(arguments)
     plan = read_plan(arguments)
     config = plan.load()[0]
     if arguments.print_config:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm.cli import config_file, config_options, own_parts
+from ldm.cli import config_file, config_options
 from ldm.cli.console import count_truncations
 from ldm.cli.sample import writable
 from ldm.config import samplers
@@ -64,7 +64,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that is cheap to check; then measure part by part, and write the report after each."""
-    own_parts(arguments)
     config = configuration.load(config_file(arguments.config, "evaluate"), arguments.overrides, Schema)
     check(config)
     if arguments.print_config:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import COMMANDS, command, own_parts, plugin_option
+from ldm.cli import COMMANDS, command, plugin_option
 from ldm.config import parts
 from ldm.errors import InputError, nearest
 
@@ -40,7 +40,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print or write a page."""
-    own_parts(arguments)
     if arguments.commands and arguments.name:
         raise InputError("--commands: cannot be combined with NAME", "NAME", arguments.name, hint="one of the two")
     page = commands() if arguments.commands else named(arguments.name) if arguments.name else everything()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import own_parts, plugin_option, sample
+from ldm.cli import plugin_option, sample
 from ldm.errors import CheckpointError, InputError
 
 
@@ -22,7 +22,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that the picture depends on, make it again, compare."""
-    own_parts(arguments)
     import numpy as np
 
     from ldm import pictures

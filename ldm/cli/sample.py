@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm.cli import own_parts, plugin_option
+from ldm.cli import plugin_option
 from ldm.cli.console import show_warning
 from ldm.conditioning.tokenizer import check_length
 from ldm.config import parts, samplers
@@ -114,7 +114,6 @@ def solvers() -> list[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that costs nothing, then load, sample and write."""
-    own_parts(arguments)
     order = read_order(arguments)
     out = writable(Path(arguments.out))
     from ldm.distributed import gather, torchrun_rank  # torch is imported once all options are right

@@ -1,4 +1,4 @@
-"""Train any recipe from a YAML; the same command in the same run folder resumes where it stopped."""
+"""Train a model from a YAML; the same command in the same run folder resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.cli import config_file, config_options, own_parts
+from ldm.cli import config_file, config_options
 from ldm.errors import InputError, nearest, shown
 
 if TYPE_CHECKING:
@@ -43,21 +43,17 @@ class Plan(NamedTuple):
 def options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     config_options(parser)
-    run_options(parser, "runs/NAME, runs/NAME_ldm for a second stage")
-
-
-def run_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """What every training command understands."""
-    help = f"the run folder (default {default}, where NAME is the configuration's name); with torchrun, write --run-dir"
+    default = "default runs/NAME, or runs/NAME_ldm for a second stage, where NAME is the configuration's name"
+    help = f"the run folder ({default}); with torchrun, write --run-dir"
     parser.add_argument("--run", "--run-dir", metavar="DIR", help=help)
     parser.add_argument("--init-from", metavar="CKPT", help="start from the weights of this checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="build and check everything, then stop")
+    parser.set_defaults(recipe=None)  # unless the YAML names another, which the command trains
 
 
-def run(arguments: argparse.Namespace, recipe: str | None = None) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Check everything that costs nothing, then build and train."""
-    own_parts(arguments)
-    plan = read_plan(arguments, recipe)
+    plan = read_plan(arguments, arguments.recipe)
     config, loaded = plan.load()
     if arguments.print_config:
         print(json.dumps(config.values, indent=2))
